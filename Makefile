@@ -1,0 +1,62 @@
+# Every target does the set-up it needs: a virtual environment in .venv, the pinned versions of constraints.txt, and
+# this package. A second run installs nothing. Override with, for instance: make test PYTHON=python3.12 VENV=/tmp/v312
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
+PIP_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# Without byte-compiling: of the thousands of files installed, few are ever imported.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: help demo test test-all check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      watch a language model become W4A8, compile, answer, and be reported on"
+	@echo "make test      the tests, without those marked slow"
+	@echo "make test-all  all tests"
+	@echo "make check     ruff, mypy --strict, layering, packaging, file sizes"
+	@echo "make bench     the benchmarks, each next to what it is compared with"
+	@echo "make clean     remove what these made"
+
+demo: $(VENV)/.demo
+	$(BIN)/qpass demo $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+test-all: $(VENV)/.test
+	$(PYTEST) $(TEST_ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/python tests/check_types.py
+	$(BIN)/pytest -q -m "not slow" tests/test_layering.py tests/test_packaging.py tests/test_repository.py tests/test_import.py
+
+bench: $(VENV)/.test
+	$(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok else \
+	  "qpass needs Python 3.11, 3.12 or 3.13; $(PYTHON) is " + sys.version.split()[0] + ". Give another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip setuptools
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) --no-build-isolation -e '.[test,demo]'
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,219 @@
+// AVX2 product of int8 rows with 4-bit or 8-bit weights, exact in int32 within a group.
+//
+// 4 bits: maddubs(code 0..15, x) adds two products, at most 2 * 15 * 128 = 3840, so the 8 lines of a block can be added
+// in int16 (30720) before they are widened; a line's low nibbles are 32 inputs, its high nibbles the next 32.
+// 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows.
+// Codes carry an offset (8 or 128) plus the weight's zero point: offset * sum(x) is taken off once a group.
+#pragma once
+
+namespace qpass {
+namespace {
+
+constexpr int64_t kPrefetch = 3072;  // bytes ahead: about what DRAM delivers in its own latency
+
+// Sums of 32 inputs, of R rows and 16 outputs (two halves of 8).
+template <int R>
+struct Sums {
+  __m256i v[R][2];
+};
+
+template <int R, int H>
+inline __attribute__((always_inline)) void lines4(const uint8_t* w, const int8_t* x, int64_t ld, int h0, Sums<R>& low,
+                                                  Sums<R>& high) {
+  const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+  __m256i a[R][H], b[R][H];
+  for (int m = 0; m < R; m++)
+    for (int h = 0; h < H; h++) a[m][h] = b[m][h] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) {
+    if (R == 1) _mm_prefetch((const char*)w + r * 64 + kPrefetch, _MM_HINT_T0);
+    __m256i u[H], v[H];
+#pragma GCC unroll 2
+    for (int h = 0; h < H; h++) {
+      __m256i both = _mm256_loadu_si256((const __m256i*)(w + r * 64 + (h0 + h) * 32));
+      u[h] = _mm256_and_si256(both, nibble);
+      v[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < R; m++) {
+      int32_t p, s;
+      __builtin_memcpy(&p, x + m * ld + r * 4, 4);
+      __builtin_memcpy(&s, x + m * ld + 32 + r * 4, 4);
+      __m256i xp = _mm256_set1_epi32(p), xs = _mm256_set1_epi32(s);
+#pragma GCC unroll 2
+      for (int h = 0; h < H; h++) {
+        a[m][h] = _mm256_add_epi16(a[m][h], _mm256_maddubs_epi16(u[h], xp));
+        b[m][h] = _mm256_add_epi16(b[m][h], _mm256_maddubs_epi16(v[h], xs));
+      }
+    }
+  }
+  for (int m = 0; m < R; m++)
+    for (int h = 0; h < H; h++) {
+      low.v[m][h0 + h] = _mm256_madd_epi16(a[m][h], one);
+      high.v[m][h0 + h] = _mm256_madd_epi16(b[m][h], one);
+    }
+}
+
+template <int R>
+inline __attribute__((always_inline)) void sums64(const uint8_t* w, const int8_t* x, int64_t ld, Sums<R>& low,
+                                                  Sums<R>& high) {
+  if (R <= 2) {
+    lines4<R, 2>(w, x, ld, 0, low, high);
+  } else {  // four rows of 16 outputs would not fit the registers
+    lines4<R, 1>(w, x, ld, 0, low, high);
+    lines4<R, 1>(w, x, ld, 1, low, high);
+  }
+}
+
+template <int R>
+inline __attribute__((always_inline)) void lines8(const uint8_t* w, const int16_t* x, int64_t ld, int h, Sums<R>& sums) {
+  __m256i a[R], b[R];
+  for (int m = 0; m < R; m++) a[m] = b[m] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) {
+    if (R == 1 && h == 0) _mm_prefetch((const char*)w + r * 64 + kPrefetch, _MM_HINT_T0);
+    const __m128i* at = (const __m128i*)(w + r * 64 + h * 32);
+    __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128(at)), v = _mm256_cvtepu8_epi16(_mm_loadu_si128(at + 1));
+#pragma GCC unroll 4
+    for (int m = 0; m < R; m++) {
+      long long four;
+      __builtin_memcpy(&four, x + m * ld + r * 4, 8);
+      __m256i xs = _mm256_set1_epi64x(four);
+      a[m] = _mm256_add_epi32(a[m], _mm256_madd_epi16(u, xs));
+      b[m] = _mm256_add_epi32(b[m], _mm256_madd_epi16(v, xs));
+    }
+  }
+  for (int m = 0; m < R; m++)  // a holds outputs 0 to 3, b 4 to 7, two sums each
+    sums.v[m][h] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(a[m], b[m]), 0xd8);
+}
+
+template <int R>
+inline __attribute__((always_inline)) void sums64(const uint8_t* w, const int16_t* x, int64_t ld, Sums<R>& low,
+                                                  Sums<R>& high) {
+  lines8<R>(w, x, ld, 0, low);
+  lines8<R>(w, x, ld, 1, low);
+  lines8<R>(w + 512, x + 32, ld, 0, high);
+  lines8<R>(w + 512, x + 32, ld, 1, high);
+}
+
+// R rows times one block of 16 outputs. `group_sums` is [R][G]; X is int8_t for 4 bits and int16_t for 8.
+template <int R, typename X>
+struct Columns {
+  const Weight& w;
+  const int32_t* group_sums;
+  int64_t block, group = 0;
+  Sums<R> total;
+  __m256 y[R][2];
+
+  Columns(const Weight& weight, const int32_t* sums, int64_t nb) : w(weight), group_sums(sums), block(nb) {
+    for (int m = 0; m < R; m++)
+      for (int h = 0; h < 2; h++) {
+        y[m][h] = _mm256_setzero_ps();
+        total.v[m][h] = _mm256_setzero_si256();
+      }
+  }
+
+  inline __attribute__((always_inline)) void add(const Sums<R>& part) {
+    for (int m = 0; m < R; m++)
+      for (int h = 0; h < 2; h++) total.v[m][h] = _mm256_add_epi32(total.v[m][h], part.v[m][h]);
+  }
+
+  inline __attribute__((always_inline)) void end_group() {
+    for (int h = 0; h < 2; h++) {
+      const __m256 scale = scales8(w, block, group, h);
+      __m256i offset = _mm256_set1_epi32(w.bits == 4 ? 8 : 128);
+      if (w.zero_point) offset = _mm256_add_epi32(offset, zero_points8(w, block, group, h));
+      for (int m = 0; m < R; m++) {
+        __m256i off = _mm256_mullo_epi32(offset, _mm256_set1_epi32(group_sums[m * w.groups + group]));
+        __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(total.v[m][h], off));
+        y[m][h] = _mm256_fmadd_ps(sum, scale, y[m][h]);
+        total.v[m][h] = _mm256_setzero_si256();
+      }
+    }
+    group++;
+  }
+
+  inline __attribute__((always_inline)) void run(const X* x, int64_t ld) {
+    const int64_t runs = w.group_size / 32, block_bytes = w.bits * 128;
+    const uint8_t* line = w.q + block * (w.Kp / 64) * block_bytes;
+    Sums<R> low, high;
+    int64_t left = runs;
+    for (int64_t kb = 0; kb < w.Kp / 64; kb++, line += block_bytes, x += 64) {
+      sums64<R>(line, x, ld, low, high);
+      add(low);
+      if (--left == 0) {
+        end_group();
+        left = runs;
+        if (group == w.groups) break;  // the second half of this block is padding
+      }
+      add(high);
+      if (--left == 0) {
+        end_group();
+        left = runs;
+      }
+    }
+  }
+};
+
+template <int R, typename X>
+void multiply(const Weight& w, const QuantRows& x, const X* rows, const int32_t* group_sums, const Output& out, int64_t m0,
+              int64_t block) {
+  Columns<R, X> c(w, group_sums + m0 * w.groups, block);
+  c.run(rows, x.Kp);
+  for (int m = 0; m < R; m++) {
+    __m256 y0 = c.y[m][0], y1 = c.y[m][1];
+    if (x.zero_point) {
+      const __m256 zp = _mm256_set1_ps(x.zero_point[m0 + m]);
+      y0 = _mm256_fnmadd_ps(zp, _mm256_loadu_ps(w.colsum + block * 16), y0);
+      y1 = _mm256_fnmadd_ps(zp, _mm256_loadu_ps(w.colsum + block * 16 + 8), y1);
+    }
+    const __m256 scale = _mm256_set1_ps(x.scale[m0 + m]);
+    finish16(out, m0 + m, block * 16, w.N, _mm256_mul_ps(y0, scale), _mm256_mul_ps(y1, scale));
+  }
+}
+
+template <typename X>
+void multiply_rows(const Weight& w, const QuantRows& x, const X* rows, const int32_t* group_sums, const Output& out,
+                   int64_t m0, int64_t m1, int64_t block) {
+  int64_t m = m0;
+  for (; m + 4 <= m1; m += 4) multiply<4>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
+  const X* rest = rows + (m - m0) * x.Kp;
+  if (m1 - m == 1) multiply<1>(w, x, rest, group_sums, out, m, block);
+  if (m1 - m == 2) multiply<2>(w, x, rest, group_sums, out, m, block);
+  if (m1 - m == 3) multiply<3>(w, x, rest, group_sums, out, m, block);
+}
+
+const int32_t* sums_of_groups(const Weight& w, const QuantRows& x) {
+  const int64_t runs = w.group_size / 32;
+  if (runs == 1 && w.groups == x.Kp / 32) return x.sums;
+  int32_t* sums = (int32_t*)scratch(4, x.M * w.groups * 4);
+  for (int64_t m = 0; m < x.M; m++)
+    for (int64_t g = 0; g < w.groups; g++) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < runs; i++) sum += x.sums[m * (x.Kp / 32) + g * runs + i];
+      sums[m * w.groups + g] = sum;
+    }
+  return sums;
+}
+
+void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
+  const int32_t* group_sums = sums_of_groups(w, x);
+  // Rows at a time so that they stay in the L2 cache while every block of weights passes by.
+  const int64_t element = w.bits == 4 ? 1 : 2, fit = (256 << 10) / (x.Kp * element), step = fit < 8 ? 8 : fit & ~3;
+  int16_t* wide = w.bits == 4 ? nullptr : (int16_t*)scratch(5, (x.M < step ? x.M : step) * x.Kp * 2);
+  for (int64_t m0 = 0; m0 < x.M; m0 += step) {
+    const int64_t m1 = m0 + step < x.M ? m0 + step : x.M;
+    if (wide) {
+      const int8_t* from = x.q + m0 * x.Kp;
+      for (int64_t i = 0; i < (m1 - m0) * x.Kp; i += 16)
+        _mm256_storeu_si256((__m256i*)(wide + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i))));
+    }
+    for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
+      if (wide) multiply_rows(w, x, wide, group_sums, out, m0, m1, block);
+      else multiply_rows(w, x, x.q + m0 * x.Kp, group_sums, out, m0, m1, block);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qpass

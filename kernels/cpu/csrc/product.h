@@ -1,0 +1,71 @@
+// What every instruction set implements: one product of quantized (or float) rows with a slice of a packed weight.
+//
+// Packed weight ("x86_tile64"), one format for every instruction set, decode and prefill:
+//   N is padded to Np, a multiple of 32, and K to Kp, a multiple of 64; padding holds the code of weight 0.
+//   4 bits: q is [Np/16][Kp/64][8][64] bytes. In line r of a block, byte b belongs to output n = b/4 and holds
+//           k = 4*r + b%4 in its low nibble and k = 32 + 4*r + b%4 in its high nibble, each as weight + 8 (0..15).
+//           So a line holds 16 outputs x 4 inputs twice, and the block is a 16 x 64 AMX B tile halved.
+//   8 bits: q is [Np/16][Kp/64][16][64] bytes, byte b of line r is output b/4, input 4*r + b%4, as weight + 128 (0..255).
+//   scale      [Np/16][G][16] in scale_dtype (1 for padded outputs)
+//   zero_point [Np/16][G][16] int8 (0 for padded outputs), null when symmetric
+//   colsum     [Np] float, sum over k of (q - zero_point) * scale: only for asymmetric activations, else null
+// G = groups, group_size = K / G. Native kernels take group sizes that are multiples of 32, or one group per row
+// (then any K: group_size is set to Kp).
+//
+// Invariants every implementation keeps: exact int32 sums within a group; group results are scaled and added in
+// float32 in ascending order of groups; the result of a row does not depend on the other rows, nor on how n is split.
+#pragma once
+#include <cstdint>
+
+namespace qpass {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct Weight {
+  const uint8_t* q;
+  const void* scale;
+  const int8_t* zero_point;
+  const float* colsum;
+  int64_t N, K, Np, Kp, groups, group_size;
+  int32_t bits;
+  DType scale_dtype;
+};
+
+// Rows quantized to int8. Row m starts at q + m * Kp; bytes K..Kp are 0.
+struct QuantRows {
+  const int8_t* q;
+  const float* scale;       // [M]
+  const float* zero_point;  // [M], integers in float; null when symmetric
+  const int32_t* sums;      // [M][Kp/32]: sum of each run of 32 codes, which every group sum is made of
+  int64_t M, Kp;
+};
+
+// Rows left in float, converted to float32. Row m starts at x + m * Kp; values K..Kp are 0.
+struct FloatRows {
+  const float* x;
+  int64_t M, Kp;
+};
+
+// out[m * ld + n] = dtype(row m . weight n * scales + bias[n]) for n in [16 * block_begin, 16 * block_end), n < N.
+struct Output {
+  void* data;
+  int64_t ld;
+  DType dtype;
+  const void* bias;  // [N] in bias_dtype, or null
+  DType bias_dtype;
+};
+
+// One instruction set. Every function may be called from several threads at once on disjoint block ranges.
+// Block ranges that the driver makes are even numbers of 16-column blocks (32 columns) but for nothing: Np % 32 == 0.
+struct Isa {
+  const char* name;
+  // x [M][ld] of dtype -> codes, scales, (zero points), sums; `asymmetric` chooses the formula. K..Kp is zero-filled.
+  void (*quantize)(const void* x, DType dtype, int64_t M, int64_t K, int64_t Kp, bool asymmetric, int8_t* q,
+                   float* scale, float* zero_point, int32_t* sums);
+  void (*product_q)(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end);
+  void (*product_f)(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end);
+};
+
+extern const Isa plain_isa, avx2_isa, vnni_isa, amx_isa;
+
+}  // namespace qpass

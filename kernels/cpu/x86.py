@@ -1,0 +1,1 @@
+"""x86: registers the native kernels."""

@@ -1,0 +1,58 @@
+"""Dispatch: the four ops' implementations, which hand each call to the kernel that its spec names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qpass.kernels.registry import Kernel, kernel
+from qpass.ops import LIBRARY
+from qpass.spec import LinearSpec
+
+
+def split_packed(packed: Sequence[Tensor], specs: Sequence[LinearSpec], chosen: Kernel) -> list[Sequence[Tensor]]:
+    """The tensors of several weights, given as one list, weight by weight."""
+    parts, start = [], 0
+    for spec in specs:
+        count = len(chosen.layout.names(spec))
+        parts.append(packed[start:start + count])
+        start += count
+    return parts
+
+
+def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    parsed = LinearSpec.parse(spec)
+    return kernel(parsed.kernel).forms["linear"](x, packed, bias, parsed)  # type: ignore[no-any-return]
+
+
+def _linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor], bias: Tensor | None,
+              spec: str, dtype: torch.dtype) -> Tensor:
+    parsed = LinearSpec.parse(spec)
+    form = kernel(parsed.kernel).forms["linear_q"]
+    return form(xq, x_scale, x_zero_point, packed, bias, parsed, dtype)  # type: ignore[no-any-return]
+
+
+def _linear_list(x: Tensor, packed: list[Tensor], bias: list[Tensor | None], specs: list[str]) -> list[Tensor]:
+    parsed = [LinearSpec.parse(spec) for spec in specs]
+    chosen = kernel(parsed[0].kernel)
+    if (form := chosen.forms.get("linear_list")) is not None:
+        return form(x, packed, bias, parsed)  # type: ignore[no-any-return]
+    parts = split_packed(packed, parsed, chosen)
+    return [chosen.forms["linear"](x, p, b, s) for p, b, s in zip(parts, bias, parsed, strict=True)]
+
+
+def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor],
+                   bias: list[Tensor | None], specs: list[str], dtype: torch.dtype) -> list[Tensor]:
+    parsed = [LinearSpec.parse(spec) for spec in specs]
+    chosen = kernel(parsed[0].kernel)
+    if (form := chosen.forms.get("linear_q_list")) is not None:
+        return form(xq, x_scale, x_zero_point, packed, bias, parsed, dtype)  # type: ignore[no-any-return]
+    one, parts = chosen.forms["linear_q"], split_packed(packed, parsed, chosen)
+    return [one(xq, x_scale, x_zero_point, p, b, s, dtype) for p, b, s in zip(parts, bias, parsed, strict=True)]
+
+
+for _name, _fn in {"linear": _linear, "linear_q": _linear_q, "linear_list": _linear_list,
+                   "linear_q_list": _linear_q_list}.items():
+    LIBRARY.impl(_name, _fn, "CompositeExplicitAutograd")

@@ -1,0 +1,46 @@
+"""Layout: how a kernel wants a weight's tensors arranged, and the way back to the canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qpass.scheme import codec_of
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight
+
+Packed = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A named arrangement. Invariant: unpack(pack(w, spec), spec) equals w, bit for bit.
+
+    `names(spec)` are the tensors of a packed weight in the order in which ops receive them.
+    """
+
+    name: str
+    names: Callable[[LinearSpec], tuple[str, ...]]
+    pack: Callable[[CanonicalWeight, LinearSpec], Packed]
+    unpack: Callable[[Packed, LinearSpec], CanonicalWeight]
+
+
+def _canonical_names(spec: LinearSpec) -> tuple[str, ...]:
+    codec = codec_of(spec.weight)
+    if codec is not None:
+        return codec.names
+    return ("qweight", "scale") if spec.weight.symmetric else ("qweight", "scale", "zero_point")
+
+
+def _same(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
+    return dict(weight.tensors)
+
+
+def _back(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
+    return CanonicalWeight(dict(packed))
+
+
+CANONICAL = Layout(name="canonical", names=_canonical_names, pack=_same, unpack=_back)
+"""Integers one a byte, as quantization gives them: what the reference reads."""

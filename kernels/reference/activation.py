@@ -1,0 +1,33 @@
+"""Activation quantization: one float tensor in, int8 codes with one scale a token out, written in plain torch.
+
+Inductor fuses these lines into whatever produced `x`; nothing here may become a custom op.
+
+symmetric   (vLLM's dynamic int8)        scale = max(amax(|x|), EPS) / 127,  q = clamp(round(x / scale), -127, 127)
+asymmetric  (compressed-tensors' token)  low = min(x, 0), high = max(x, 0), scale = max(high - low, EPS) / 255,
+            zero_point = -128 - round(low / scale),  q = clamp(round(x / scale) + zero_point, -128, 127)
+All in float32, rounding half to even.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-10  # keeps an all-zero token from dividing by zero; far below any real activation
+
+
+def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] floating -> codes int8 [..., K], scale float32 [..., 1]."""
+    x = x.float()
+    # 127, not 128: -128 stays unused, so that x and -x round the same way.
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(EPS) / 127
+    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., K] floating -> codes int8 [..., K], scale float32 [..., 1], zero point float32 [..., 1] (an integer)."""
+    x = x.float()
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    scale = (high - low).clamp_min(EPS) / 255
+    zero_point = -128 - (low / scale).round()
+    return ((x / scale).round() + zero_point).clamp(-128, 127).to(torch.int8), scale, zero_point

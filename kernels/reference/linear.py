@@ -1,0 +1,58 @@
+"""linear_reference: y = x @ w.T on quantized weights, in plain torch, for every scheme, dtype and device.
+
+Integers are multiplied in float64, which is exact for every sum that fits int32, one group at a time; group results
+are scaled and added in float32, as every kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qpass.kernels.layout import CANONICAL
+from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from qpass.kernels.registry import register_kernel
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight, dequantize_weight
+
+
+def unpack(packed: Sequence[Tensor], spec: LinearSpec) -> CanonicalWeight:
+    """The canonical weight of a list of tensors in the reference's layout."""
+    return CanonicalWeight(dict(zip(CANONICAL.names(spec), packed, strict=True)))
+
+
+@register_kernel(scheme="*", device="*", priority=0)
+def linear_reference(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
+    """x [..., K] floating -> [..., N] in x's dtype."""
+    if spec.activation is None:
+        weight = dequantize_weight(unpack(packed, spec), spec)
+        y = x.float() @ weight.t()
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+    if spec.activation.symmetric:
+        xq, x_scale = quantize_symmetric(x)
+        return linear_q_reference(xq, x_scale, None, packed, bias, spec, x.dtype)
+    xq, x_scale, x_zero_point = quantize_asymmetric(x)
+    return linear_q_reference(xq, x_scale, x_zero_point, packed, bias, spec, x.dtype)
+
+
+@linear_reference.form("linear_q")
+def linear_q_reference(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: Sequence[Tensor],
+                       bias: Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+    """xq int8 [..., K], x_scale float32 [..., 1], x_zero_point float32 [..., 1] or None -> [..., N] in `dtype`."""
+    weight = unpack(packed, spec)
+    x = xq.double() if x_zero_point is None else xq.double() - x_zero_point.double()
+    if spec.weight.type != "int":  # a codec's weights are not integers: one float product of the rounded activation
+        y = (x.float() @ dequantize_weight(weight, spec).t()) * x_scale
+        return (y if bias is None else y + bias.float()).to(dtype)
+    y = torch.zeros(*x.shape[:-1], spec.out_features, dtype=torch.float32, device=x.device)
+    size = spec.group_size
+    for g in range(spec.groups):
+        columns = slice(g * size, (g + 1) * size)
+        w = weight.qweight[:, columns].double()
+        if weight.zero_point is not None:
+            w = w - weight.zero_point[:, g, None].double()
+        y = y + (x[..., columns] @ w.t()).float() * weight.scale[:, g].float()
+    y = y * x_scale
+    return (y if bias is None else y + bias.float()).to(dtype)

@@ -1,0 +1,203 @@
+"""Registry: the one table of kernels, what each needs, and the choice among them with every refusal kept.
+
+Two questions are asked apart: does this machine have what the kernel needs (`isa`), and can the kernel take these
+arguments (`refuses`). Each answer is None or a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.errors import DuplicateRegistration, NoKernel
+from qpass.kernels.isa import machine_refuses
+from qpass.kernels.layout import CANONICAL, Layout
+from qpass.spec import LinearSpec
+
+LinearFn = Callable[[Tensor, Sequence[Tensor], "Tensor | None", LinearSpec], Tensor]
+Refuses = Callable[["LinearCall"], "str | None"]
+Prepare = Callable[[], "str | None"]
+NativeCall = Callable[[str, Sequence[Any]], "tuple[Callable[..., Any], tuple[Any, ...]] | None"]
+
+_SIGNATURES = {
+    "linear": ("x", "packed", "bias", "spec"),
+    "linear_q": ("xq", "x_scale", "x_zero_point", "packed", "bias", "spec", "dtype"),
+    "linear_list": ("x", "packed", "bias", "specs"),
+    "linear_q_list": ("xq", "x_scale", "x_zero_point", "packed", "bias", "specs", "dtype"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCall:
+    """What is known of a call before it is made; sizes of the batch are not, kernels take any."""
+
+    spec: LinearSpec
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(kw_only=True, eq=False)
+class Kernel:
+    """One kernel of the table. Call `forms[op]` to run it.
+
+    `native_call(op, args)` says what a graph should call in place of a node of `qpass::<op>`: `args` are that node's
+    arguments, in the schema's order, tensors standing as fx nodes or as real tensors alike (it looks only at the
+    specs, dtypes and the shapes of lists). It returns (op overload, arguments), which gives the same result, or None
+    if the `qpass` op should stay. It may compile the kernel, and then raises NoKernel if that fails.
+
+        call = chosen.native_call and chosen.native_call("linear_q", node.args)
+        if call is not None:
+            node.target, node.args = call
+
+    `prepare()` makes the kernel ready to run (compiles it, once a process) and returns None or why that failed.
+    """
+
+    name: str
+    scheme: str
+    device: str
+    isa: str | None
+    layout: Layout
+    refuses: Refuses
+    priority: int
+    forms: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    native_call: NativeCall | None = None
+    prepare: Prepare | None = None
+
+    def form(self, op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: the same kernel for `linear_q`, `linear_list` or `linear_q_list`; the signature is checked."""
+
+        def attach(fn: Callable[..., Any]) -> Callable[..., Any]:
+            _check_signature(self.name, op, fn)
+            if op in self.forms:
+                raise DuplicateRegistration(f"kernel {self.name!r} has a form for {op} already")
+            self.forms[op] = fn
+            return fn
+
+        return attach
+
+    def why_not(self, call: LinearCall) -> str | None:
+        """The first reason not to run `call`, or None."""
+        spec = call.spec
+        if self.scheme not in ("*", spec.family):
+            return f"computes {self.scheme}, not {spec.family}"
+        if self.device not in ("*", call.device.type):
+            return f"runs on {self.device}, not {call.device.type}"
+        return machine_refuses(self.isa) or self.refuses(call)
+
+    def __reduce__(self) -> Any:
+        return kernel, (self.name,)
+
+    def __deepcopy__(self, memo: Any) -> Kernel:
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The kernel chosen for a call, and why every better one was not."""
+
+    kernel: Kernel
+    refusals: dict[str, str]
+
+
+KERNELS: dict[str, Kernel] = {}
+_forced: list[str] = []
+
+
+def register_kernel(*, scheme: str, device: str, op: str = "linear", isa: str | None = None, name: str | None = None,
+                    layout: Layout = CANONICAL, refuses: Refuses | None = None, priority: int = 50,
+                    prepare: Prepare | None = None, native_call: NativeCall | None = None) -> Callable[[LinearFn], Kernel]:
+    """Decorator that puts a linear kernel in the table and returns its Kernel, to which other forms can be attached.
+
+    scheme    a family such as "w4a8", or "*"
+    device    a torch device type, or "*"
+    isa       what the machine must have: "amx_int8", "avx512_vnni", "avx2", "x86_64", ...; None for anything
+    refuses   LinearCall -> None or the sentence that says why not
+    priority  higher is asked first; the native kernels have 10 to 40, the reference 0
+    prepare, native_call  see Kernel
+
+    Raises DuplicateRegistration for a name in use, TypeError for a signature that is not the op's.
+    """
+
+    def put(fn: LinearFn) -> Kernel:
+        if op != "linear":
+            raise TypeError(f"kernels are registered for op 'linear' and get other forms with .form(...); got {op!r}")
+        label = name or fn.__name__
+        if label in KERNELS:
+            raise DuplicateRegistration(f"a kernel named {label!r} is registered already; choose another name")
+        _check_signature(label, op, fn)
+        made = Kernel(name=label, scheme=scheme, device=device, isa=isa, layout=layout, priority=priority,
+                      refuses=refuses or (lambda call: None), forms={op: fn}, prepare=prepare,
+                      native_call=native_call)
+        KERNELS[label] = made
+        return made
+
+    return put
+
+
+def kernel(name: str) -> Kernel:
+    """The registered kernel of this name; loads the built-in ones first."""
+    load_builtin()
+    try:
+        return KERNELS[name]
+    except KeyError:
+        raise NoKernel(f"no kernel is named {name!r}; registered: {', '.join(sorted(KERNELS))}") from None
+
+
+def choose(call: LinearCall, *, where: str = "", prepare: bool = False) -> Choice:
+    """The best kernel that takes `call`. Raises NoKernel, naming `where`, if a forced kernel refuses.
+
+    With `prepare` the kernel is also made ready, which may compile it; one that cannot be made ready refuses with
+    the reason. Planning leaves it out, swapping sets it before weights are packed.
+    """
+    load_builtin()
+    forced = _forced[-1] if _forced else os.environ.get("QPASS_KERNEL")
+    if forced:
+        wanted = kernel(forced)
+        if (why := _why_not(wanted, call, prepare)) is not None:
+            raise NoKernel(f"kernel {forced!r} was forced but refuses {where or 'a layer'} ({call.spec}): {why}\n"
+                           "choose another kernel, or add the layer to ignore")
+        return Choice(kernel=wanted, refusals={})
+    refusals: dict[str, str] = {}
+    for candidate in sorted(KERNELS.values(), key=lambda k: -k.priority):
+        why = _why_not(candidate, call, prepare)
+        if why is None:
+            return Choice(kernel=candidate, refusals=refusals)
+        if candidate.scheme in ("*", call.spec.family) and candidate.device in ("*", call.device.type):
+            refusals[candidate.name] = why
+    raise NoKernel(f"no kernel for {call.spec} at {where or 'a layer'} on {call.device}:\n"
+                   + "\n".join(f"  {name}: {why}" for name, why in refusals.items()))
+
+
+@contextlib.contextmanager
+def force_kernel(name: str) -> Iterator[None]:
+    """Use this kernel for every layer planned or quantized inside the block; its refusal becomes an error."""
+    kernel(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def load_builtin() -> None:
+    """Import the kernels that come with qpass; compiles nothing."""
+    import qpass.kernels.cpu.x86
+    import qpass.kernels.reference.linear  # noqa: F401
+
+
+def _why_not(candidate: Kernel, call: LinearCall, prepare: bool) -> str | None:
+    why = candidate.why_not(call)
+    return candidate.prepare() if why is None and prepare and candidate.prepare is not None else why
+
+
+def _check_signature(name: str, op: str, fn: Callable[..., Any]) -> None:
+    want, got = _SIGNATURES[op], tuple(inspect.signature(fn).parameters)
+    if got != want:
+        raise TypeError(f"kernel {name!r} must take {want} as op {op!r} does, but takes {got}")

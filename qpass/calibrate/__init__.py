@@ -1,0 +1,1 @@
+"""Calibration algorithms, one a file."""

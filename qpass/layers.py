@@ -1,0 +1,239 @@
+"""Layers: what swap puts into a model, a packed weight that multiplies, instead of a float parameter.
+
+`QuantLinear` replaces a module that was nothing but the product; `QuantWeight` replaces a parameter inside a bigger
+forward and intercepts the product. Both hold one copy of the weight, in the layout of the kernel that runs it;
+`state_dict()` gives the canonical form, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qpass.kernels.dispatch  # noqa: F401  (the ops below need their implementations)
+from qpass.errors import PackedForInference
+from qpass.formats.compressed_tensors import names_on_disk, read_weight, write_weight
+from qpass.kernels.registry import Kernel, LinearCall, choose, kernel
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight, dequantize_weight
+from qpass.weight_view import WeightView
+
+
+class PackedWeight(nn.Module):
+    """One weight [N, K] packed for one kernel, as non-persistent buffers.
+
+    Invariant: the buffers are `kernel.layout.pack(canonical, spec)`, and `spec.kernel == kernel.name`.
+    """
+
+    spec: LinearSpec
+    dtype: torch.dtype
+
+    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype) -> None:
+        """`weight` is packed for `spec.kernel`; `dtype` is that of the float weight it came from."""
+        super().__init__()
+        self.dtype = dtype
+        self.training = False
+        self._pack(weight, spec)
+
+    def _pack(self, weight: CanonicalWeight, spec: LinearSpec) -> None:
+        chosen = kernel(spec.kernel)
+        packed = chosen.layout.pack(weight, spec)
+        for name in getattr(self, "_names", ()):
+            del self._buffers[name]
+        self._names = tuple("packed_" + name for name in chosen.layout.names(spec))
+        for name in self._names:
+            self.register_buffer(name, packed[name.removeprefix("packed_")], persistent=False)
+        self.spec, self._spec_text, self._kernel = spec, str(spec), chosen
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel that runs this layer."""
+        return self._kernel
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The packed tensors in the layout's order."""
+        return [getattr(self, name) for name in self._names]
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed weight takes in memory."""
+        return sum(t.numel() * t.element_size() for t in self.packed)
+
+    def canonical(self) -> CanonicalWeight:
+        """The weight in canonical form: a copy, or the very tensors if the layout is the canonical one."""
+        names = (name.removeprefix("packed_") for name in self._names)
+        return self._kernel.layout.unpack(dict(zip(names, self.packed, strict=True)), self.spec)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as quantized, float [N, K], by default in the dtype it had before."""
+        return dequantize_weight(self.canonical(), self.spec, dtype or self.dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N]; an op of the graph when traced, the kernel itself when not."""
+        if torch.compiler.is_compiling():
+            return torch.ops.qpass.linear(x, self.packed, bias, self._spec_text)  # type: ignore[no-any-return]
+        return self._kernel.forms["linear"](x, self.packed, bias, self.spec)  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> PackedWeight:
+        if mode:
+            raise PackedForInference(
+                f"layers packed for inference cannot train ({self._spec_text}); qpass.dequantize(model) gives ordinary "
+                "float layers back, and model.eval() puts the layers that already switched back")
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        names, before = self._names, self.packed
+        held = {name: self._buffers.pop(name) for name in names}
+        try:
+            super()._apply(fn, recurse)
+            # Seen as bytes, so that a cast such as model.half() leaves scales and codes as they are.
+            moved = [fn(t.view(torch.uint8)).view(t.dtype) for t in before]
+        except BaseException:
+            self._buffers.update(held)
+            raise
+        self._buffers.update(zip(names, moved, strict=True))
+        if moved[0].device.type not in (before[0].device.type, "meta"):
+            self._repack()
+        return self
+
+    def _repack(self) -> None:
+        """Choose the kernel again, for the device the tensors are on now, and pack for it."""
+        call = LinearCall(spec=self.spec, device=self.device, dtype=self.dtype)
+        self._pack(self.canonical(), self.spec.on(choose(call).kernel.name))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in write_weight(self.canonical(), self.spec).items():
+            destination[f"{prefix}{name}"] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        found = {name: state_dict[prefix + name] for name in names_on_disk(self.spec) if prefix + name in state_dict}
+        missing = [prefix + name for name in names_on_disk(self.spec) if name not in found]
+        rest = {key: value for key, value in state_dict.items()
+                if not (key.startswith(prefix) and key.removeprefix(prefix) in found)}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if missing:
+            missing_keys.extend(missing)
+            return
+        try:
+            weight = read_weight(found, self.spec)
+        except ValueError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            return
+        moved = CanonicalWeight({name: tensor.to(self.device) for name, tensor in weight.tensors.items()})
+        self._pack(moved, self.spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The module that a QuantLinear replaced, its weight gone, and how to give it a weight again."""
+
+    module: nn.Module
+    weight: str
+    bias: str | None
+    transposed: bool
+
+    def with_weight(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+        """The module again, holding `weight` [N, K] as it stores it, and `bias`."""
+        stored = weight.t().contiguous() if self.transposed else weight
+        self.module._parameters[self.weight] = nn.Parameter(stored, requires_grad=False)
+        if self.bias is not None:
+            self.module._parameters[self.bias] = bias
+        return self.module
+
+
+class QuantLinear(PackedWeight):
+    """y = x @ w.T + bias with a packed weight; takes the place of nn.Linear, Conv1D, or any module that is a product.
+
+    `origin` is what it replaced, for `qpass.dequantize`; None gives an nn.Linear back.
+    """
+
+    def __init__(self, weight: CanonicalWeight, bias: nn.Parameter | None, spec: LinearSpec, dtype: torch.dtype,
+                 origin: Origin | None = None) -> None:
+        super().__init__(weight, spec, dtype)
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.register_parameter("bias", bias)
+        if origin is None:
+            linear = nn.Linear(spec.in_features, spec.out_features, bias=bias is not None, device="meta", dtype=dtype)
+            origin = Origin(module=linear, weight="weight", bias=None if bias is None else "bias", transposed=False)
+        self.origin = origin
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
+                      "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+            setattr(self, hooks, getattr(origin.module, hooks))
+
+    @property
+    def weight(self) -> WeightView:
+        """A stand-in for the float weight: has its dtype, shape and device, and multiplies."""
+        return WeightView(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def extra_repr(self) -> str:
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"{self._spec_text}")
+
+
+class QuantWeight(PackedWeight):
+    """A parameter that is packed: `x @ w`, `F.linear(x, w)`, `addmm` and `einsum` with it run the kernel.
+
+    `transposed` says that the parameter was stored [K, N]. It is a module only so that `.to()` and `state_dict()` reach it.
+    """
+
+    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(weight, spec, dtype)
+        self.transposed = transposed
+
+    def view(self) -> WeightView:
+        """The stand-in that answers as the parameter did."""
+        return WeightView(self, transposed=self.transposed)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.view().shape
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 2
+
+    @property
+    def T(self) -> WeightView:
+        return self.view().T
+
+    @property
+    def mT(self) -> WeightView:
+        return self.view().T
+
+    def t(self) -> WeightView:
+        return self.view().T
+
+    def transpose(self, dim0: int, dim1: int) -> WeightView:
+        return self.view().transpose(dim0, dim1)
+
+    def permute(self, *dims: int) -> WeightView:
+        return self.view().permute(*dims)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        seen = tuple(a.view() if isinstance(a, QuantWeight) else a for a in args)
+        named = {k: v.view() if isinstance(v, QuantWeight) else v for k, v in (kwargs or {}).items()}
+        return WeightView.__torch_function__(func, types, seen, named)
+
+    def extra_repr(self) -> str:
+        return f"{self._spec_text}, transposed={self.transposed}"

@@ -1,0 +1,51 @@
+"""Ops: the schemas of what swap and lowering leave in a graph, and the shapes they give; no arithmetic is here.
+
+`linear` quantizes its activation as the spec says and multiplies. `linear_q` takes an activation that is already
+integers, so that its quantization can stand in the graph as plain ATen and fuse into whatever came before.
+The `_list` forms multiply one activation with several weights in one call. `packed` holds the tensors of the kernel's
+layout in the layout's order; `spec` is `str(LinearSpec)`. What the ops compute is defined in `kernels/reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpass.spec import LinearSpec
+
+LIBRARY = torch.library.Library("qpass", "DEF")
+LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str spec) -> Tensor")
+LIBRARY.define("linear_q(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor? bias, str spec, "
+               "ScalarType dtype) -> Tensor")
+LIBRARY.define("linear_list(Tensor x, Tensor[] packed, Tensor?[] bias, str[] specs) -> Tensor[]")
+LIBRARY.define("linear_q_list(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor?[] bias, "
+               "str[] specs, ScalarType dtype) -> Tensor[]")
+
+
+def _product(x: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    parsed = LinearSpec.parse(spec)
+    torch._check(x.shape[-1] == parsed.in_features,
+                 lambda: f"qpass: input has {x.shape[-1]} features, the weight takes {parsed.in_features} ({spec})")
+    return x.new_empty((*x.shape[:-1], parsed.out_features), dtype=dtype)
+
+
+@torch.library.register_fake("qpass::linear", lib=LIBRARY)
+def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    return _product(x, spec, x.dtype)
+
+
+@torch.library.register_fake("qpass::linear_q", lib=LIBRARY)
+def _linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor], bias: Tensor | None,
+              spec: str, dtype: torch.dtype) -> Tensor:
+    return _product(xq, spec, dtype)
+
+
+@torch.library.register_fake("qpass::linear_list", lib=LIBRARY)
+def _linear_list(x: Tensor, packed: list[Tensor], bias: list[Tensor | None], specs: list[str]) -> list[Tensor]:
+    return [_product(x, spec, x.dtype) for spec in specs]
+
+
+@torch.library.register_fake("qpass::linear_q_list", lib=LIBRARY)
+def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor],
+                   bias: list[Tensor | None], specs: list[str], dtype: torch.dtype) -> list[Tensor]:
+    return [_product(xq, spec, dtype) for spec in specs]

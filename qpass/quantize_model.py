@@ -1,0 +1,134 @@
+"""Quantize: a model and a recipe in, the same model object out, its chosen layers packed; and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
+from qpass.layers import PackedWeight
+from qpass.plan_model import Decision, Plan, make_plan
+from qpass.recipe_files import as_recipe
+from qpass.swap import restore, swap_site
+from qpass.weight import check_weight
+
+
+def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, calibration: Iterable[Any] | None = None,
+             device: torch.device | str | None = None, progress: bool = True, allow_nonfinite: bool = False) -> Any:
+    """Quantize `model` in place by `recipe` and return the same object.
+
+    model           an nn.Module (of any class; it stays that class), a torch.fx.GraphModule, or an ExportedProgram
+    recipe          a preset name, Scheme, Recipe, dict, torchao config, or path to a YAML or JSON recipe
+    example_inputs  what one call of the model takes: a tensor, a tuple of positional or a dict of keyword arguments;
+                    by default the model's own `dummy_inputs`. Only shapes and dtypes are used.
+    calibration     data for algorithms that need some; none of the recipe's algorithms may be missing it
+    device          where the quantized model should live; by default each layer stays where it is
+    progress        show a bar on stderr
+    allow_nonfinite quantize NaN and Inf in weights as 0 instead of refusing
+
+    Peak memory is the model plus one layer. Interrupted (Ctrl-C), the model is left with each layer whole: either
+    still float or packed. Raises a subclass of QPassError that names the layer before anything is changed.
+    """
+    chosen = as_recipe(recipe)
+    if chosen.algorithms or calibration is not None:
+        asked = ", ".join(chosen.algorithms) or "calibration data"
+        raise RecipeError(f"the recipe asks for {asked}, and this version rounds to nearest only; remove algorithms and "
+                          "calibration")
+    if isinstance(model, torch.export.ExportedProgram) or (
+            isinstance(model, torch.fx.GraphModule) and not _has_modules_to_swap(model)):
+        from qpass.graph_swap import quantize_graph
+
+        return quantize_graph(model, chosen, example_inputs=example_inputs, allow_nonfinite=allow_nonfinite)
+    check_model(model)
+    plan = make_plan(model, chosen, example_inputs=example_inputs)
+    targets = [d for d in plan.decisions if d.status == "quantize"]
+    _check_weights(model, targets, allow_nonfinite)
+    where = None if device is None else torch.device(device)
+    remember(model, plan)
+    _swap_all(model, targets, where, progress)
+    if where is not None:
+        model.to(where)
+    finish(model, plan)
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Put ordinary float modules back, holding the weights as quantized, in place; returns the same object.
+
+    Raises QPassError if nothing in the model is quantized.
+    """
+    if restore(model) == 0:
+        raise QPassError("nothing in this model is quantized by qpass; quantize it first")
+    from qpass.hf import forget_config
+
+    forget_config(model)
+    model.__dict__.pop("_qpass_plan", None)
+    return model
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a float nn.Module that is neither quantized nor compiled."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize takes an nn.Module, GraphModule or ExportedProgram, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise AlreadyCompiled("this model is compiled already; quantize the model first and compile the result: "
+                              "model = torch.compile(qpass.quantize(model, recipe))")
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    if packed:
+        raise AlreadyQuantized(f"{len(packed)} layers are quantized by qpass already, the first is {packed[0]}; "
+                               "qpass.dequantize(model) goes back, or load the float model again")
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = getattr(getattr(model, "config", None), "quantization_config", None)
+        raise AlreadyQuantized(f"Transformers quantized this model already ({type(method).__name__}); load the float "
+                               "checkpoint instead")
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Keep the plan on the model, for `explain`; not a parameter, not in state_dict."""
+    model.__dict__["_qpass_plan"] = plan
+
+
+def finish(model: nn.Module, plan: Plan) -> None:
+    """What follows the last swap: Transformers' config is told, and torch.compile gets the lowering passes."""
+    from qpass.hf import write_config
+    from qpass.lowering.install import install
+
+    write_config(model, plan)
+    install()
+
+
+def _check_weights(model: nn.Module, targets: list[Decision], allow_nonfinite: bool) -> None:
+    devices: dict[str, str] = {}
+    for decision in targets:
+        weight = model.get_parameter(decision.site.name)
+        devices.setdefault(str(weight.device), decision.site.name)
+        check_weight(weight, decision.site.name, allow_nonfinite=allow_nonfinite)
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        places = "; ".join(f"{name} is on {device}" for device, name in devices.items())
+        raise WeightError(f"the model's weights are on {len(devices)} devices ({places}); move it to one with "
+                          "model.to(device), or load it with a device_map")
+
+
+def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | None, progress: bool) -> None:
+    from tqdm import tqdm
+
+    done = 0
+    try:
+        with tqdm(total=len(targets), desc="quantizing", unit="layer", disable=not progress) as bar:
+            for decision in targets:
+                bar.set_postfix_str(decision.site.name, refresh=False)
+                swap_site(model, decision, device)
+                done += 1
+                bar.update()
+    except BaseException as error:
+        error.add_note(f"qpass: interrupted after {done} of {len(targets)} layers; each layer is whole, either packed or "
+                       "float. qpass.dequantize(model) makes all of them float again.")
+        raise
+
+
+def _has_modules_to_swap(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether a GraphModule still calls modules, as torch.fx.symbolic_trace leaves them; those swap like any model."""
+    return any(node.op == "call_module" for node in graph_module.graph.nodes)

@@ -1,0 +1,183 @@
+"""Scheme: what the numbers are, of a weight and of the activation it meets; and the table of presets.
+
+A preset has exactly the types, granularity and symmetry of the compressed-tensors preset of that name
+(compressed-tensors 0.20, `quantization/quant_scheme.py`), in lower case. `w4a8_channel` is the channelwise recipe
+of vLLM's W4A8 page: int4 per output channel, int8 asymmetric per token.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from qpass.errors import DuplicateRegistration, RecipeError
+
+Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
+
+
+class Codec(Protocol):
+    """How a number format of one's own stores a weight: the two directions, in plain torch.
+
+    `names` are the tensors it makes, in order; `weight_<name>` is how each is called in a checkpoint.
+    """
+
+    names: tuple[str, ...]
+
+    def quantize(self, weight: Tensor, group_size: int) -> dict[str, Tensor]:
+        """`weight` float32 [N, K] to named tensors, any shapes and dtypes."""
+
+    def dequantize(self, tensors: dict[str, Tensor], group_size: int) -> Tensor:
+        """The named tensors back to float32 [N, K]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightArgs:
+    """The numbers of a weight [N, K]; groups run along K.
+
+    `type` is "int" or the name of a registered codec. `group_size` is set for per_group only.
+    """
+
+    bits: int
+    type: str = "int"
+    granularity: Granularity = "per_channel"
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise RecipeError(f"weight bits must be 1 to 8, got {self.bits}")
+        if self.type == "int" and self.bits < 2:
+            raise RecipeError("int weights need at least 2 bits; register a codec for 1-bit formats")
+        if self.granularity not in ("per_tensor", "per_channel", "per_group"):
+            raise RecipeError(f"weight granularity must be per_tensor, per_channel or per_group, got {self.granularity!r}")
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            raise RecipeError("group_size goes with granularity='per_group', and only with it; "
+                              f"got {self.granularity!r} and group_size={self.group_size}")
+        if self.group_size is not None and self.group_size < 1:
+            raise RecipeError(f"group_size must be positive, got {self.group_size}; "
+                              "use granularity='per_channel' for one group a row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationArgs:
+    """The numbers an activation is rounded to just before the product, one scale a token."""
+
+    bits: int = 8
+    type: str = "int"
+    granularity: Granularity = "per_token"
+    symmetric: bool = True
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.bits, self.type, self.granularity, self.dynamic) != (8, "int", "per_token", True):
+            raise RecipeError("activations can be int8, dynamic, per token; got "
+                              f"{self.type}{self.bits}, {self.granularity}, dynamic={self.dynamic}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A named choice of weight and activation numbers. `activation=None` leaves activations in the model's dtype."""
+
+    name: str
+    weight: WeightArgs
+    activation: ActivationArgs | None = None
+
+    def with_group_size(self, group_size: int) -> Scheme:
+        """The same scheme with groups of `group_size`, named `<name>_g<group_size>`."""
+        weight = replace(self.weight, granularity="per_group", group_size=group_size)
+        return replace(self, name=f"{self.name}_g{group_size}", weight=weight)
+
+    @property
+    def family(self) -> str:
+        """What kernels are written for: `w4a8`, `w8a16`, ..., whatever the granularity and symmetry."""
+        prefix = "w" if self.weight.type == "int" else self.weight.type + "_w"
+        return f"{prefix}{self.weight.bits}a{self.activation.bits if self.activation else 16}"
+
+    def bits_per_weight(self, in_features: int, group_size: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight, scales and zero points included, for rows of `in_features` weights."""
+        groups = -(-in_features // group_size)
+        extra = scale_bits + (0 if self.weight.symmetric else self.weight.bits)
+        return self.weight.bits + groups * extra / max(in_features, 1)
+
+
+_INT8_TOKEN = ActivationArgs()
+
+
+def _group(bits: int, activation: ActivationArgs | None, *, symmetric: bool = True, group_size: int = 128) -> dict[str, Any]:
+    weight = WeightArgs(bits=bits, granularity="per_group", group_size=group_size, symmetric=symmetric)
+    return {"weight": weight, "activation": activation}
+
+
+PRESETS: dict[str, Scheme] = {}
+_CODECS: dict[str, Codec] = {}
+
+
+def register_scheme(scheme: Scheme, *, codec: Codec | None = None) -> Scheme:
+    """Add a scheme to PRESETS under its name; `codec` defines `scheme.weight.type` when that is not "int".
+
+    Raises DuplicateRegistration if the name is taken, RecipeError if the weight type has no codec.
+    """
+    if scheme.name in PRESETS:
+        raise DuplicateRegistration(f"a scheme named {scheme.name!r} is registered already; choose another name")
+    kind = scheme.weight.type
+    if codec is not None:
+        if kind == "int" or kind in _CODECS:
+            raise DuplicateRegistration(f"weight type {kind!r} of scheme {scheme.name!r} has a definition already; "
+                                        "leave codec out, or choose another type name")
+        _CODECS[kind] = codec
+    elif kind != "int" and kind not in _CODECS:
+        raise RecipeError(f"scheme {scheme.name!r} has weight type {kind!r}, which nothing defines; pass codec=...")
+    PRESETS[scheme.name] = scheme
+    return scheme
+
+
+def scheme_for(weight: WeightArgs, activation: ActivationArgs | None) -> Scheme:
+    """The preset with exactly these numbers, or a Scheme named after them: `w4a8_g64`, `w4a16_channel_asym`.
+
+    A trailing `_xasym` says that the activation is asymmetric where the name does not.
+    """
+    for known in PRESETS.values():
+        if (known.weight, known.activation) == (weight, activation):
+            return known
+    unnamed = Scheme(name="", weight=weight, activation=activation)
+    group = f"g{weight.group_size}" if weight.group_size else weight.granularity.removeprefix("per_")
+    name = f"{unnamed.family}_{group}" + ("" if weight.symmetric else "_asym")
+    if activation is not None and not activation.symmetric:
+        name += "_xasym"
+    return replace(unnamed, name=name)
+
+
+def check_defined(scheme: Scheme) -> None:
+    """Raise RecipeError if nothing defines the scheme's weight type."""
+    kind = scheme.weight.type
+    if kind != "int" and kind not in _CODECS:
+        known = ", ".join(["int", *sorted(_CODECS)])
+        raise RecipeError(f"scheme {scheme.name!r} has weight type {kind!r}, which nothing defines (known: {known}); "
+                          "register it with qpass.register_scheme(scheme, codec=...)")
+
+
+def codec_of(weight: WeightArgs) -> Codec | None:
+    """The codec that defines this weight's type; None for the built-in integers."""
+    return None if weight.type == "int" else _CODECS[weight.type]
+
+
+def preset(name: str) -> Scheme:
+    """The preset of this name, in any case; raises RecipeError with the closest names."""
+    found = PRESETS.get(name) or PRESETS.get(name.lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3) or sorted(PRESETS)
+        raise RecipeError(f"no scheme is named {name!r}; closest: {', '.join(near)} (all: qpass.PRESETS)")
+    return found
+
+
+for _bits in (2, 3, 4, 5, 6, 7):
+    register_scheme(Scheme(name=f"w{_bits}a16", **_group(_bits, None)))
+    register_scheme(Scheme(name=f"w{_bits}a8", **_group(_bits, _INT8_TOKEN)))
+register_scheme(Scheme(name="w8a16", **_group(8, None)))
+register_scheme(Scheme(name="w4a16_asym", **_group(4, None, symmetric=False)))
+register_scheme(Scheme(name="w8a8", weight=WeightArgs(bits=8), activation=_INT8_TOKEN))
+register_scheme(Scheme(name="int8", weight=WeightArgs(bits=8), activation=_INT8_TOKEN))
+register_scheme(Scheme(name="w4a8_channel", weight=WeightArgs(bits=4), activation=ActivationArgs(symmetric=False)))

@@ -1,0 +1,73 @@
+"""LinearSpec: all that a kernel must know of one quantized linear, as data and as the string a graph carries.
+
+The string stands in graphs as an op argument, so that a dump says what is computed and the compiler sees a constant:
+`w4a8 int4:g64:sym x int8:token:sym 576x1536 @linear_w4a8_avx2`. It holds no layer name: two layers of one shape and
+scheme share one compiled graph.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from qpass.scheme import ActivationArgs, WeightArgs
+
+_PATTERN = re.compile(
+    r"(?P<family>\S+) (?P<type>\w+?)(?P<bits>\d):(?P<group>g\d+|channel|tensor):(?P<sym>sym|asym)"
+    r"(?: x int8:token:(?P<asym>sym|asym))? (?P<n>\d+)x(?P<k>\d+) @(?P<kernel>\S+)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """y[..., N] = x[..., K] @ dequantize(weight)[N, K].T + bias, the activation rounded first if `activation` is set.
+
+    Invariants: 1 <= group_size; group_size == in_features unless granularity is per_group; per_group needs
+    in_features % group_size == 0 (the planner adjusts, skips or refuses before a spec is made).
+    `kernel` is the registered kernel whose layout the packed tensors have.
+    """
+
+    family: str
+    weight: WeightArgs
+    activation: ActivationArgs | None
+    out_features: int
+    in_features: int
+    kernel: str = "linear_reference"
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale along K; the whole row when the granularity is not per_group."""
+        return self.weight.group_size or max(self.in_features, 1)
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return max(1, self.in_features // self.group_size)
+
+    def on(self, kernel: str) -> LinearSpec:
+        """The same product on another kernel."""
+        return replace(self, kernel=kernel)
+
+    def __str__(self) -> str:
+        w, a = self.weight, self.activation
+        group = f"g{w.group_size}" if w.group_size else w.granularity.removeprefix("per_")
+        text = f"{self.family} {w.type}{w.bits}:{group}:{'sym' if w.symmetric else 'asym'}"
+        if a is not None:
+            text += f" x int8:token:{'sym' if a.symmetric else 'asym'}"
+        return f"{text} {self.out_features}x{self.in_features} @{self.kernel}"
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> LinearSpec:
+        """The inverse of str(); raises ValueError on anything else."""
+        m = _PATTERN.fullmatch(text)
+        if m is None:
+            raise ValueError(f"not a linear spec: {text!r}")
+        group = m["group"]
+        size = int(group[1:]) if group.startswith("g") else None
+        weight = WeightArgs(bits=int(m["bits"]), type=m["type"], group_size=size, symmetric=m["sym"] == "sym",
+                            granularity="per_group" if size else f"per_{group}")  # type: ignore[arg-type]
+        activation = ActivationArgs(symmetric=m["asym"] == "sym") if m["asym"] else None
+        return LinearSpec(family=m["family"], weight=weight, activation=activation, out_features=int(m["n"]),
+                          in_features=int(m["k"]), kernel=m["kernel"])

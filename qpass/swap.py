@@ -1,0 +1,98 @@
+"""Swap: one decision in, the owner module or its parameter replaced by a packed weight, the float freed at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qpass.errors import WeightError
+from qpass.layers import Origin, PackedWeight, QuantLinear, QuantWeight
+from qpass.plan_model import Decision
+from qpass.spec import LinearSpec
+from qpass.weight import quantize_weight
+
+
+def swap_site(model: nn.Module, decision: Decision, device: torch.device | None = None) -> PackedWeight:
+    """Quantize, pack and replace the parameter of one site, on `device` (by default where it is).
+
+    Until the packed layer is whole the model is untouched; then one assignment per place puts it in. Peak memory
+    beyond the model is one layer of int8 codes and one packed layer.
+    """
+    site, spec = decision.site, decision.spec
+    if spec is None:
+        raise WeightError(f"{site.name} has no scheme in this plan and cannot be swapped")
+    owner = model.get_submodule(site.owner)
+    leaf = site.name.rpartition(".")[2]
+    parameter = owner._parameters[leaf]
+    if parameter is None:
+        raise WeightError(f"{site.name} is gone from the model since the plan was made; plan again")
+    return _replace(model, owner, leaf, parameter, decision, spec, device)
+
+
+def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, decision: Decision,
+             spec: LinearSpec, device: torch.device | None) -> PackedWeight:
+    site = decision.site
+    weight = parameter.detach() if device is None else parameter.detach().to(device)
+    canonical = quantize_weight(weight.t() if site.transposed else weight, spec)
+    del weight
+    if site.swap == "parameter" or owner is model:
+        packed: PackedWeight = QuantWeight(canonical, spec, site.dtype, transposed=site.transposed)
+        del canonical
+        for holder, name in _holders(model, parameter):
+            del holder._parameters[name]
+            holder.add_module(name, packed)
+        return packed
+    first: QuantLinear | None = None
+    for holder, name in _holders(model, parameter):
+        bias_leaf = site.bias.rpartition(".")[2] if site.bias else None
+        bias = holder._parameters[bias_leaf] if bias_leaf else None
+        if bias is not None and device is not None:
+            bias = nn.Parameter(bias.detach().to(device), requires_grad=bias.requires_grad)
+        origin = Origin(module=holder, weight=name, bias=bias_leaf, transposed=site.transposed)
+        linear = QuantLinear(canonical, bias, spec, site.dtype, origin)
+        if first is not None:  # a tied weight: the second holder reads the same packed tensors
+            linear._buffers = first._buffers
+        first = first or linear
+        _put_everywhere(model, holder, linear)
+        holder._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    assert first is not None, f"{site.name} has no holder"
+    return first
+
+
+def _holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every (module, name) that holds this very parameter; more than one if it is tied."""
+    return [(module, name) for module in model.modules() for name, p in module._parameters.items() if p is parameter]
+
+
+def _put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace `old` wherever it is registered; a module may stand under several names."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def restore(model: nn.Module) -> int:
+    """Replace every packed weight by an ordinary float parameter holding the weight as quantized. Returns the number."""
+    restored: dict[nn.Module, nn.Module | nn.Parameter] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if not isinstance(child, PackedWeight):
+                continue
+            back = restored.get(child)
+            if back is None:
+                back = restored[child] = _float_again(child)
+            if isinstance(back, nn.Parameter):
+                del parent._modules[name]
+                parent.register_parameter(name, back)
+            else:
+                parent._modules[name] = back
+    return len(restored)
+
+
+def _float_again(packed: PackedWeight) -> nn.Module | nn.Parameter:
+    weight = packed.dequantize()
+    if isinstance(packed, QuantWeight):
+        return nn.Parameter(weight.t().contiguous() if packed.transposed else weight, requires_grad=False)
+    assert isinstance(packed, QuantLinear)
+    return packed.origin.with_weight(weight, packed.bias)

@@ -1,0 +1,125 @@
+"""WeightView: stands where a float weight stood, and turns each product with it into a call of its kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qpass.errors import PackedForInference
+
+if TYPE_CHECKING:
+    from qpass.layers import PackedWeight
+
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+
+
+class WeightView:
+    """`owner`'s weight as [N, K], or as [K, N] if transposed; no copy is made."""
+
+    def __init__(self, owner: PackedWeight, *, transposed: bool = False) -> None:
+        self.owner = owner
+        self.transposed = transposed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.owner.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.owner.device
+
+    @property
+    def shape(self) -> torch.Size:
+        n, k = self.owner.spec.out_features, self.owner.spec.in_features
+        return torch.Size((k, n) if self.transposed else (n, k))
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 2
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @property
+    def T(self) -> WeightView:
+        return WeightView(self.owner, transposed=not self.transposed)
+
+    @property
+    def mT(self) -> WeightView:
+        return self.T
+
+    def t(self) -> WeightView:
+        return self.T
+
+    def transpose(self, dim0: int, dim1: int) -> WeightView:
+        return self if dim0 % 2 == dim1 % 2 else self.T
+
+    def permute(self, *dims: Any) -> WeightView:
+        order = dims[0] if len(dims) == 1 else dims
+        return self if tuple(d % 2 for d in order) == (0, 1) else self.T
+
+    def dequantize(self) -> Tensor:
+        """The weight as quantized, as an ordinary float tensor of this shape."""
+        weight = self.owner.dequantize()
+        return weight.t() if self.transposed else weight
+
+    def _as_out_in(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """x @ self + bias, or None if the kernel cannot, because the weight stands the other way round."""
+        return self.owner.multiply(x, bias) if self.transposed else None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        y = None
+        if func is F.linear:
+            y = _linear(*args, **kwargs)
+        elif func in _PRODUCTS and len(args) == 2 and isinstance(args[1], WeightView):
+            y = args[1]._as_out_in(args[0])
+        elif func in (torch.addmm, torch.Tensor.addmm) and isinstance(args[2], WeightView) and not kwargs:
+            y = args[2]._as_out_in(args[1], args[0])
+        elif func is torch.einsum:
+            y = _einsum(args)
+        if y is None:
+            name = getattr(func, "__name__", str(func))
+            raise PackedForInference(f"a weight packed by qpass was given to {name}, which is no product it can take over; "
+                                     "add the layer to ignore, or call .dequantize() on the weight")
+        return y
+
+
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+    return weight.T._as_out_in(input, bias) if isinstance(weight, WeightView) else None
+
+
+def _einsum(args: tuple[Any, ...]) -> Tensor | None:
+    """einsum("...k,kn->...n", x, w) and its spellings: one contracted index, which is the last of x."""
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    left, _, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != 2 or len(operands) != 2:
+        return None
+    where = 1 if isinstance(operands[1], WeightView) else 0
+    weight, x = operands[where], operands[1 - where]
+    w_term, x_term = terms[where], terms[1 - where]
+    if isinstance(x, WeightView) or len(w_term) != 2 or x_term[-1] not in w_term:
+        return None
+    k = x_term[-1]
+    n = w_term.replace(k, "", 1)
+    if out != x_term[:-1] + n or n in x_term:
+        return None
+    facing = weight if w_term == k + n else weight.T
+    return facing._as_out_in(x)  # type: ignore[no-any-return]

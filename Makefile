@@ -1,5 +1,5 @@
 # Every target does the set-up it needs: a virtual environment in .venv, the pinned versions of constraints.txt, and
-# this package. A second run installs nothing. Override with, for instance: make test PYTHON=python3.12 VENV=/tmp/v312
+# this package. A second run installs nothing. Override with, for instance: make test PYTHON=python3.12 VENV=.venv312
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +10,9 @@ BENCH_ARGS ?=
 TEST_ARGS ?=
 
 BIN := $(VENV)/bin
-# Without byte-compiling: of the thousands of files installed, few are ever imported.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
+# Errors only: warnings of pip say nothing to who types `make demo`. No byte-compiling: of the thousands of files
+# installed, few are ever imported.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help demo test test-all check bench clean
@@ -45,16 +46,17 @@ bench: $(VENV)/.test
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok else \
 	  "qpass needs Python 3.11, 3.12 or 3.13; $(PYTHON) is " + sys.version.split()[0] + ". Give another: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) pip setuptools
+	@echo "setting up $(VENV): PyTorch and the rest are downloaded once, which takes minutes on a slow line"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) pip setuptools
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
-	$(INSTALL) --no-build-isolation -e '.[demo]'
+	@$(INSTALL) --no-build-isolation -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
-	$(INSTALL) --no-build-isolation -e '.[test,demo]'
+	@$(INSTALL) --no-build-isolation -e '.[test,demo]'
 	@touch $@ $(VENV)/.demo
 
 clean:

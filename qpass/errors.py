@@ -61,3 +61,7 @@ class PackedForInference(QPassError):
 
 class CheckpointError(QPassError):
     """A checkpoint that is damaged, incomplete, or disagrees with its own config."""
+
+
+class EvaluationError(QPassError, ValueError):
+    """A text, ids or models that cannot be evaluated or compared: too short, no tokenizer, different vocabularies."""

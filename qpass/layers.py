@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qpass.kernels.dispatch  # noqa: F401  (the ops below need their implementations)
 from qpass.errors import PackedForInference
-from qpass.formats.compressed_tensors import names_on_disk, read_weight, write_weight
+from qpass.formats.compressed_tensors import describe_weight, names_found, read_weight, write_weight
 from qpass.kernels.registry import Kernel, LinearCall, choose, kernel
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
@@ -37,17 +37,29 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.training = False
+        self._names: tuple[str, ...] = ()
+        self._tied: list[PackedWeight] = [self]
         self._pack(weight, spec)
 
     def _pack(self, weight: CanonicalWeight, spec: LinearSpec) -> None:
         chosen = kernel(spec.kernel)
         packed = chosen.layout.pack(weight, spec)
-        for name in getattr(self, "_names", ()):
-            del self._buffers[name]
-        self._names = tuple("packed_" + name for name in chosen.layout.names(spec))
         for name in self._names:
+            del self._buffers[name]
+        names = tuple("packed_" + name for name in chosen.layout.names(spec))
+        self.on_disk = describe_weight(weight, spec)
+        for name in names:
             self.register_buffer(name, packed[name.removeprefix("packed_")], persistent=False)
-        self.spec, self._spec_text, self._kernel = spec, str(spec), chosen
+        for layer in self._tied:  # they read the very same buffers
+            layer._names, layer.on_disk, layer._non_persistent_buffers_set = names, self.on_disk, set(names)
+            layer.spec, layer._spec_text, layer._kernel = spec, str(spec), chosen
+
+    def tie(self, other: PackedWeight) -> None:
+        """Read the packed tensors of `other`, whose weight is this one's, from now on."""
+        self._buffers, self._tied = other._buffers, other._tied
+        self._tied.append(self)
+        for name in ("_names", "on_disk", "_non_persistent_buffers_set", "spec", "_spec_text", "_kernel"):
+            setattr(self, name, getattr(other, name))
 
     @property
     def kernel(self) -> Kernel:
@@ -92,33 +104,53 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         names, before = self._names, self.packed
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        dtype = probe.dtype if probe.dtype.is_floating_point else self.dtype
+        spec = self._spec_on(probe.device, dtype)
+        canonical = self.canonical() if spec.kernel != self.spec.kernel else None
         held = {name: self._buffers.pop(name) for name in names}
         try:
             super()._apply(fn, recurse)
-            # Seen as bytes, so that a cast such as model.half() leaves scales and codes as they are.
-            moved = [fn(t.view(torch.uint8)).view(t.dtype) for t in before]
-        except BaseException:
+            moved = [_moved(fn, tensor) for tensor in before] if canonical is None else []
+        finally:
             self._buffers.update(held)
-            raise
-        self._buffers.update(zip(names, moved, strict=True))
-        if moved[0].device.type not in (before[0].device.type, "meta"):
-            self._repack()
+        if canonical is None:
+            self._buffers.update(zip(names, moved, strict=True))
+        else:
+            self._pack(CanonicalWeight({name: _moved(fn, t) for name, t in canonical.tensors.items()}), spec)
+        self.dtype = dtype
         return self
 
-    def _repack(self) -> None:
-        """Choose the kernel again, for the device the tensors are on now, and pack for it."""
-        call = LinearCall(spec=self.spec, device=self.device, dtype=self.dtype)
-        self._pack(self.canonical(), self.spec.on(choose(call).kernel.name))
+    def _spec_on(self, device: torch.device, dtype: torch.dtype) -> LinearSpec:
+        """The spec for another device or dtype: the kernel stays unless one of them changes."""
+        if "meta" in (device.type, self.device.type) or (device.type, dtype) == (self.device.type, self.dtype):
+            return self.spec
+        call = LinearCall(spec=self.spec, device=device, dtype=dtype)
+        return self.spec.on(choose(call, where=self._spec_text, prepare=True).kernel.name)
+
+    def tensors_on_disk(self) -> dict[str, Tensor]:
+        """The weight as a checkpoint holds it, by name without the layer's path; packed anew at every call."""
+        if self.device.type == "meta":
+            return {name: torch.empty(shape, dtype=dtype, device="meta")
+                    for name, (dtype, shape) in self.on_disk.items()}
+        return write_weight(self.canonical(), self.spec)
+
+    def tensor_on_disk(self, name: str) -> Tensor:
+        """One of them."""
+        if name == "weight_shape":
+            return torch.tensor([self.spec.out_features, self.spec.in_features], dtype=torch.int64)
+        return self.tensors_on_disk()[name]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in write_weight(self.canonical(), self.spec).items():
+        for name, tensor in self.tensors_on_disk().items():
             destination[f"{prefix}{name}"] = tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        found = {name: state_dict[prefix + name] for name in names_on_disk(self.spec) if prefix + name in state_dict}
-        missing = [prefix + name for name in names_on_disk(self.spec) if name not in found]
+        wanted = names_found(self.spec, lambda name: prefix + name in state_dict)
+        found = {name: state_dict[prefix + name] for name in wanted if prefix + name in state_dict}
+        missing = [prefix + name for name in wanted if name not in found]
         rest = {key: value for key, value in state_dict.items()
                 if not (key.startswith(prefix) and key.removeprefix(prefix) in found)}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -132,6 +164,17 @@ class PackedWeight(nn.Module):
             return
         moved = CanonicalWeight({name: tensor.to(self.device) for name, tensor in weight.tensors.items()})
         self._pack(moved, self.spec)
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`fn` of a packed tensor, whose floats are seen as integers: model.half() leaves scales as they are."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    seen = tensor.view(bits) if tensor.is_floating_point() else tensor
+    moved = fn(seen)
+    if moved.dtype != seen.dtype:
+        raise PackedForInference(f"packed weights cannot be cast to {moved.dtype}: they are codes and scales; "
+                                 "qpass.dequantize(model) gives float weights back")
+    return moved.view(tensor.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

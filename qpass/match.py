@@ -130,14 +130,15 @@ def _unmatched(entry: Entry, sites: Sequence[Site]) -> str:
     if inside:
         return (f"{text}: it is a module that holds {inside} of them, and a module's name stands only for its own "
                 f"parameters; write {entry.target + '.*'!r} for all that is inside")
-    known = {name.lower(): name for s in sites
-             for name in (s.name, s.owner_class, s.kind, _last(s.owner), s.owner) if name}
-    wanted = entry.target.removeprefix("re:").lower()
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-    if any(sign in wanted for sign in "*?[^$\\("):
-        bare = re.sub(r"[^\w.]+", "", wanted).strip(".")
-        near = near or difflib.get_close_matches(bare, known, n=3, cutoff=0.4)
-    names = ", ".join(known[n] for n in near) if near else ", ".join(sorted({s.owner_class for s in sites}))
+    known: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for s in sites
+                              for name in (s.owner, _last(s.owner), s.name, s.owner_class, s.kind) if name):
+        known.setdefault(name.lower(), []).append(name)
+    bare = re.sub(r"[^\w.]+", "", entry.target.removeprefix("re:").lower()).strip(".")
+    near = (difflib.get_close_matches(bare, known, n=3, cutoff=0.5)
+            or difflib.get_close_matches(_last(bare), known, n=3, cutoff=0.5)
+            or [name for name in known if "." not in name and _last(bare) in name][:3])
+    names = ", ".join(name for n in near for name in known[n]) if near else ", ".join(sorted({s.owner_class for s in sites}))
     return f"{text}; closest: {names}. Correct the {what}, or remove it; qpass.plan(model, 'w8a8') lists all names"
 
 

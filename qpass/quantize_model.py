@@ -91,7 +91,7 @@ def remember(model: nn.Module, plan: Plan) -> None:
     model.__dict__["_qpass_plan"] = plan
 
 
-def finish(model: nn.Module, plan: Plan) -> None:
+def finish(model: nn.Module, plan: Plan | None) -> None:
     """What follows the last swap: Transformers' config is told, and torch.compile gets the lowering passes."""
     from qpass.hf import write_config
     from qpass.lowering.install import install

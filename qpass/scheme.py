@@ -52,7 +52,8 @@ class WeightArgs:
         if self.type == "int" and self.bits < 2:
             raise RecipeError("int weights need at least 2 bits; register a codec for 1-bit formats")
         if self.granularity not in ("per_tensor", "per_channel", "per_group"):
-            raise RecipeError(f"weight granularity must be per_tensor, per_channel or per_group, got {self.granularity!r}")
+            raise RecipeError("weight granularity must be per_tensor, per_channel or per_group, "
+                              f"got {self.granularity!r}")
         if (self.granularity == "per_group") != (self.group_size is not None):
             raise RecipeError("group_size goes with granularity='per_group', and only with it; "
                               f"got {self.granularity!r} and group_size={self.group_size}")
@@ -106,7 +107,8 @@ class Scheme:
 _INT8_TOKEN = ActivationArgs()
 
 
-def _group(bits: int, activation: ActivationArgs | None, *, symmetric: bool = True, group_size: int = 128) -> dict[str, Any]:
+def _group(bits: int, activation: ActivationArgs | None, *, symmetric: bool = True,
+           group_size: int = 128) -> dict[str, Any]:
     weight = WeightArgs(bits=bits, granularity="per_group", group_size=group_size, symmetric=symmetric)
     return {"weight": weight, "activation": activation}
 

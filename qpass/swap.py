@@ -35,28 +35,36 @@ def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parame
     weight = parameter.detach() if device is None else parameter.detach().to(device)
     canonical = quantize_weight(weight.t() if site.transposed else weight, spec)
     del weight
-    if site.swap == "parameter" or owner is model:
+    holders = _holders(model, parameter)
+    if site.swap == "parameter" or owner is model or any(type(holder) is not type(owner) for holder, _ in holders):
         packed: PackedWeight = QuantWeight(canonical, spec, site.dtype, transposed=site.transposed)
         del canonical
-        for holder, name in _holders(model, parameter):
+        for holder, name in holders:
+            # The parameter hides the module until it goes, so that the layer is whole at every moment.
+            holder._modules[name] = packed
             del holder._parameters[name]
-            holder.add_module(name, packed)
         return packed
     first: QuantLinear | None = None
-    for holder, name in _holders(model, parameter):
-        bias_leaf = site.bias.rpartition(".")[2] if site.bias else None
+    for holder, name in holders:
+        bias_leaf = _bias_of(holder, site.bias)
         bias = holder._parameters[bias_leaf] if bias_leaf else None
         if bias is not None and device is not None:
             bias = nn.Parameter(bias.detach().to(device), requires_grad=bias.requires_grad)
         origin = Origin(module=holder, weight=name, bias=bias_leaf, transposed=site.transposed)
         linear = QuantLinear(canonical, bias, spec, site.dtype, origin)
         if first is not None:  # a tied weight: the second holder reads the same packed tensors
-            linear._buffers = first._buffers
-        first = first or linear
+            linear.tie(first)
+        first = linear if first is None else first
         _put_everywhere(model, holder, linear)
         holder._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     assert first is not None, f"{site.name} has no holder"
     return first
+
+
+def _bias_of(holder: nn.Module, named: str | None) -> str | None:
+    """The name of the holder's bias: the site's, or (a second holder of a tied weight) what nn.Linear calls it."""
+    leaf = named.rpartition(".")[2] if named else "bias" if isinstance(holder, nn.Linear) else None
+    return leaf if leaf is not None and holder._parameters.get(leaf) is not None else None
 
 
 def _holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:

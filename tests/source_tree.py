@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,16 +34,16 @@ def modules() -> dict[str, Path]:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def syntax(module: str) -> ast.Module:
     """The parsed file of a module."""
     path = modules()[module]
     return ast.parse(path.read_text(), filename=str(path))
 
 
-@lru_cache(maxsize=None)
+@cache
 def imports(module: str) -> tuple[Import, ...]:
-    """Every import statement of a module, wherever it stands; `from a import b` counts as a.b where that is a module."""
+    """Every import statement of a module, wherever it stands; `from a import b` counts as a.b if that is a module."""
     is_package = modules()[module].name == "__init__.py"
 
     def walk(node: ast.AST, lazy: bool, typing: bool) -> Iterator[Import]:

@@ -1,1 +1,173 @@
-"""x86: registers the native kernels."""
+"""x86: the native kernels in the table, one for each family and instruction set, and the layout that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.kernels.cpu import native, x86_ops
+from qpass.kernels.layout import Layout, Packed
+from qpass.kernels.registry import LinearCall, register_kernel
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight
+
+FAMILIES = ("w4a8", "w8a8", "w4a16", "w8a16")
+ISAS = {"amx": ("amx_int8", 40), "vnni": ("avx512_vnni", 30), "avx2": ("avx2", 20), "plain": ("x86_64", 10)}
+
+_LARGEST_GROUP = (1 << 17) - 1  # times 128 * 128, the largest sum of products that int32 holds
+_OPS = torch.ops.qpass_x86
+_ZERO_POINT, _COLSUM, _BIAS = 1, 2, 4
+
+
+def _names(spec: LinearSpec) -> tuple[str, ...]:
+    zero_point = () if spec.weight.symmetric else ("zero_point",)
+    colsum = ("colsum",) if spec.activation is not None and not spec.activation.symmetric else ()
+    return ("qweight", "scale", *zero_point, *colsum)
+
+
+def _blocked(rows: Tensor, fill: float) -> Tensor:
+    """[N, G] -> [Np / 16, G, 16], padded outputs holding `fill`."""
+    n, groups = rows.shape
+    whole = rows.new_full((native.padded(n, 32), groups), fill)
+    whole[:n] = rows
+    return whole.view(-1, 16, groups).transpose(1, 2).contiguous()
+
+
+def _rows(blocked: Tensor, n: int) -> Tensor:
+    return blocked.transpose(1, 2).reshape(-1, blocked.shape[1])[:n].contiguous()
+
+
+def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
+    if weight.scale.dtype not in native.DTYPE_INDEX:
+        raise TypeError(f"scales must be float32, bfloat16 or float16 to be packed for x86, got {weight.scale.dtype}")
+    packed = {"qweight": native.pack(weight, spec.weight.bits), "scale": _blocked(weight.scale, 1)}
+    if weight.zero_point is not None:
+        packed["zero_point"] = _blocked(weight.zero_point, 0)
+    if "colsum" in _names(spec):
+        sums = weight.qweight.view(spec.out_features, spec.groups, -1).sum(-1, dtype=torch.int32).double()
+        if weight.zero_point is not None:
+            sums -= weight.zero_point.double() * spec.group_size
+        whole = torch.zeros(native.padded(spec.out_features, 32))
+        whole[:spec.out_features] = (sums * weight.scale.double()).sum(-1)
+        packed["colsum"] = whole
+    return packed
+
+
+def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
+    n, k = spec.out_features, spec.in_features
+    tensors = {"qweight": native.unpack(packed["qweight"], n, k, spec.weight.bits), "scale": _rows(packed["scale"], n)}
+    if not spec.weight.symmetric:
+        tensors["zero_point"] = _rows(packed["zero_point"], n)
+    return CanonicalWeight(tensors)
+
+
+X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack)
+"""Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
+
+
+def _refuses(call: LinearCall) -> str | None:
+    spec = call.spec
+    if spec.weight.type != "int":
+        return f"computes integer weights, not {spec.weight.type}"
+    if call.dtype not in native.DTYPE_INDEX:
+        return f"takes float32, bfloat16 or float16 activations, not {str(call.dtype).removeprefix('torch.')}"
+    if spec.groups > 1 and spec.group_size % 32 != 0:
+        return f"needs group_size % 32 == 0, got {spec.group_size}"
+    if spec.group_size > _LARGEST_GROUP:
+        return f"needs at most {_LARGEST_GROUP} inputs in a group, got {spec.group_size}"
+    return native.refuses()
+
+
+def _activation(spec: LinearSpec) -> int:
+    return 0 if spec.activation is None else 1 if spec.activation.symmetric else 2
+
+
+def _one(packed: Sequence[Any], spec: LinearSpec) -> tuple[Any, Any, Any, Any]:
+    """qweight, scale, zero_point or None, colsum or None."""
+    named = dict(zip(_names(spec), packed, strict=True))
+    return named["qweight"], named["scale"], named.get("zero_point"), named.get("colsum")
+
+
+def _several(packed: Sequence[Any], bias: Sequence[Any], specs: Sequence[LinearSpec]
+             ) -> tuple[list[Any], list[int], list[int]] | None:
+    """`tensors`, `n` and `has` of the list forms; None if the weights differ in what one call must share."""
+    if len({(s.in_features, s.weight.bits, _activation(s)) for s in specs}) != 1:
+        return None
+    tensors, has, start = [], [], 0
+    for spec, b in zip(specs, bias, strict=True):
+        names = _names(spec)
+        tensors += packed[start:start + len(names)]
+        start += len(names)
+        tensors += [] if b is None else [b]
+        has.append(_ZERO_POINT * ("zero_point" in names) + _COLSUM * ("colsum" in names) + _BIAS * (b is not None))
+    return tensors, [s.out_features for s in specs], has
+
+
+def _native_call(index: int) -> Callable[[str, Sequence[Any]], tuple[Callable[..., Any], tuple[Any, ...]] | None]:
+    """Arguments of a `qpass` op to those of the `qpass_x86` op that runs on instruction set `index`."""
+
+    def call(op: str, args: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+        native.library()
+        quantized = op.startswith("linear_q")
+        x, rest = tuple(args[:3 if quantized else 1]), args[3 if quantized else 1:]
+        packed, bias, which = rest[0], rest[1], rest[2]
+        target = getattr(_OPS, op).default
+        if not op.endswith("_list"):
+            spec = LinearSpec.parse(which)
+            last = rest[3] if quantized else _activation(spec)
+            return target, (*x, *_one(packed, spec), bias, spec.out_features, spec.in_features, spec.weight.bits,
+                            last, index)
+        specs = [LinearSpec.parse(text) for text in which]
+        parts = _several(packed, bias, specs)
+        if parts is None:
+            return None
+        last = rest[3] if quantized else _activation(specs[0])
+        return target, (*x, *parts, specs[0].in_features, specs[0].weight.bits, last, index)
+
+    return call
+
+
+def _register(family: str, short: str) -> None:
+    isa, priority = ISAS[short]
+    index = native.ISA_INDEX[isa]
+
+    @register_kernel(name=f"linear_{family}_{short}", scheme=family, device="cpu", isa=isa, layout=X86_TILE64,
+                     refuses=_refuses, priority=priority, prepare=native.prepare, native_call=_native_call(index))
+    def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
+        return _OPS.linear.default(x, *_one(packed, spec), bias, spec.out_features, spec.in_features,  # type: ignore[no-any-return]
+                                   spec.weight.bits, _activation(spec), index)
+
+    @linear.form("linear_list")
+    def linear_list(x: Tensor, packed: Sequence[Tensor], bias: Sequence[Tensor | None], specs: Sequence[LinearSpec]
+                    ) -> list[Tensor]:
+        parts = _several(packed, bias, specs)
+        if parts is None:
+            raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
+        return _OPS.linear_list.default(x, *parts, specs[0].in_features, specs[0].weight.bits,  # type: ignore[no-any-return]
+                                        _activation(specs[0]), index)
+
+    if not family.endswith("a8"):
+        return
+
+    @linear.form("linear_q")
+    def linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: Sequence[Tensor],
+                 bias: Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+        return _OPS.linear_q.default(xq, x_scale, x_zero_point, *_one(packed, spec), bias,  # type: ignore[no-any-return]
+                                     spec.out_features, spec.in_features, spec.weight.bits, dtype, index)
+
+    @linear.form("linear_q_list")
+    def linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: Sequence[Tensor],
+                      bias: Sequence[Tensor | None], specs: Sequence[LinearSpec], dtype: torch.dtype) -> list[Tensor]:
+        parts = _several(packed, bias, specs)
+        if parts is None:
+            raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
+        return _OPS.linear_q_list.default(xq, x_scale, x_zero_point, *parts,  # type: ignore[no-any-return]
+                                          specs[0].in_features, specs[0].weight.bits, dtype, index)
+
+
+for _family in FAMILIES:
+    for _short in ISAS:
+        _register(_family, _short)

@@ -3,10 +3,15 @@
 Source: compressed-tensors 0.20, `compressors/pack_quantized` and `compressors/naive_quantized`.
 pack-quantized  `weight_packed` int32 (dense words along K), `weight_scale` [N, G], `weight_shape` int64 [2], and for
                 asymmetric weights `weight_zero_point` int32, packed along N
-int-quantized   `weight` int8 [N, K], `weight_scale` [N, 1]: 8-bit weights whose activations are quantized too
+int-quantized   `weight` int8 [N, K], `weight_scale` [N, 1] or [N, G], `weight_zero_point` int8 [N, G] if asymmetric
+
+8-bit weights whose activations are quantized too are written int-quantized, everything else pack-quantized; either is
+read for any scheme, for the tools disagree over it (LLM Compressor 0.14 writes W4A8 int-quantized).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,15 +27,36 @@ def is_packed(spec: LinearSpec) -> bool:
     return not (spec.weight.bits == 8 and spec.activation is not None)
 
 
-def names_on_disk(spec: LinearSpec) -> tuple[str, ...]:
-    """The tensor names of one weight, without the layer's path."""
+def names_on_disk(spec: LinearSpec, *, packed: bool | None = None) -> tuple[str, ...]:
+    """The tensor names of one weight, without the layer's path; `packed` overrides is_packed, for reading."""
     codec = codec_of(spec.weight)
     if codec is not None:
         return tuple(f"weight_{name}" for name in codec.names)
     zero_point = () if spec.weight.symmetric else ("weight_zero_point",)
-    if is_packed(spec):
+    if is_packed(spec) if packed is None else packed:
         return ("weight_packed", "weight_scale", "weight_shape", *zero_point)
     return ("weight", "weight_scale", *zero_point)
+
+
+def names_found(spec: LinearSpec, present: Callable[[str], bool]) -> tuple[str, ...]:
+    """The names to read one weight from: those of the form that is there, or of the form that would be written."""
+    if present("weight_packed") or codec_of(spec.weight) is not None:
+        return names_on_disk(spec, packed=True)
+    return names_on_disk(spec, packed=False if present("weight") else None)
+
+
+def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of what write_weight gives, without packing anything."""
+    if codec_of(spec.weight) is not None:
+        return {f"weight_{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in weight.tensors.items()}
+    n, k, groups, bits = spec.out_features, spec.in_features, spec.groups, spec.weight.bits
+    scale = (1,) if spec.weight.granularity == "per_tensor" else (n, groups)
+    zero_point = (-(-n * bits // 32), groups) if is_packed(spec) else (n, groups)
+    every: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight": (torch.int8, (n, k)), "weight_packed": (torch.int32, (n, -(-k * bits // 32))),
+        "weight_scale": (weight.scale.dtype, scale), "weight_shape": (torch.int64, (2,)),
+        "weight_zero_point": (torch.int32 if is_packed(spec) else torch.int8, zero_point)}
+    return {name: every[name] for name in names_on_disk(spec)}
 
 
 def write_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, Tensor]:
@@ -51,37 +77,61 @@ def write_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, Tensor]
 
 
 def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
-    """The inverse of write_weight. Raises ValueError, saying which tensor, where shapes or dtypes disagree with `spec`."""
+    """The inverse of write_weight, from either form: tensors named as by names_found.
+
+    Raises ValueError, saying which tensor, where shapes, dtypes or values disagree with `spec`.
+    """
     codec = codec_of(spec.weight)
     if codec is not None:
         return CanonicalWeight({name: tensors[f"weight_{name}"] for name in codec.names})
-    n, k, groups, bits = spec.out_features, spec.in_features, spec.groups, spec.weight.bits
-    if is_packed(spec):
+    groups, packed = (spec.out_features, spec.groups), "weight_packed" in tensors
+    found = {"qweight": _read_codes(tensors, spec), "scale": _read_scale(tensors["weight_scale"], spec)}
+    if not spec.weight.symmetric:
+        zero_point = tensors["weight_zero_point"]
+        if packed:
+            try:
+                zero_point = unpack_rows(zero_point.t().contiguous(), spec.weight.bits, spec.out_features).t().contiguous()
+            except ValueError as error:
+                raise ValueError(f"weight_zero_point, packed along rows: {error}") from error
+        if zero_point.dtype != torch.int8 or zero_point.numel() not in (1, spec.out_features * spec.groups):
+            raise ValueError(f"weight_zero_point is {zero_point.dtype} {tuple(zero_point.shape)}, expected int8 {groups}")
+        _check_range(zero_point, spec, "weight_zero_point")
+        found["zero_point"] = zero_point.expand(groups).contiguous() if zero_point.numel() == 1 else (
+            zero_point.reshape(groups))
+    return CanonicalWeight(found)
+
+
+def _read_codes(tensors: dict[str, Tensor], spec: LinearSpec) -> Tensor:
+    n, k = spec.out_features, spec.in_features
+    if "weight_packed" in tensors:
         if (said := tensors["weight_shape"].tolist()) != [n, k]:
             raise ValueError(f"weight_shape says {said}, the layer is {[n, k]}")
         if tensors["weight_packed"].shape[0] != n:
             raise ValueError(f"weight_packed has {tensors['weight_packed'].shape[0]} rows, the layer has {n}")
-        q = unpack_rows(tensors["weight_packed"], bits, k)
-    else:
-        q = tensors["weight"]
-        if q.dtype != torch.int8 or tuple(q.shape) != (n, k):
-            raise ValueError(f"weight is {q.dtype} {tuple(q.shape)}, expected int8 {(n, k)}")
-    scale = tensors["weight_scale"]
-    if not scale.is_floating_point():
-        raise ValueError(f"weight_scale is {scale.dtype}, expected a floating dtype")
-    if spec.weight.granularity == "per_tensor":
-        scale = scale.reshape(1, 1).expand(n, 1).contiguous()
-    if tuple(scale.shape) != (n, groups):
-        raise ValueError(f"weight_scale is {tuple(scale.shape)}, expected {(n, groups)} for {spec}")
+        return unpack_rows(tensors["weight_packed"], spec.weight.bits, k)
+    q = tensors["weight"]
+    if q.dtype != torch.int8 or tuple(q.shape) != (n, k):
+        raise ValueError(f"weight is {q.dtype} {tuple(q.shape)}, expected int8 {(n, k)}")
+    _check_range(q, spec, "weight")
+    return q
+
+
+def _read_scale(scale: Tensor, spec: LinearSpec) -> Tensor:
+    groups = (spec.out_features, spec.groups)
+    if not scale.is_floating_point() or scale.element_size() < 2:
+        raise ValueError(f"weight_scale is {scale.dtype}, expected float16, bfloat16 or float32")
+    if spec.weight.granularity == "per_tensor" and scale.numel() == 1:
+        scale = scale.reshape(1, 1).expand(groups).contiguous()
+    if tuple(scale.shape) != groups:
+        raise ValueError(f"weight_scale is {tuple(scale.shape)}, expected {groups} for {spec.group_size} weights a scale")
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("weight_scale holds NaN or Inf")
-    found = {"qweight": q, "scale": scale}
-    if not spec.weight.symmetric:
-        zero_point = tensors["weight_zero_point"]
-        if is_packed(spec):
-            zero_point = unpack_rows(zero_point.t().contiguous(), bits, n).t().contiguous()
-        if zero_point.dtype != torch.int8 or tuple(zero_point.shape) != (n, groups):
-            raise ValueError(f"weight_zero_point is {zero_point.dtype} {tuple(zero_point.shape)}, "
-                             f"expected int8 {(n, groups)}")
-        found["zero_point"] = zero_point
-    return CanonicalWeight(found)
+    return scale
+
+
+def _check_range(codes: Tensor, spec: LinearSpec, name: str) -> None:
+    """Codes stored one a byte may be out of the range that kernels count on."""
+    half = 1 << spec.weight.bits - 1
+    if spec.weight.bits < 8 and codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
+        raise ValueError(f"{name} holds {int(codes.min())} to {int(codes.max())}, and {spec.weight.bits} bits hold "
+                         f"{-half} to {half - 1}")

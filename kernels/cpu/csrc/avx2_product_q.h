@@ -17,6 +17,7 @@ struct Sums {
   __m256i v[R][2];
 };
 
+// H = 2 reads whole lines; four rows of 16 outputs would not fit the registers, so they take half lines, twice.
 template <int R, int H>
 inline __attribute__((always_inline)) void lines4(const uint8_t* w, const int8_t* x, int64_t ld, int h0, Sums<R>& low,
                                                   Sums<R>& high) {
@@ -55,14 +56,10 @@ inline __attribute__((always_inline)) void lines4(const uint8_t* w, const int8_t
 }
 
 template <int R>
-inline __attribute__((always_inline)) void sums64(const uint8_t* w, const int8_t* x, int64_t ld, Sums<R>& low,
-                                                  Sums<R>& high) {
-  if (R <= 2) {
-    lines4<R, 2>(w, x, ld, 0, low, high);
-  } else {  // four rows of 16 outputs would not fit the registers
-    lines4<R, 1>(w, x, ld, 0, low, high);
-    lines4<R, 1>(w, x, ld, 1, low, high);
-  }
+inline __attribute__((always_inline)) void sums64(const uint8_t* w, const int8_t* x, int64_t ld, Sums<R> (&part)[2]) {
+  constexpr int H = R <= 2 ? 2 : 1;
+#pragma GCC unroll 1
+  for (int h = 0; h < 2; h += H) lines4<R, H>(w, x, ld, h, part[0], part[1]);
 }
 
 template <int R>
@@ -88,12 +85,9 @@ inline __attribute__((always_inline)) void lines8(const uint8_t* w, const int16_
 }
 
 template <int R>
-inline __attribute__((always_inline)) void sums64(const uint8_t* w, const int16_t* x, int64_t ld, Sums<R>& low,
-                                                  Sums<R>& high) {
-  lines8<R>(w, x, ld, 0, low);
-  lines8<R>(w, x, ld, 1, low);
-  lines8<R>(w + 512, x + 32, ld, 0, high);
-  lines8<R>(w + 512, x + 32, ld, 1, high);
+inline __attribute__((always_inline)) void sums64(const uint8_t* w, const int16_t* x, int64_t ld, Sums<R> (&part)[2]) {
+#pragma GCC unroll 1
+  for (int i = 0; i < 4; i++) lines8<R>(w + i / 2 * 512, x + i / 2 * 32, ld, i & 1, part[i / 2]);
 }
 
 // R rows times one block of 16 outputs. `group_sums` is [R][G]; X is int8_t for 4 bits and int16_t for 8.
@@ -136,18 +130,14 @@ struct Columns {
   inline __attribute__((always_inline)) void run(const X* x, int64_t ld) {
     const int64_t runs = w.group_size / 32, block_bytes = w.bits * 128;
     const uint8_t* line = w.q + block * (w.Kp / 64) * block_bytes;
-    Sums<R> low, high;
+    Sums<R> part[2];
     int64_t left = runs;
     for (int64_t kb = 0; kb < w.Kp / 64; kb++, line += block_bytes, x += 64) {
-      sums64<R>(line, x, ld, low, high);
-      add(low);
-      if (--left == 0) {
-        end_group();
-        left = runs;
-        if (group == w.groups) break;  // the second half of this block is padding
-      }
-      add(high);
-      if (--left == 0) {
+      sums64<R>(line, x, ld, part);
+#pragma GCC unroll 1
+      for (int i = 0; i < 2 && group < w.groups; i++) {  // after the last group the rest of the block is padding
+        add(part[i]);
+        if (--left) continue;
         end_group();
         left = runs;
       }
@@ -156,7 +146,7 @@ struct Columns {
 };
 
 template <int R, typename X>
-void multiply(const Weight& w, const QuantRows& x, const X* rows, const int32_t* group_sums, const Output& out, int64_t m0,
+__attribute__((noinline)) void multiply(const Weight& w, const QuantRows& x, const X* rows, const int32_t* group_sums, const Output& out, int64_t m0,
               int64_t block) {
   Columns<R, X> c(w, group_sums + m0 * w.groups, block);
   c.run(rows, x.Kp);
@@ -177,10 +167,11 @@ void multiply_rows(const Weight& w, const QuantRows& x, const X* rows, const int
                    int64_t m0, int64_t m1, int64_t block) {
   int64_t m = m0;
   for (; m + 4 <= m1; m += 4) multiply<4>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
-  const X* rest = rows + (m - m0) * x.Kp;
-  if (m1 - m == 1) multiply<1>(w, x, rest, group_sums, out, m, block);
-  if (m1 - m == 2) multiply<2>(w, x, rest, group_sums, out, m, block);
-  if (m1 - m == 3) multiply<3>(w, x, rest, group_sums, out, m, block);
+  if (m + 2 <= m1) {
+    multiply<2>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
+    m += 2;
+  }
+  if (m < m1) multiply<1>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
 }
 
 const int32_t* sums_of_groups(const Weight& w, const QuantRows& x) {

@@ -7,13 +7,15 @@ namespace {
 
 constexpr float kEps = 1e-10f;
 
-// 8 values at k of a row that ends at K; zeros after the end change neither the largest nor the smallest.
-template <DType T>
-inline __m256 row8(const void* row, int64_t k, int64_t K) {
-  if (k + 8 <= K) return load8<T>(row, k);
+// The last values of a row that ends at K; zeros after the end change neither the largest nor the smallest.
+__attribute__((noinline)) __m256 tail8(const void* row, DType dtype, int64_t k, int64_t K) {
   alignas(32) float tail[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int64_t i = k; i < K; i++) tail[i - k] = load_float(row, T, i);
+  for (int64_t i = k; i < K; i++) tail[i - k] = load_float(row, dtype, i);
   return _mm256_load_ps(tail);
+}
+
+inline __m256 row8(const void* row, DType dtype, int64_t k, int64_t K) {
+  return k + 8 <= K ? load8(row, dtype, k) : tail8(row, dtype, k, K);
 }
 
 inline int32_t sum32(__m256i codes) {  // of 32 int8
@@ -24,15 +26,15 @@ inline int32_t sum32(__m256i codes) {  // of 32 int8
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-template <DType T, bool ASYMMETRIC>
-void quantize_rows(const char* x, int64_t M, int64_t K, int64_t Kp, int8_t* q, float* scale, float* zero_point,
-                   int32_t* sums) {
+template <bool ASYMMETRIC>
+void quantize_rows(const char* x, DType dtype, int64_t M, int64_t K, int64_t Kp, int8_t* q, float* scale,
+                   float* zero_point, int32_t* sums) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  const int64_t stride = K * (T == DType::f32 ? 4 : 2);
+  const int64_t stride = K * bytes_of(dtype);
   for (int64_t m = 0; m < M; m++, x += stride, q += Kp) {
     __m256 high = _mm256_setzero_ps(), low = high, nan = high;
     for (int64_t k = 0; k < K; k += 8) {
-      __m256 v = row8<T>(x, k, K);
+      __m256 v = row8(x, dtype, k, K);
       nan = _mm256_or_ps(nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
       if (ASYMMETRIC) {
         low = _mm256_min_ps(low, v);
@@ -57,13 +59,14 @@ void quantize_rows(const char* x, int64_t M, int64_t K, int64_t Kp, int8_t* q, f
     const __m256 least = _mm256_set1_ps(ASYMMETRIC ? -128 : -127), most = _mm256_set1_ps(127);
     for (int64_t k0 = 0; k0 < Kp; k0 += 32) {
       __m256i c[4];
+#pragma GCC unroll 1
       for (int i = 0; i < 4; i++) {
         const int64_t k = k0 + i * 8;
         if (k >= K) {
           c[i] = _mm256_setzero_si256();
           continue;
         }
-        __m256 v = _mm256_div_ps(row8<T>(x, k, K), divisor);
+        __m256 v = _mm256_div_ps(row8(x, dtype, k, K), divisor);
         if (ASYMMETRIC) v = _mm256_add_ps(_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT), offset);
         __m256 number = _mm256_cmp_ps(v, v, _CMP_ORD_Q);  // a NaN gets code 0; its row's scale is NaN or Inf
         v = _mm256_and_ps(_mm256_min_ps(_mm256_max_ps(v, least), most), number);
@@ -81,20 +84,10 @@ void quantize_rows(const char* x, int64_t M, int64_t K, int64_t Kp, int8_t* q, f
   }
 }
 
-template <DType T>
-void quantize_of(const void* x, int64_t M, int64_t K, int64_t Kp, bool asymmetric, int8_t* q, float* scale,
-                 float* zero_point, int32_t* sums) {
-  if (asymmetric) quantize_rows<T, true>((const char*)x, M, K, Kp, q, scale, zero_point, sums);
-  else quantize_rows<T, false>((const char*)x, M, K, Kp, q, scale, zero_point, sums);
-}
-
 void quantize(const void* x, DType dtype, int64_t M, int64_t K, int64_t Kp, bool asymmetric, int8_t* q, float* scale,
               float* zero_point, int32_t* sums) {
-  switch (dtype) {
-    case DType::f32: return quantize_of<DType::f32>(x, M, K, Kp, asymmetric, q, scale, zero_point, sums);
-    case DType::bf16: return quantize_of<DType::bf16>(x, M, K, Kp, asymmetric, q, scale, zero_point, sums);
-    default: return quantize_of<DType::f16>(x, M, K, Kp, asymmetric, q, scale, zero_point, sums);
-  }
+  if (asymmetric) quantize_rows<true>((const char*)x, dtype, M, K, Kp, q, scale, zero_point, sums);
+  else quantize_rows<false>((const char*)x, dtype, M, K, Kp, q, scale, zero_point, sums);
 }
 
 }  // namespace

@@ -4,20 +4,11 @@
 namespace qpass {
 namespace {
 
-template <DType T>
-inline __m256 load8(const void* p, int64_t i) {
-  if (T == DType::f32) return _mm256_loadu_ps((const float*)p + i);
-  __m128i half = _mm_loadu_si128((const __m128i*)((const uint16_t*)p + i));
-  if (T == DType::f16) return _mm256_cvtph_ps(half);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
 inline __m256 load8(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f32: return load8<DType::f32>(p, i);
-    case DType::bf16: return load8<DType::bf16>(p, i);
-    default: return load8<DType::f16>(p, i);
-  }
+  if (dtype == DType::f32) return _mm256_loadu_ps((const float*)p + i);
+  __m128i half = _mm_loadu_si128((const __m128i*)((const uint16_t*)p + i));
+  if (dtype == DType::f16) return _mm256_cvtph_ps(half);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
 inline __m128i bf16_of(__m256 v) {

@@ -41,9 +41,11 @@ struct QuantRows {
 };
 
 // Rows left in float, converted to float32. Row m starts at x + m * Kp; values K..Kp are 0.
+// Every value is the exact sum of `bf16_parts` bf16 values, as far as those reach: 1 when it came from bf16, 2 from f16.
 struct FloatRows {
   const float* x;
   int64_t M, Kp;
+  int32_t bf16_parts = 3;
 };
 
 // out[m * ld + n] = dtype(row m . weight n * scales + bias[n]) for n in [16 * block_begin, 16 * block_end), n < N.

@@ -1,0 +1,56 @@
+// The library's C ABI: called by the torch shim and, through ctypes, by Python. No function throws or trusts a size.
+//
+// Functions return 0, or a negative number after which qp_last_error() says why (per thread).
+#pragma once
+#include <cstdint>
+
+#include "product.h"
+
+extern "C" {
+
+// One weight, with the size of every buffer, and where its output goes. dtypes are qpass::DType's numbers.
+struct qp_weight {
+  const void *q, *scale, *zero_point, *colsum, *bias;
+  void* out;
+  int64_t q_bytes, scale_bytes, zero_point_bytes, colsum_bytes, bias_bytes, out_bytes;
+  int64_t N, groups;
+  int32_t bits, scale_dtype, bias_dtype, out_dtype;
+};
+
+const char* qp_last_error();
+int32_t qp_isa_count();
+const char* qp_isa_name(int32_t isa);       // null outside 0 .. count - 1; ascending from plain C
+int32_t qp_isa_available(int32_t isa);      // 1 if this machine can run it
+
+// out = x @ weight.T + bias for each weight. x is [M, K], contiguous. activation: 0 leaves x in float, 1 rounds it to
+// int8 symmetric, 2 asymmetric (then every weight needs colsum).
+int32_t qp_linear(int32_t isa, const void* x, int32_t x_dtype, int64_t M, int64_t K, int32_t activation,
+                  const qp_weight* weights, int64_t count, int32_t threads);
+
+// The same for x already rounded: codes [M, K], scale [M], zero_point [M] or null.
+int32_t qp_linear_q(int32_t isa, const int8_t* xq, const float* x_scale, const float* x_zero_point, int64_t M, int64_t K,
+                    const qp_weight* weights, int64_t count, int32_t threads);
+
+// x [M, K] -> codes [M, K], scale [M], zero_point [M] (null unless asymmetric), for tests.
+int32_t qp_quantize(int32_t isa, const void* x, int32_t x_dtype, int64_t M, int64_t K, int8_t* q, float* scale,
+                    float* zero_point);
+
+int32_t qp_pack(const int8_t* q, int64_t q_bytes, int64_t N, int64_t K, int32_t bits, uint8_t* packed,
+                int64_t packed_bytes, int32_t threads);
+int32_t qp_unpack(const uint8_t* packed, int64_t packed_bytes, int64_t N, int64_t K, int32_t bits, int8_t* q,
+                  int64_t q_bytes, int32_t threads);
+
+}  // extern "C"
+
+namespace qpass {
+
+// Sets qp_last_error() and returns -1.
+int32_t fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// How many threads to use for `parts` independent parts: 1 inside a parallel region or in a forked child, whose
+// OpenMP threads stayed in the parent.
+int32_t team_size(int32_t threads, int64_t parts);
+
+constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace qpass

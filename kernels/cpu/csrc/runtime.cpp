@@ -1,0 +1,97 @@
+// Runtime: last error, scratch memory, size of a thread team, and which instruction sets this machine can run.
+#include <cpuid.h>
+#include <omp.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+#include "abi.h"
+#include "scratch.h"
+
+namespace qpass {
+namespace {
+
+thread_local char last_error[256] = "";
+bool forked = false;
+
+struct Buffers {
+  void* data[8] = {};
+  int64_t size[8] = {};
+  ~Buffers() {
+    for (void* p : data) free(p);
+  }
+};
+thread_local Buffers buffers;
+
+const bool watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+
+bool has_avx2() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// The kernel grants the 8 KB of tile state only to a process that asks for it; asking again changes nothing.
+bool has_amx() {
+  unsigned a, b, c, d = 0;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25, all = amx_bf16 | amx_tile | amx_int8;
+  if (!has_vnni() || !__builtin_cpu_supports("gfni") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & all) != all) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+}  // namespace
+
+int32_t fail(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  vsnprintf(last_error, sizeof last_error, format, args);
+  va_end(args);
+  return -1;
+}
+
+int32_t team_size(int32_t threads, int64_t parts) {
+  if (forked || omp_in_parallel() || threads < 1) return 1;
+  return (int32_t)(threads < parts ? threads : parts < 1 ? 1 : parts);
+}
+
+void* scratch(int slot, int64_t bytes) {
+  if (buffers.size[slot] < bytes) {
+    free(buffers.data[slot]);
+    buffers.size[slot] = 0;
+    buffers.data[slot] = aligned_alloc(64, (size_t)padded(bytes, 64));
+    if (!buffers.data[slot]) throw std::bad_alloc();
+    buffers.size[slot] = padded(bytes, 64);
+  }
+  return buffers.data[slot];
+}
+
+#if !__has_include("vnni.cpp")
+const Isa vnni_isa = {};
+#endif
+#if !__has_include("amx.cpp")
+const Isa amx_isa = {};
+#endif
+const Isa* const kIsas[] = {&plain_isa, &avx2_isa, &vnni_isa, &amx_isa};
+
+const Isa* available_isa(int32_t isa) {
+  static const bool available[] = {true, has_avx2(), has_vnni(), has_amx()};
+  return isa >= 0 && isa < 4 && available[isa] ? kIsas[isa] : nullptr;
+}
+
+}  // namespace qpass
+
+extern "C" const char* qp_last_error() { return qpass::last_error; }
+extern "C" int32_t qp_isa_count() { return 4; }
+extern "C" const char* qp_isa_name(int32_t isa) { return isa >= 0 && isa < 4 ? qpass::kIsas[isa]->name : nullptr; }
+extern "C" int32_t qp_isa_available(int32_t isa) { return qpass::available_isa(isa) != nullptr; }

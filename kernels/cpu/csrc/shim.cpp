@@ -1,0 +1,202 @@
+// Shim: the ops of namespace qpass_x86 on libtorch's stable ABI; tensors in, calls of the C ABI, new tensors out.
+// The schemas stand in kernels/cpu/x86_ops.py. Only what the C ABI cannot see is checked here: dtypes, devices, layout.
+#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))  // PyTorch 2.11 and later load the same library
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw std::runtime_error("qpass_x86: " + message);
+}
+
+int32_t number_of(ScalarType dtype, const char* what) {
+  if (dtype == ScalarType::Float) return (int32_t)qpass::DType::f32;
+  if (dtype == ScalarType::BFloat16) return (int32_t)qpass::DType::bf16;
+  require(dtype == ScalarType::Half, std::string(what) + " must be float32, bfloat16 or float16");
+  return (int32_t)qpass::DType::f16;
+}
+
+// A contiguous CPU tensor of one of our dtypes; keeps what it may have copied alive as long as the call lasts.
+Tensor flat(const Tensor& t, const char* what) {
+  require(t.is_cpu(), std::string(what) + " must be on the CPU");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+void set(const Tensor& t, ScalarType dtype, const char* what, const void*& data, int64_t& bytes) {
+  require(t.is_cpu() && t.is_contiguous(), std::string(what) + " must be a contiguous CPU tensor");
+  require(t.scalar_type() == dtype, std::string(what) + " has the wrong dtype");
+  data = t.const_data_ptr();
+  bytes = t.numel() * (int64_t)t.element_size();
+}
+
+struct Parts {
+  Tensor qweight, scale;
+  Maybe zero_point, colsum, bias;
+};
+
+qp_weight describe(Parts& p, int64_t n, int64_t bits) {
+  qp_weight w = {};
+  require(p.scale.dim() == 3, "scale must be [N / 16, groups, 16]");
+  if (p.bias) p.bias = flat(*p.bias, "bias");
+  set(p.qweight, ScalarType::Byte, "qweight", w.q, w.q_bytes);
+  set(p.scale, p.scale.scalar_type(), "scale", w.scale, w.scale_bytes);
+  if (p.zero_point) set(*p.zero_point, ScalarType::Char, "zero_point", w.zero_point, w.zero_point_bytes);
+  if (p.colsum) set(*p.colsum, ScalarType::Float, "colsum", w.colsum, w.colsum_bytes);
+  if (p.bias) set(*p.bias, p.bias->scalar_type(), "bias", w.bias, w.bias_bytes);
+  w.N = n;
+  w.groups = p.scale.size(1);
+  w.bits = (int32_t)bits;
+  w.scale_dtype = number_of(p.scale.scalar_type(), "scale");
+  w.bias_dtype = p.bias ? number_of(p.bias->scalar_type(), "bias") : 0;
+  return w;
+}
+
+Tensor allocate(const Tensor& x, int64_t n, ScalarType dtype, qp_weight& w) {
+  require(n > 0, "the number of outputs must be positive");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  Tensor out = torch::stable::new_empty(x, sizes, dtype);
+  w.out = out.mutable_data_ptr();
+  w.out_bytes = out.numel() * (int64_t)out.element_size();
+  w.out_dtype = number_of(dtype, "the output");
+  return out;
+}
+
+struct Rows {
+  int64_t M, K;
+  explicit Rows(const Tensor& x) {
+    require(x.dim() > 0 && x.size(x.dim() - 1) > 0, "x must be [..., K] with K > 0");
+    K = x.size(x.dim() - 1);
+    M = x.numel() / K;
+  }
+  void check(int64_t k) const {
+    require(K == k, "x has " + std::to_string(K) + " features, the weight takes " + std::to_string(k));
+  }
+};
+
+void succeed(int32_t code) { require(code == 0, qp_last_error()); }
+
+void run(const Tensor& x, int64_t k, int64_t activation, int64_t isa, const std::vector<qp_weight>& w) {
+  const Rows rows(x);
+  rows.check(k);
+  const int32_t dtype = number_of(x.scalar_type(), "x");
+  require(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2");
+  succeed(qp_linear((int32_t)isa, x.const_data_ptr(), dtype, rows.M, rows.K, (int32_t)activation, w.data(),
+                    (int64_t)w.size(), (int32_t)torch::stable::get_num_threads()));
+}
+
+struct Codes {
+  Tensor q, scale;
+  Maybe zero_point;
+  Codes(const Tensor& xq, const Tensor& x_scale, const Maybe& x_zero_point)
+      : q(flat(xq, "xq")), scale(flat(x_scale, "x_scale")) {
+    const Rows rows(q);
+    require(q.scalar_type() == ScalarType::Char, "xq must be int8");
+    require(scale.scalar_type() == ScalarType::Float && scale.numel() == rows.M, "x_scale must be float32 [..., 1]");
+    if (!x_zero_point) return;
+    zero_point = flat(*x_zero_point, "x_zero_point");
+    require(zero_point->scalar_type() == ScalarType::Float && zero_point->numel() == rows.M,
+            "x_zero_point must be float32 [..., 1]");
+  }
+  void run(int64_t k, int64_t isa, const std::vector<qp_weight>& w) const {
+    const Rows rows(q);
+    rows.check(k);
+    succeed(qp_linear_q((int32_t)isa, (const int8_t*)q.const_data_ptr(), (const float*)scale.const_data_ptr(),
+                        zero_point ? (const float*)zero_point->const_data_ptr() : nullptr, rows.M, rows.K, w.data(),
+                        (int64_t)w.size(), (int32_t)torch::stable::get_num_threads()));
+  }
+};
+
+Tensor linear(Tensor x, Tensor qweight, Tensor scale, Maybe zero_point, Maybe colsum, Maybe bias, int64_t n,
+              int64_t k, int64_t bits, int64_t activation, int64_t isa) {
+  x = flat(x, "x");
+  Parts parts = {qweight, scale, zero_point, colsum, bias};
+  std::vector<qp_weight> w = {describe(parts, n, bits)};
+  Tensor out = allocate(x, n, x.scalar_type(), w[0]);
+  run(x, k, activation, isa, w);
+  return out;
+}
+
+Tensor linear_q(Tensor xq, Tensor x_scale, Maybe x_zero_point, Tensor qweight, Tensor scale, Maybe zero_point,
+                Maybe colsum, Maybe bias, int64_t n, int64_t k, int64_t bits, ScalarType dtype, int64_t isa) {
+  const Codes codes(xq, x_scale, x_zero_point);
+  Parts parts = {qweight, scale, zero_point, colsum, bias};
+  std::vector<qp_weight> w = {describe(parts, n, bits)};
+  Tensor out = allocate(codes.q, n, dtype, w[0]);
+  codes.run(k, isa, w);
+  return out;
+}
+
+// `has` says what follows qweight and scale of each weight in `tensors`: 1 zero_point, 2 colsum, 4 bias, added up.
+std::vector<Parts> split(const std::vector<Tensor>& tensors, const std::vector<int64_t>& n,
+                         const std::vector<int64_t>& has) {
+  std::vector<Parts> all;
+  size_t at = 0;
+  require(n.size() == has.size(), "n and has must be of one length");
+  for (int64_t flags : has) {
+    const size_t count = 2 + (flags & 1) + (flags >> 1 & 1) + (flags >> 2 & 1);
+    require(flags >= 0 && flags < 8 && at + count <= tensors.size(), "fewer tensors than n and has speak of");
+    Parts p = {tensors[at], tensors[at + 1], {}, {}, {}};
+    at += 2;
+    if (flags & 1) p.zero_point = tensors[at++];
+    if (flags & 2) p.colsum = tensors[at++];
+    if (flags & 4) p.bias = tensors[at++];
+    all.push_back(p);
+  }
+  require(at == tensors.size(), "more tensors than n and has speak of");
+  return all;
+}
+
+std::vector<Tensor> outputs(const Tensor& x, std::vector<Parts>& parts, const std::vector<int64_t>& n, int64_t bits,
+                            ScalarType dtype, std::vector<qp_weight>& w) {
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < parts.size(); i++) {
+    w.push_back(describe(parts[i], n[i], bits));
+    out.push_back(allocate(x, n[i], dtype, w.back()));
+  }
+  return out;
+}
+
+std::vector<Tensor> linear_list(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> n, std::vector<int64_t> has,
+                                int64_t k, int64_t bits, int64_t activation, int64_t isa) {
+  x = flat(x, "x");
+  std::vector<Parts> parts = split(tensors, n, has);
+  std::vector<qp_weight> w;
+  std::vector<Tensor> out = outputs(x, parts, n, bits, x.scalar_type(), w);
+  run(x, k, activation, isa, w);
+  return out;
+}
+
+std::vector<Tensor> linear_q_list(Tensor xq, Tensor x_scale, Maybe x_zero_point, std::vector<Tensor> tensors,
+                                  std::vector<int64_t> n, std::vector<int64_t> has, int64_t k, int64_t bits,
+                                  ScalarType dtype, int64_t isa) {
+  const Codes codes(xq, x_scale, x_zero_point);
+  std::vector<Parts> parts = split(tensors, n, has);
+  std::vector<qp_weight> w;
+  std::vector<Tensor> out = outputs(codes.q, parts, n, bits, dtype, w);
+  codes.run(k, isa, w);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_q", TORCH_BOX(&linear_q));
+  m.impl("linear_list", TORCH_BOX(&linear_list));
+  m.impl("linear_q_list", TORCH_BOX(&linear_q_list));
+}

@@ -1,0 +1,104 @@
+// The vpdpbusd kernel: up to 8 rows of codes times a range of 16-output blocks, over all of K.
+#pragma once
+#include "avx512_vector.h"
+
+namespace qpass {
+namespace {
+
+constexpr int64_t kAhead = 2048;
+
+// One 64-input block: inputs 0..31 of it go to `low`, inputs 32..63 to `high` (4 bits: 16 times too large).
+template <int BITS, int ROWS>
+QPASS_AVX512_INLINE void vnni_block(const uint8_t* q, const int8_t* x, int64_t ld, __m512i (&low)[ROWS],
+                                    __m512i (&high)[ROWS]) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) {
+    __m512i lower = _mm512_loadu_si512(q + r * 64), upper;
+    _mm_prefetch((const char*)q + r * 64 + kAhead, _MM_HINT_T0);
+    if (BITS == 4) {
+      upper = _mm512_andnot_si512(nibble, lower);
+      lower = _mm512_and_si512(lower, nibble);
+    } else {
+      upper = _mm512_loadu_si512(q + 512 + r * 64);
+      _mm_prefetch((const char*)q + 512 + r * 64 + kAhead, _MM_HINT_T0);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) {
+      const int8_t* codes = x + m * ld + r * 4;
+      low[m] = _mm512_dpbusd_epi32(low[m], lower, _mm512_set1_epi32(four_codes(codes)));
+      high[m] = _mm512_dpbusd_epi32(high[m], upper, _mm512_set1_epi32(four_codes(codes + 32)));
+    }
+  }
+}
+
+template <int BITS>
+QPASS_AVX512_INLINE __m512i joined(__m512i low, __m512i high) {
+  return _mm512_add_epi32(low, BITS == 4 ? _mm512_srai_epi32(high, 4) : high);
+}
+
+// Ends a group: takes the weights' offset (and zero points) out of the sums and adds them, scaled, to `acc`.
+template <int BITS, int ROWS>
+QPASS_AVX512_INLINE void vnni_close(const Weight& w, int64_t block, int64_t group, const int32_t* sums,
+                                    const __m512i (&total)[ROWS], __m512 (&acc)[ROWS]) {
+  constexpr int32_t kOffset = BITS == 4 ? 8 : 128;
+  const __m512 scale = group_scales(w, block, group);
+  if (w.zero_point) {
+    const __m512i zero = _mm512_add_epi32(group_zero_points(w, block, group), _mm512_set1_epi32(kOffset));
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) {
+      __m512i offset = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sums[m * w.groups + group]));
+      acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(total[m], offset)), scale, acc[m]);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++) {
+    __m512i offset = _mm512_set1_epi32(kOffset * sums[m * w.groups + group]);
+    acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(total[m], offset)), scale, acc[m]);
+  }
+}
+
+// Rows m0 .. m0 + ROWS times blocks [block_begin, block_end). `group_sums` [M][groups] are sums of codes.
+// Groups are runs of 32 inputs; one that ends inside a 64-input block closes on `low`, and `high` opens the next.
+template <int BITS, int ROWS>
+QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
+                            int64_t m0, int64_t block_begin, int64_t block_end) {
+  constexpr int64_t kBytes = BITS * 128;
+  const int64_t runs = w.group_size / 32, ld = x.Kp;
+  const int32_t* sums = group_sums + m0 * w.groups;
+  for (int64_t b = block_begin; b < block_end; b++) {
+    const uint8_t* q = w.q + b * (w.Kp / 64) * kBytes;
+    const int8_t* codes = x.q + m0 * ld;
+    __m512 acc[ROWS];
+    __m512i low[ROWS], high[ROWS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) {
+      acc[m] = _mm512_setzero_ps();
+      low[m] = high[m] = _mm512_setzero_si512();
+    }
+    int64_t run = 0;
+    for (int64_t g = 0; g < w.groups; g++) {
+      const int64_t end = (g + 1) * runs;
+      for (; run + 2 <= end; run += 2, q += kBytes, codes += 64) vnni_block<BITS, ROWS>(q, codes, ld, low, high);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) {
+        low[m] = joined<BITS>(low[m], high[m]);
+        high[m] = _mm512_setzero_si512();
+      }
+      if (run < end) {
+        vnni_block<BITS, ROWS>(q, codes, ld, low, high);
+        run += 2, q += kBytes, codes += 64;
+      }
+      vnni_close<BITS, ROWS>(w, b, g, sums, low, acc);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) low[m] = _mm512_setzero_si512();
+    }
+    const Columns columns = columns_of(w, out, b, 1.f);
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) finish(columns, x, out, m0 + m, acc[m], 1.f);
+  }
+}
+
+}  // namespace
+}  // namespace qpass

@@ -1,0 +1,130 @@
+"""Native: the loaded library as Python functions; loading it is also what gives the qpass_x86 ops their CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qpass.errors import NoKernel
+from qpass.kernels.cpu import build
+from qpass.weight import CanonicalWeight
+
+ISA_INDEX = {"x86_64": 0, "avx2": 1, "avx512_vnni": 2, "amx_int8": 3}
+"""An instruction set's number in the library, by its name in the registry."""
+
+DTYPE_INDEX = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "qp_isa_available": (_I32,),
+    "qp_pack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
+    "qp_unpack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
+    "qp_quantize": (_I32, _POINTER, _I32, _I64, _I64, _POINTER, _POINTER, _POINTER),
+}
+_lock = threading.Lock()
+_loaded: ctypes.CDLL | None = None
+_failure: str | None = None
+
+
+def refuses() -> str | None:
+    """Why the library cannot be had, or None if it is there or a compiler is; compiles and loads nothing."""
+    if _loaded is not None:
+        return None
+    if _failure is not None:
+        return _failure
+    if sys.platform != "linux" or sys.byteorder != "little":
+        return f"is built for little-endian Linux, this is {sys.byteorder}-endian {sys.platform}"
+    return None if build.compiler() or build.find_library() else build.missing_compiler()
+
+
+def prepare() -> str | None:
+    """Make the library ready, building it if need be; None, or why it failed. It is tried once a process."""
+    try:
+        library()
+    except NoKernel as why:
+        return str(why)
+    return None
+
+
+def loaded() -> bool:
+    """Whether this process has the library."""
+    return _loaded is not None
+
+
+def library() -> ctypes.CDLL:
+    """The library, built and loaded on the first call. Raises NoKernel with the reason, the same one every time."""
+    global _loaded, _failure
+    if _loaded is not None:
+        return _loaded
+    with _lock:
+        if _loaded is None and _failure is None:
+            if (why := refuses()) is None:
+                try:
+                    _loaded = _load()
+                except (build.BuildFailed, OSError) as error:
+                    why = str(error)
+            _failure = why
+        if _loaded is None:
+            raise NoKernel(f"{_failure}")
+        return _loaded
+
+
+def _load() -> ctypes.CDLL:
+    # torch is imported by now, so the library finds torch's OpenMP runtime loaded and shares its threads.
+    found = ctypes.CDLL(str(build.build()))
+    for name, arguments in _SIGNATURES.items():
+        getattr(found, name).argtypes = arguments
+        getattr(found, name).restype = _I32
+    found.qp_last_error.restype = ctypes.c_char_p
+    return found
+
+
+@cache
+def available(isa: str) -> bool:
+    """Whether the library can run this instruction set here, by its own look at the processor."""
+    return bool(library().qp_isa_available(ISA_INDEX[isa]))
+
+
+def pack(weight: CanonicalWeight, bits: int) -> Tensor:
+    """qweight int8 [N, K] -> uint8 [Np * Kp * bits / 8] in the order of csrc/product.h."""
+    q = weight.qweight.contiguous()
+    n, k = q.shape
+    packed = torch.empty(padded(n, 32) * padded(k, 64) * bits // 8, dtype=torch.uint8)
+    _succeed(library().qp_pack(q.data_ptr(), q.numel(), n, k, bits, packed.data_ptr(), packed.numel(),
+                               torch.get_num_threads()))
+    return packed
+
+
+def unpack(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
+    """The inverse of `pack`: int8 [n, k]."""
+    packed = packed.contiguous()
+    q = torch.empty(n, k, dtype=torch.int8)
+    _succeed(library().qp_unpack(packed.data_ptr(), packed.numel(), n, k, bits, q.data_ptr(), q.numel(),
+                                 torch.get_num_threads()))
+    return q
+
+
+def quantize(x: Tensor, isa: str, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] -> codes int8 [M, K], scale float32 [M, 1], zero point float32 [M, 1] or None, as `isa` computes them."""
+    x = x.contiguous()
+    m, k = x.shape
+    q, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1)
+    zero_point = None if symmetric else torch.empty(m, 1)
+    _succeed(library().qp_quantize(ISA_INDEX[isa], x.data_ptr(), DTYPE_INDEX[x.dtype], m, k, q.data_ptr(),
+                                   scale.data_ptr(), None if zero_point is None else zero_point.data_ptr()))
+    return q, scale, zero_point
+
+
+def padded(size: int, to: int) -> int:
+    """The smallest multiple of `to` that is at least `size`."""
+    return -(-size // to) * to
+
+
+def _succeed(code: int) -> None:
+    if code != 0:
+        raise ValueError(library().qp_last_error().decode())

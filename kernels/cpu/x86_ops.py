@@ -1,0 +1,73 @@
+"""x86 ops: the schemas of namespace qpass_x86 and their shapes; csrc/shim.cpp gives them CPU kernels when it is loaded.
+
+`n`, `k` are the weight's sizes; `activation` is 0 for float, 1 for int8 symmetric, 2 for int8 asymmetric; `isa` is the
+number of an instruction set. The list forms take all weights' tensors in one list: qweight and scale of each, then what
+`has` says (1 zero_point, 2 colsum, 4 bias, added up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.errors import NoKernel
+from qpass.kernels.cpu import native
+
+LIBRARY = torch.library.Library("qpass_x86", "DEF")
+_WEIGHT = "Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? colsum, Tensor? bias, int n, int k, int bits"
+_WEIGHTS = "Tensor[] tensors, int[] n, int[] has, int k, int bits"
+_CODES = "Tensor xq, Tensor x_scale, Tensor? x_zero_point"
+LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, int activation, int isa) -> Tensor")
+LIBRARY.define(f"linear_q({_CODES}, {_WEIGHT}, ScalarType dtype, int isa) -> Tensor")
+LIBRARY.define(f"linear_list(Tensor x, {_WEIGHTS}, int activation, int isa) -> Tensor[]")
+LIBRARY.define(f"linear_q_list({_CODES}, {_WEIGHTS}, ScalarType dtype, int isa) -> Tensor[]")
+
+
+def _product(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    torch._check(x.shape[-1] == k, lambda: f"qpass_x86: x has {x.shape[-1]} features, the weight takes {k}")
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+
+
+@torch.library.register_fake("qpass_x86::linear", lib=LIBRARY)
+def _linear(x: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor | None, colsum: Tensor | None,
+            bias: Tensor | None, n: int, k: int, bits: int, activation: int, isa: int) -> Tensor:
+    return _product(x, n, k, x.dtype)
+
+
+@torch.library.register_fake("qpass_x86::linear_q", lib=LIBRARY)
+def _linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, qweight: Tensor, scale: Tensor,
+              zero_point: Tensor | None, colsum: Tensor | None, bias: Tensor | None, n: int, k: int, bits: int,
+              dtype: torch.dtype, isa: int) -> Tensor:
+    return _product(xq, n, k, dtype)
+
+
+@torch.library.register_fake("qpass_x86::linear_list", lib=LIBRARY)
+def _linear_list(x: Tensor, tensors: list[Tensor], n: list[int], has: list[int], k: int, bits: int, activation: int,
+                 isa: int) -> list[Tensor]:
+    return [_product(x, size, k, x.dtype) for size in n]
+
+
+@torch.library.register_fake("qpass_x86::linear_q_list", lib=LIBRARY)
+def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, tensors: list[Tensor], n: list[int],
+                   has: list[int], k: int, bits: int, dtype: torch.dtype, isa: int) -> list[Tensor]:
+    return [_product(xq, size, k, dtype) for size in n]
+
+
+def _load_then_call(name: str) -> Callable[..., Any]:
+    """What the op does while the library is not loaded: a graph compiled earlier may be the first to need it."""
+
+    def call(*args: Any) -> Any:
+        if native.loaded():  # then the CPU has a kernel, and the call is not for the CPU
+            raise NoKernel(f"qpass_x86::{name} runs on the CPU, and its tensors are on {args[0].device}; "
+                           "move the whole model with .to(device), which packs its weights anew")
+        native.library()
+        return getattr(torch.ops.qpass_x86, name).default(*args)
+
+    return call
+
+
+for _name in ("linear", "linear_q", "linear_list", "linear_q_list"):
+    LIBRARY.impl(_name, _load_then_call(_name), "CompositeExplicitAutograd")

@@ -1,0 +1,132 @@
+"""Support matrix: the table of kernels in, one row a kernel out: what it computes, what it needs, whether it runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from qpass.kernels.isa import machine_refuses
+from qpass.kernels.registry import KERNELS, Kernel, LinearCall, load_builtin
+from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs
+from qpass.spec import LinearSpec
+
+# Each is tried on every kernel, on a weight that all of them divide, so that a row says what the kernel itself says.
+_GRANULARITIES: tuple[tuple[str, dict[str, object]], ...] = (
+    ("g32", {"granularity": "per_group", "group_size": 32}), ("g64", {"granularity": "per_group", "group_size": 64}),
+    ("g128", {"granularity": "per_group", "group_size": 128}),
+    ("channel", {"granularity": "per_channel", "group_size": None}),
+    ("tensor", {"granularity": "per_tensor", "group_size": None}))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SIZE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupportRow:
+    """One kernel. `runs_here` is False if this machine or device lacks something, and `why_not` says what.
+
+    weights, activations and dtypes are those the kernel takes at 1024x1024; whether it takes a given layer is for
+    qpass.plan to say. Weights say the granularity, `asym` is added where zero points are taken too.
+    """
+
+    kernel: str
+    scheme: str
+    weights: tuple[str, ...]
+    activations: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    isa: str | None
+    device: str
+    priority: int
+    runs_here: bool
+    why_not: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupportMatrix:
+    """All kernels, in the order in which they are asked. `str()` is an aligned table."""
+
+    rows: tuple[SupportRow, ...]
+
+    def __str__(self) -> str:
+        heads = ("kernel", "scheme", "weights", "activations", "dtypes", "needs", "device", "here")
+        table = [heads, *(_cells(row) for row in self.rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def support_matrix() -> SupportMatrix:
+    """What each registered kernel computes and whether it runs on this machine; compiles and runs nothing."""
+    load_builtin()
+    return SupportMatrix(rows=tuple(_row(k) for k in sorted(KERNELS.values(), key=lambda k: (-k.priority, k.name))))
+
+
+def _row(kernel: Kernel) -> SupportRow:
+    probes = [probe for scheme in _schemes(kernel.scheme) for probe in _probes(scheme)]
+    taken = [(label, act, dtype) for label, act, spec in probes for dtype in _DTYPES
+             if kernel.refuses(LinearCall(spec=spec, device=_device(kernel), dtype=dtype)) is None]
+    why = _device_refuses(kernel.device) or machine_refuses(kernel.isa) or ""
+    return SupportRow(kernel=kernel.name, scheme="every scheme" if kernel.scheme == "*" else kernel.scheme,
+                      weights=_merged([label for label, _, _ in taken]),
+                      activations=_once([act for _, act, _ in taken]),
+                      dtypes=_once([_short(dtype) for _, _, dtype in taken]), isa=kernel.isa,
+                      device="every device" if kernel.device == "*" else kernel.device, priority=kernel.priority,
+                      runs_here=not why, why_not=why)
+
+
+def _schemes(family: str) -> list[Scheme]:
+    """The registered schemes that a kernel for `family` is about; one of each weight type and width is enough."""
+    found = {(s.weight.type, s.weight.bits, s.activation is None): s for s in PRESETS.values()
+             if family in ("*", s.family)}
+    return list(found.values())
+
+
+def _probes(scheme: Scheme) -> list[tuple[str, str, LinearSpec]]:
+    activations: list[tuple[str, ActivationArgs | None]] = [("float", None)]
+    if scheme.activation is not None:
+        activations = [("int8", ActivationArgs()), ("int8 asym", ActivationArgs(symmetric=False))]
+    found = []
+    for label, change in _GRANULARITIES:
+        for symmetric in (True, False):
+            weight: WeightArgs = replace(scheme.weight, symmetric=symmetric, **change)  # type: ignore[arg-type]
+            for act_label, activation in activations:
+                spec = LinearSpec(family=scheme.family, weight=weight, activation=activation, out_features=_SIZE,
+                                  in_features=_SIZE)
+                found.append((label if symmetric else f"{label} asym", act_label, spec))
+    return found
+
+
+def _device(kernel: Kernel) -> torch.device:
+    return torch.device("cpu" if kernel.device == "*" else kernel.device)
+
+
+def _device_refuses(device: str) -> str | None:
+    if device in ("*", "cpu", "meta"):
+        return None
+    module = getattr(torch, device, None)
+    available = getattr(module, "is_available", None)
+    return None if available is not None and available() else f"there is no {device} device here"
+
+
+def _merged(labels: Sequence[str]) -> tuple[str, ...]:
+    """Labels once each; `g32` and `g32 asym` become `g32`, with one `asym` at the end if all have it."""
+    once = _once(labels)
+    plain = [label for label in once if not label.endswith(" asym")]
+    zero_points = [label.removesuffix(" asym") for label in once if label.endswith(" asym")]
+    if zero_points and zero_points == plain:
+        return (*plain, "asym")
+    return once
+
+
+def _once(values: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def _cells(row: SupportRow) -> tuple[str, ...]:
+    return (row.kernel, row.scheme, " ".join(row.weights), ", ".join(row.activations), " ".join(row.dtypes),
+            row.isa or "nothing", row.device, "yes" if row.runs_here else f"no: {row.why_not}")

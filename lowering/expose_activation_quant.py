@@ -1,0 +1,81 @@
+"""Expose activation quantization: qpass.linear becomes quantization in plain ATen and qpass.linear_q on its integers.
+
+before  y = qpass.linear(x, packed, bias, spec)
+after   xq, x_scale, x_zero_point = the lines of kernels/reference/activation.py
+        y = qpass.linear_q(xq, x_scale, x_zero_point, packed, bias, spec, x.dtype)
+
+In plain ATen the compiler fuses it into whatever computed x; inside the op it would stay opaque. Layers without an
+activation scheme, and kernels without a `linear_q` form, are left whole.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.node import map_arg
+
+from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from qpass.kernels.registry import kernel
+from qpass.lowering.graph_nodes import (
+    LINEAR,
+    LINEAR_Q,
+    QUANTIZES,
+    SITES,
+    Quantization,
+    add_call,
+    our_nodes,
+    replace,
+    sites_of,
+)
+
+
+def expose_activation_quant(graph: fx.Graph) -> int:
+    """Write out the activation quantization of each qpass.linear. Returns the number of ops rewritten."""
+    changed = 0
+    for node, product in our_nodes(graph):
+        activation = product.spec.activation
+        if node.target is not LINEAR or activation is None or "linear_q" not in kernel(product.spec.kernel).forms:
+            continue
+        with graph.inserting_before(node):
+            codes, scale, zero_point = _write_quantization(graph, node, product.x, activation.symmetric)
+            arguments = (codes, scale, zero_point, list(product.packed), product.bias[0], product.specs[0],
+                         product.x.meta["val"].dtype)
+            new = add_call(graph, LINEAR_Q, arguments, like=node)
+        new.meta[SITES] = sites_of(node)
+        replace(node, new)
+        changed += 1
+    return changed
+
+
+def _write_quantization(graph: fx.Graph, linear: fx.Node, x: fx.Node,
+                        symmetric: bool) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    copies: dict[fx.Node, fx.Node] = {}
+    results: list[fx.Node] = []
+    mark = Quantization(site=sites_of(linear)[0])
+    for line in _lines(x.meta["val"].dtype, symmetric).nodes:
+        if line.op == "placeholder":
+            copies[line] = x
+        elif line.op == "call_function":
+            arguments = map_arg(line.args, lambda n: copies[n])
+            copies[line] = add_call(graph, line.target, arguments, like=linear)
+            copies[line].meta |= {QUANTIZES: mark, "original_aten": line.target}
+        else:
+            results = [copies[n] for n in line.args[0]]  # type: ignore[union-attr]
+    codes, scale = results[:2]
+    return codes, scale, results[2] if len(results) > 2 else None
+
+
+@lru_cache(maxsize=64)
+def _lines(dtype: torch.dtype, symmetric: bool) -> fx.Graph:
+    """The reference's quantization as the ATen ops that Inductor lowers; they name no size, and no dimension but -1."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return quantize_symmetric(x) if symmetric else quantize_asymmetric(x)
+
+    with torch.no_grad(), FakeTensorMode():
+        return make_fx(run, decomposition_table=select_decomp_table())(torch.empty(2, 3, dtype=dtype)).graph

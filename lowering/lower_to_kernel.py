@@ -1,0 +1,36 @@
+"""Lower to kernels: each op of ours becomes the native op of the kernel its weight is packed for, where there is one.
+
+before  y = qpass.linear_q(xq, s, z, packed, bias, spec, dtype)
+after   y = the op overload and arguments that the registry gives for the spec's kernel
+
+A kernel without a native op keeps the qpass op, which runs through dispatch; the node says so. No device is named
+here: kernels are asked through the registry.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qpass.kernels.registry import kernel
+from qpass.lowering.graph_nodes import LEFT, MEANING, OP, OPS, SITES, add_call, our_nodes, replace, sites_of
+
+
+def lower_to_kernel(graph: fx.Graph) -> int:
+    """Replace ops of ours by native ops. Returns the number replaced."""
+    changed = 0
+    for node, product in our_nodes(graph):
+        if node.target not in OPS:
+            continue
+        op, chosen = OPS[node.target], kernel(product.spec.kernel)
+        node.meta[OP] = op
+        call = chosen.native_call(op, node.args) if chosen.native_call is not None else None
+        if call is None:
+            node.meta[LEFT] = f"{chosen.name} has no native op for {op}; it is called through torch.ops.qpass.{op}"
+            continue
+        target, arguments = call
+        with graph.inserting_before(node):
+            new = add_call(graph, target, tuple(arguments), like=node)
+        new.meta |= {OP: op, SITES: sites_of(node), MEANING: product}
+        replace(node, new)
+        changed += 1
+    return changed

@@ -1,0 +1,42 @@
+"""Share activation quantization: products that read one tensor quantize it once.
+
+before  a = linear_q(quantize(x), ...);  b = linear_q(quantize(x), ...)
+after   xq = quantize(x);  a = linear_q(xq, ...);  b = linear_q(xq, ...)
+
+Invariant: two quantizations are one only if they have the same symmetry and read the same rows, that is the same
+tensor up to views that keep its last dimension. The first in the graph stays, so it comes before every use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qpass.lowering.graph_nodes import LINEAR_Q, Product, add_call, our_nodes, quantized_input, same_rows, shape_text
+
+
+def share_activation_quant(graph: fx.Graph) -> int:
+    """Let later quantizations of one tensor use the first. Returns the number of quantizations that went away."""
+    first: dict[tuple[fx.Node, bool], Product] = {}
+    changed = 0
+    for node, product in our_nodes(graph):
+        if node.target is not LINEAR_Q or (x := quantized_input(product.x)) is None:
+            continue
+        kept = first.setdefault((same_rows(x), product.x_zero_point is None), product)
+        if kept.x is product.x:
+            continue
+        for mine, theirs in ((product.x, kept.x), (product.x_scale, kept.x_scale),
+                             (product.x_zero_point, kept.x_zero_point)):
+            if mine is not None and theirs is not None:
+                mine.replace_all_uses_with(_in_shape_of(graph, mine, theirs))
+        changed += 1
+    if changed:
+        graph.eliminate_dead_code()
+    return changed
+
+
+def _in_shape_of(graph: fx.Graph, mine: fx.Node, theirs: fx.Node) -> fx.Node:
+    if shape_text(mine.meta["val"]) == shape_text(theirs.meta["val"]):
+        return theirs
+    with graph.inserting_before(mine):
+        return add_call(graph, torch.ops.aten.reshape.default, (theirs, list(mine.meta["val"].shape)), like=mine)

@@ -1,0 +1,138 @@
+"""Command line: arguments in, text and an exit code out; 0 is success, 1 an error that is said, 2 a wrong command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from qpass import __version__
+from qpass.errors import QPassError
+
+_EXAMPLES = """examples:
+  qpass demo                                               watch a small language model become W4A8 and answer
+  qpass plan ./Llama-3.2-1B --recipe w4a8                  what would be done, from config.json alone
+  qpass quantize ./Llama-3.2-1B ./llama-w4a8 --recipe w4a8 --override '*.down_proj=w8a8'
+  qpass explain ./llama-w4a8                               what was done, layer by layer
+  qpass eval ./llama-w4a8 --text book.txt --reference ./Llama-3.2-1B
+  qpass kernels                                            what runs on this machine, and why the rest does not
+
+SRC is a Hugging Face model folder: config.json, safetensors, tokenizer. QPASS_DEBUG=1, 2 or 3 shows more.
+"""
+_RECIPE_HELP = "a preset (w4a8, w8a8, w4a16, w8a16, w4a16_asym, w4a8_channel, ...) or a YAML or JSON recipe (default: w4a8)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; argparse itself exits with 2 for a command that it cannot read."""
+    options = build_parser().parse_args(arguments)
+    show_all = options.traceback or bool(os.environ.get("QPASS_DEBUG"))
+    from qpass import cli_commands
+
+    try:
+        with cli_commands.quiet(enabled=not show_all):
+            getattr(cli_commands, f"run_{options.command}")(options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if show_all:
+            traceback.print_exc()
+        known = isinstance(error, (QPassError, OSError))
+        print(f"error: {error if known else f'{type(error).__name__}: {error}'}", file=sys.stderr)
+        if not known and not show_all:
+            print("this error was not expected; --traceback shows where it comes from", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `command` and `traceback` are set on every result."""
+    parser = argparse.ArgumentParser(prog="qpass", description="Quantize language models, and see what was done to them.",
+                                     epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"qpass {__version__}")
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[every],
+                                   epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    quantize = command("quantize", "quantize the model in SRC and save it in DST",
+                       "qpass quantize ./model ./model-w4a8 --recipe w4a8 --ignore lm_head '*.o_proj'")
+    _source(quantize)
+    quantize.add_argument("destination", metavar="DST", help="folder to write; must not exist or be empty")
+    _recipe(quantize)
+    quantize.add_argument("--overwrite", action="store_true", help="replace what is in DST")
+
+    plan = command("plan", "say what quantize would do, reading config.json and no weights",
+                   "qpass plan ./model --recipe w8a8 --full")
+    _source(plan)
+    _recipe(plan)
+    _table(plan)
+
+    explain = command("explain", "say what was done to a quantized model, layer by layer", "qpass explain ./model-w4a8")
+    _source(explain)
+    _table(explain)
+
+    evaluate = command("eval", "perplexity on a text; with --reference also KL and top-1 agreement",
+                       "qpass eval ./model-w4a8 --text book.txt --reference ./model --tokens 16384")
+    _source(evaluate)
+    evaluate.add_argument("--text", metavar="FILE", required=True, help="a text file in UTF-8")
+    evaluate.add_argument("--reference", metavar="SRC", help="folder of the model to compare with, usually the float one")
+    evaluate.add_argument("--window", type=_positive, default=512, metavar="N",
+                          help="tokens the model sees at once (default: 512)")
+    evaluate.add_argument("--stride", type=_positive, metavar="N", help="new tokens a window scores (default: window)")
+    evaluate.add_argument("--tokens", type=_positive, metavar="N", help="score at least this many (default: all)")
+
+    command("kernels", "list the kernels, what each computes, and why those that do not run here do not", "qpass kernels")
+
+    demo = command("demo", "get a small language model, quantize it, compile it, and let it answer",
+                   "qpass demo --recipe w8a8 --prompt 'Why is the sky blue?'")
+    demo.add_argument("--recipe", default="w4a8", help=_RECIPE_HELP)
+    demo.add_argument("--prompt", default="What is the capital of France?", help="what to ask (default: %(default)s)")
+    demo.add_argument("--cache-dir", metavar="DIR", help="where the model is kept (default: $QPASS_CACHE_DIR, or qpass in "
+                                                         "the user's cache folder)")
+    demo.add_argument("--tokens", type=_positive, default=1024, metavar="N",
+                      help="tokens of text on which both models are evaluated (default: %(default)s)")
+    return parser
+
+
+def _source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="Hugging Face model folder")
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="w4a8", help=_RECIPE_HELP)
+    parser.add_argument("--ignore", nargs="+", action="extend", metavar="TARGET",
+                        help="layers that stay float, in place of the recipe's own list (for presets: lm_head); names, "
+                             "globs, re:REGEX, class names or kinds")
+    parser.add_argument("--override", action="append", default=[], type=_override, metavar="TARGET=SCHEME",
+                        help="another scheme for some layers, or `float`; may be given several times")
+    parser.add_argument("--strict", action="store_true", help="refuse any layer that stays float without being ignored")
+
+
+def _table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="a line for every layer")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", metavar="FILE", help="write a page as well")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _override(text: str) -> tuple[str, str | None]:
+    target, equals, scheme = text.rpartition("=")
+    if not equals or not target or not scheme:
+        raise argparse.ArgumentTypeError(f"must read TARGET=SCHEME, such as '*.down_proj=w8a8'; got {text!r}")
+    return target, None if scheme.lower() in ("float", "none") else scheme

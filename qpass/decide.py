@@ -1,0 +1,205 @@
+"""Decide: sites and a recipe in, one Decision a site out: what happens to it, by which rule and kernel, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from qpass.bands import pattern, without_indices
+from qpass.errors import LayerRefused, NothingQuantized
+from qpass.kernels.registry import LinearCall, choose
+from qpass.match import Match, Tier, match
+from qpass.recipe import OnIndivisible, Recipe
+from qpass.scheme import Scheme, WeightArgs
+from qpass.site import Site
+from qpass.spec import LinearSpec
+
+SMALLEST_GROUP = 32
+_SHOWN = 20  # lines of a list of layers in an error; the rest is counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the recipe says of one site.
+
+    status    "quantize"; "keep" (the recipe leaves it in float); "refuse" (asked for, but it cannot be done)
+    scheme    as asked; None if nothing asked for one
+    spec      set exactly if status is "quantize": group size resolved, `kernel` the one chosen
+    reason    "" where the outcome is simply what the rule asked
+    bytes_*   of the weight as stored on disk, scales and zero points included; 0 for a head tied to a table of
+              embeddings, which is counted there
+    """
+
+    site: Site
+    status: Literal["quantize", "keep", "refuse"]
+    rule: str
+    scheme: Scheme | None = None
+    spec: LinearSpec | None = None
+    reason: str = ""
+    refusals: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tuple[Decision, ...]:
+    """One Decision a site, in the sites' order; reads no weight and changes nothing.
+
+    Kernels are chosen for `device` and each site's dtype. Raises UnmatchedRule, RuleConflict, NothingQuantized,
+    LayerRefused (a layer named exactly, an indivisible group under "error", a float layer under strict: all of them
+    in one message) and NoKernel (a forced kernel refuses).
+    """
+    if not sites:
+        raise NothingQuantized("the model has no product of an activation with a parameter, so there is nothing to "
+                               "quantize; if it should have, pass example_inputs that reach its layers")
+    matches = match(sites, recipe)
+    tied = _tied_heads(sites)
+    decisions = tuple(_draft(found, recipe.on_indivisible, tied.get(found.site.name)) for found in matches)
+    _raise_refused(matches, decisions, recipe)
+    if not any(decision.status == "quantize" for decision in decisions):
+        raise NothingQuantized(_nothing(decisions))
+    return tuple(_with_kernel(decision, device) for decision in decisions)
+
+
+def effective_text(spec: LinearSpec) -> str:
+    """What really runs, in a few words: `w4a8 g64`, `w8a8 channel`, `w4a16 g128 asym`, `w4a8 channel, x asym`."""
+    w, a = spec.weight, spec.activation
+    group = f"g{w.group_size}" if w.group_size else w.granularity.removeprefix("per_")
+    asym = "" if w.symmetric else " asym"
+    return f"{spec.family} {group}{asym}" + ("" if a is None or a.symmetric else ", x asym")
+
+
+def stored_bytes(spec: LinearSpec, count: int, itemsize: int) -> int:
+    """Bytes of `count` weights [N, K] on disk: the codes packed, scales of `itemsize` bytes, zero points packed."""
+    rows, w = spec.out_features * count, spec.weight
+    scales = count if w.granularity == "per_tensor" else rows * spec.groups
+    zero_points = 0 if w.symmetric else -(-scales * w.bits // 8)
+    return rows * -(-spec.in_features * w.bits // 8) + scales * itemsize + zero_points
+
+
+def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision:
+    site, scheme = found.site, found.scheme
+    size = 0 if tied_to else site.numel * site.dtype.itemsize
+    kept = Decision(site=site, status="keep", rule=found.rule, bytes_before=size, bytes_after=size)
+    if site.kind == "embedding":
+        aimed = scheme is not None and found.tier in (Tier.EXACT, Tier.LAST_COMPONENT, Tier.CLASS, Tier.KIND)
+        reason = "embeddings are looked up, not multiplied; kept in float"
+        if found.ignored:
+            return replace(kept, reason="")
+        return replace(kept, status="refuse" if aimed else "keep", scheme=scheme if aimed else None, reason=reason)
+    if scheme is None:
+        return replace(kept, reason=f"tied to {tied_to}: one parameter, counted there" if tied_to else "")
+    why = _cannot(site, tied_to)
+    if why is not None:
+        return replace(kept, status="refuse", scheme=scheme, reason=why)
+    weight, reason = _resolve_group(scheme.weight, site.in_features, policy)
+    if weight is None:
+        return replace(kept, status="refuse" if policy == "error" else "keep", scheme=scheme, reason=reason)
+    if site.uses == 0:
+        reason = "; ".join(filter(None, (reason, "the example inputs never reached it")))
+    spec = LinearSpec(family=scheme.family, weight=weight, activation=scheme.activation,
+                      out_features=site.out_features, in_features=site.in_features)
+    count = site.numel // max(1, site.out_features * site.in_features)
+    return replace(kept, status="quantize", scheme=scheme, spec=spec, reason=reason,
+                   bytes_after=stored_bytes(spec, count, site.dtype.itemsize))
+
+
+def _cannot(site: Site, tied_to: str | None) -> str | None:
+    """Why no scheme can be given to this site; None if one can."""
+    if tied_to:
+        return (f"tied to {tied_to}: quantizing the head would keep a second copy of the table, so it stays float; "
+                "add it to ignore, or untie the two parameters")
+    if site.swap is None:
+        return site.refusal or f"products in {site.owner_class} cannot be replaced; add it to ignore"
+    if site.kind == "experts":
+        return site.refusal or "fused experts have no quantized product in this version; add it to ignore"
+    if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
+        return (f"its weight is {site.dtype}, not a float of 16 bits or more; only those can be quantized. Load a "
+                "quantized checkpoint with qpass.load, or add the layer to ignore")
+    if site.numel == 0:
+        return f"its weight has shape {site.shape} and holds no numbers; add it to ignore"
+    return None
+
+
+def _resolve_group(weight: WeightArgs, k: int, policy: OnIndivisible) -> tuple[WeightArgs | None, str]:
+    """The weight's numbers for rows of `k`, and the line that names any change; None if the policy forbids one."""
+    size = weight.group_size
+    if size is None or k % size == 0:
+        return weight, ""
+    told = f"group {size} does not divide {k}"
+    if policy == "skip":
+        return None, f"{told}: left in float, as on_indivisible='skip' says"
+    if policy == "error":
+        return None, told
+    power = k & -k  # the largest power of two that divides k
+    while power > size:
+        power //= 2
+    if power >= SMALLEST_GROUP:
+        return replace(weight, group_size=power), f"{told}: adjusted to {power}"
+    channel = replace(weight, granularity="per_channel", group_size=None)
+    return channel, f"{told}, nor does any power of two from {SMALLEST_GROUP} to {size}: adjusted to one group a row"
+
+
+def _with_kernel(decision: Decision, device: torch.device) -> Decision:
+    if decision.spec is None:
+        return decision
+    call = LinearCall(spec=decision.spec, device=device, dtype=decision.site.dtype)
+    choice = choose(call, where=decision.site.name)
+    return replace(decision, spec=decision.spec.on(choice.kernel.name), refusals=dict(choice.refusals))
+
+
+def _tied_heads(sites: Sequence[Site]) -> dict[str, str]:
+    """Site name of a product whose parameter is also an embedding's -> that embedding's name."""
+    tables = [site for site in sites if site.kind == "embedding"]
+    tied = {}
+    for site in sites:
+        if site.kind != "embedding":
+            names = {site.name, *site.aliases}
+            for table in tables:
+                if names & {table.name, *table.aliases}:
+                    tied[site.name] = table.name
+    return tied
+
+
+def _raise_refused(matches: Sequence[Match], decisions: Sequence[Decision], recipe: Recipe) -> None:
+    pairs = list(zip(matches, decisions, strict=True))
+    named = [d for m, d in pairs if d.status == "refuse" and m.tier is Tier.EXACT]
+    if named:
+        raise LayerRefused("a rule names layers that cannot be quantized:\n" + _lines(named)
+                           + "\nremove the rule, or set it to None")
+    if recipe.on_indivisible == "error":
+        odd = [d for m, d in pairs if d.status == "refuse" and m.scheme and _indivisible(d, m.scheme.weight)]
+        if odd:
+            raise LayerRefused("on_indivisible='error', and the group size does not divide:\n" + _lines(odd)
+                               + "\nchoose a scheme with a smaller or no group size for them (w4a8_channel has none), "
+                               "on_indivisible='adjust', or add them to ignore")
+    if recipe.strict:
+        left = [d for m, d in pairs if d.status != "quantize" and not m.ignored and d.site.kind != "embedding"]
+        if left:
+            raise LayerRefused("strict=True, and these layers would stay float without being ignored:\n"
+                               + _lines(left) + "\nadd them to ignore, or drop strict")
+
+
+def _indivisible(decision: Decision, weight: WeightArgs) -> bool:
+    return weight.group_size is not None and decision.site.in_features % weight.group_size != 0 and (
+        decision.reason.startswith("group "))
+
+
+def _lines(decisions: Sequence[Decision]) -> str:
+    """One line for layers that differ only in indices: all are named, however many layers a model has."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for d in decisions:
+        groups.setdefault((without_indices(d.site.name), d.reason or d.rule), []).append(d.site.name)
+    lines = [f"  {pattern(names)}: {why}" for (_, why), names in groups.items()]
+    return "\n".join(lines[:_SHOWN] + ([f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []))
+
+
+def _nothing(decisions: Sequence[Decision]) -> str:
+    groups = Counter((d.status, d.rule, d.reason) for d in decisions)
+    lines = [f"  {count} {'kept' if status == 'keep' else 'refused'} by {rule!r}" + (f": {reason}" if reason else "")
+             for (status, rule, reason), count in groups.most_common(_SHOWN)]
+    return ("this recipe quantizes no layer of the model:\n" + "\n".join(lines)
+            + "\ngive a scheme to at least one of them, for example overrides={'linear': 'w8a8'}")

@@ -1,0 +1,82 @@
+"""Fill: an empty model and what goes where in it; the same model with its numbers in place, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qpass.checkpoint_layers import Float, Layer
+from qpass.errors import CheckpointError
+from qpass.formats.compressed_tensors import read_weight
+from qpass.formats.safetensors_file import Stored, read_tensors
+from qpass.kernels.registry import LinearCall, choose
+from qpass.layers import Origin, PackedWeight, QuantLinear, QuantWeight
+from qpass.spec import LinearSpec
+
+
+def fill_floats(floats: list[Float], stored: Mapping[str, Stored], device: torch.device) -> None:
+    """Read every tensor that stays as it is to `device`, in the dtype that the model has for it."""
+    for item in floats:
+        if item.tensor is None:
+            continue
+        module, leaf = item.places[0]
+        before = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+        assert before is not None
+        value = read_tensors({item.tensor: stored[item.tensor]})[item.tensor].to(device=device, dtype=before.dtype)
+        if isinstance(before, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=before.requires_grad)
+        for module, leaf in item.places:
+            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment]
+
+
+def fill_layers(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stored], device: torch.device) -> None:
+    """Read, pack and put in place each layer on `device`. Raises CheckpointError, naming the layer, for bad contents."""
+    for layer in layers:
+        tensors = read_tensors({full: stored[full] for full in layer.tensors.values()})
+        try:
+            canonical = read_weight({name: tensors[full].to(device) for name, full in layer.tensors.items()}, layer.spec)
+        except ValueError as error:
+            raise CheckpointError(f"{layer.paths[0]} in {stored[next(iter(tensors))].file.parent}: {error}") from error
+        del tensors
+        dtype = _weight_of(model, layer, layer.paths[0]).dtype
+        call = LinearCall(spec=layer.spec, device=device, dtype=dtype)
+        spec = layer.spec.on(choose(call, where=layer.paths[0], prepare=True).kernel.name)
+        first: PackedWeight | None = None
+        for path in layer.paths:
+            owner = model.get_submodule(path if layer.module else path.rpartition(".")[0])
+            if not layer.module or owner is model:
+                first = first or QuantWeight(canonical, spec, dtype, transposed=layer.transposed)
+                owner._parameters.pop(layer.leaf)
+                owner._modules[layer.leaf] = first
+                continue
+            first = _put_linear(model, path, owner, layer, first, (canonical, spec, dtype))
+
+
+def _put_linear(model: nn.Module, path: str, owner: nn.Module, layer: Layer, first: PackedWeight | None,
+                parts: tuple[Any, LinearSpec, torch.dtype]) -> PackedWeight:
+    if isinstance(owner, PackedWeight):  # one module under two names
+        return owner
+    canonical, spec, dtype = parts
+    bias_leaf = layer.bias if layer.bias and owner._parameters.get(layer.bias) is not None else None
+    origin = Origin(module=owner, weight=layer.leaf, bias=bias_leaf, transposed=layer.transposed)
+    bias = owner._parameters[bias_leaf] if bias_leaf else None
+    linear = QuantLinear(canonical, bias, spec, dtype, origin)
+    if first is not None:
+        linear.tie(first)
+    owner._parameters[layer.leaf] = nn.Parameter(torch.empty(owner._parameters[layer.leaf].shape, dtype=dtype, device="meta"),
+                                                 requires_grad=False)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is owner:
+                parent._modules[name] = linear
+    return first or linear
+
+
+def _weight_of(model: nn.Module, layer: Layer, path: str) -> torch.Tensor:
+    owner = model.get_submodule(path if layer.module else path.rpartition(".")[0])
+    weight = owner._parameters[layer.leaf]
+    assert weight is not None
+    return weight

@@ -1,0 +1,209 @@
+"""compressed-tensors config: a model's packed layers to the `quantization_config` of its config.json, and back.
+
+Source: compressed-tensors 0.20, `quantization/quant_config.py`, `quant_scheme.py` and `utils/match.py`: a layer is
+matched by its exact name, then by `re:` regex, then by class name; `ignore` comes before all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qpass.errors import CheckpointError, RecipeError
+from qpass.formats.compressed_tensors import is_packed
+from qpass.layers import PackedWeight, QuantLinear
+from qpass.scheme import ActivationArgs, Scheme, WeightArgs, codec_of
+from qpass.spec import LinearSpec
+
+METHOD = "compressed-tensors"
+_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "qpass")
+_STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
+_GRANULARITY = {strategy: granularity for granularity, strategy in _STRATEGY.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One config group: which layers, and which numbers."""
+
+    name: str
+    targets: tuple[str, ...]
+    weight: WeightArgs
+    activation: ActivationArgs | None
+
+    def spec(self, out_features: int, in_features: int) -> LinearSpec:
+        """The spec of a layer of this group, for the reference kernel. Raises ValueError if groups do not divide K."""
+        size = self.weight.group_size
+        if size is not None and in_features % size:
+            raise ValueError(f"group size {size} does not divide its {in_features} input features")
+        family = Scheme(name=self.name, weight=self.weight, activation=self.activation).family
+        return LinearSpec(family=family, weight=self.weight, activation=self.activation, out_features=out_features,
+                          in_features=in_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """A `quantization_config` as read: groups in order, the targets that stay float, and what only qpass writes.
+
+    `storage` maps layers that are no nn.Linear to {"weight", "bias", "transposed"}; weight is None for a parameter.
+    """
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: Mapping[str, Any] | None = None
+
+    def group_of(self, name: str, module: nn.Module | None) -> Group | None:
+        """The group that holds the module of this name, or (module None) the parameter of this name."""
+        if any(_matches_name(target, name) or _matches_class(target, module) for target in self.ignore):
+            return None
+        for matches in (lambda t: t == name, lambda t: t.startswith("re:") and _matches_name(t, name),
+                        lambda t: _matches_class(t, module)):
+            for group in self.groups:
+                if any(matches(target) for target in group.targets):
+                    return group
+        return None
+
+
+def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The `quantization_config` of a model that holds packed layers, as plain data; None if it holds none.
+
+    A single group of nn.Linear layers is written by class and `ignore`, as LLM Compressor does; anything else by name.
+    Under the key `qpass`, which other readers pass over, stand the recipe and how layers that are no nn.Linear store
+    their weight.
+    """
+    layers = [(name, module) for name, module in model.named_modules(remove_duplicate=False)
+              if isinstance(module, PackedWeight)]
+    if not layers:
+        return None
+    members: dict[tuple[WeightArgs, ActivationArgs | None], list[tuple[str, PackedWeight]]] = {}
+    for name, layer in layers:
+        members.setdefault((layer.spec.weight, layer.spec.activation), []).append((name, layer))
+    groups: dict[str, Any] = {}
+    ignore: list[str] = []
+    for number, ((weight, activation), named) in enumerate(members.items()):
+        targets = [name for name, _ in named]
+        if len(members) == 1:
+            rest = [name for name, layer in named if not _was_linear(layer)]
+            if len(rest) < len(targets):
+                targets = ["Linear", *rest]
+                ignore = [name for name, module in model.named_modules(remove_duplicate=False)
+                          if isinstance(module, nn.Linear)]
+        groups[f"group_{number}"] = {
+            "targets": targets, "format": _format_of(named[0][1].spec), "weights": _weights(weight),
+            "input_activations": None if activation is None else _activations(activation), "output_activations": None}
+    formats = {group["format"] for group in groups.values()}
+    own = {"recipe": None if recipe is None else dict(recipe),
+           "layers": {name: _storage(layer) for name, layer in layers if not _was_linear(layer)}}
+    return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None,
+            "global_compression_ratio": None, "qpass": own}
+
+
+def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
+    """The inverse of write_config, for configs of any tool. `where` names the file in errors.
+
+    Raises CheckpointError, saying which format or setting it is, for whatever this version cannot read.
+    """
+    method, layout = config.get("quant_method"), config.get("format")
+    if method != METHOD:
+        raise CheckpointError(f"{where}: the checkpoint is in format {method!r}, and this version reads only {METHOD!r} "
+                              "(formats pack-quantized and int-quantized); load it with the tool that made it, or quantize "
+                              "the float model")
+    if layout not in (*_FORMATS, None):
+        raise CheckpointError(f"{where}: compressed-tensors format {layout!r} is not read by this version; it reads "
+                              f"{', '.join(_FORMATS[:3])}")
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        if (value := config.get(key)) and (key != "sparsity_config" or value.get("format", "dense") != "dense"):
+            raise CheckpointError(f"{where}: {key} is set, and this version cannot honour it: {value}")
+    raw = config.get("config_groups")
+    if not isinstance(raw, Mapping) or not raw:
+        raise CheckpointError(f"{where}: quantization_config has no config_groups, so nothing says which layers are "
+                              "quantized")
+    groups = tuple(_group(name, group, f"{where}: {name}") for name, group in raw.items())
+    own = config.get("qpass") or {}
+    return LayerConfig(groups=groups, ignore=tuple(config.get("ignore") or ()), storage=own.get("layers") or {},
+                       recipe=own.get("recipe"))
+
+
+def _group(name: str, raw: Any, where: str) -> Group:
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("weights"), Mapping):
+        raise CheckpointError(f"{where} says nothing of weights; this version reads quantized weights only, got {raw!r}")
+    weights, inputs = raw["weights"], raw.get("input_activations")
+    if raw.get("format") not in (*_FORMATS, None):
+        raise CheckpointError(f"{where}: compressed-tensors format {raw['format']!r} is not read by this version; it reads "
+                              f"{', '.join(_FORMATS[:3])}")
+    if raw.get("output_activations"):
+        raise CheckpointError(f"{where} quantizes output activations, and this version cannot")
+    if weights.get("actorder") == "group":
+        raise CheckpointError(f"{where}: weights are in activation order (actorder 'group'), which this version cannot read")
+    return Group(name=name, targets=tuple(raw.get("targets") or ()), weight=_weight_args(weights, where),
+                 activation=None if inputs is None else _activation_args(inputs, where))
+
+
+def _weight_args(raw: Mapping[str, Any], where: str) -> WeightArgs:
+    if raw.get("type", "int") == "float" or raw.get("strategy") not in (*_GRANULARITY, None) or raw.get("dynamic"):
+        raise CheckpointError(f"{where}: weights of type {raw.get('type')}{raw.get('num_bits')}, strategy "
+                              f"{raw.get('strategy')!r} are not read by this version; it reads int weights per tensor, "
+                              "channel or group")
+    size = raw.get("group_size")
+    size = size if isinstance(size, int) and size > 0 else None
+    strategy = raw.get("strategy") or ("group" if size else "tensor")
+    try:
+        args = WeightArgs(bits=raw["num_bits"], type=raw.get("type", "int"), symmetric=raw.get("symmetric", True),
+                          granularity=_GRANULARITY[strategy],  # type: ignore[arg-type]
+                          group_size=size if strategy == "group" else None)
+        codec_of(args)
+    except (RecipeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: cannot read weights {dict(raw)!r}: {error}") from error
+    return args
+
+
+def _activation_args(raw: Mapping[str, Any], where: str) -> ActivationArgs:
+    strategy = _GRANULARITY.get(raw.get("strategy") or "tensor", raw.get("strategy"))
+    try:
+        return ActivationArgs(bits=raw["num_bits"], type=raw.get("type", "int"), symmetric=raw.get("symmetric", True),
+                              granularity=strategy, dynamic=raw.get("dynamic", False))  # type: ignore[arg-type]
+    except (RecipeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: cannot honour input_activations: {error}") from error
+
+
+def _weights(args: WeightArgs) -> dict[str, Any]:
+    return {"num_bits": args.bits, "type": args.type, "symmetric": args.symmetric, "dynamic": False, "actorder": None,
+            "strategy": _STRATEGY[args.granularity], "group_size": args.group_size}
+
+
+def _activations(args: ActivationArgs) -> dict[str, Any]:
+    return {"num_bits": args.bits, "type": args.type, "symmetric": args.symmetric, "dynamic": args.dynamic,
+            "actorder": None, "strategy": _STRATEGY[args.granularity], "group_size": None, "observer": None}
+
+
+def _format_of(spec: LinearSpec) -> str:
+    if codec_of(spec.weight) is not None:
+        return "qpass"
+    return "pack-quantized" if is_packed(spec) else "int-quantized"
+
+
+def _storage(layer: PackedWeight) -> dict[str, Any]:
+    if isinstance(layer, QuantLinear):
+        return {"weight": layer.origin.weight, "bias": layer.origin.bias, "transposed": layer.origin.transposed}
+    return {"weight": None, "bias": None, "transposed": getattr(layer, "transposed", False)}
+
+
+def _was_linear(layer: PackedWeight) -> bool:
+    return isinstance(layer, QuantLinear) and isinstance(layer.origin.module, nn.Linear) and not layer.origin.transposed
+
+
+def _matches_name(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def _matches_class(target: str, module: nn.Module | None) -> bool:
+    return module is not None and target in set(_class_names(module))
+
+
+def _class_names(module: nn.Module) -> Iterator[str]:
+    return (cls.__name__ for cls in type(module).__mro__)

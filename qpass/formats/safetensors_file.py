@@ -1,0 +1,163 @@
+"""safetensors: named tensors, made one at a time, to one file; and a folder's files to the facts of each tensor.
+
+A file is 8 bytes of header length, a JSON header, and the tensors' bytes without gaps. Writing it here rather than
+with the safetensors package keeps one tensor in memory instead of all; reading is left to that package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.errors import CheckpointError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint16: "U16", torch.uint32: "U32",
+    torch.uint64: "U64", torch.complex64: "C64", torch.float8_e8m0fnu: "F8_E8M0",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor to be written: what it will be, and how to get it when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor of a checkpoint: in which file, and what it is."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def write_file(path: Path, entries: list[Entry]) -> None:
+    """Write `entries` to `path` and flush them to the disk; raises OSError as the file system does."""
+    ordered = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name))  # so that every tensor starts aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in ordered:
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape),
+                              "data_offsets": [offset, offset + entry.nbytes]}
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in ordered:
+            tensor = entry.make()
+            if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+                raise CheckpointError(f"{entry.name} changed while it was being saved: it was {entry.dtype} {entry.shape} "
+                                      f"and is {tensor.dtype} {tuple(tensor.shape)}")
+            if tensor.numel():
+                raw = tensor.detach().cpu().contiguous().reshape(-1)
+                file.write(memoryview(raw.view(_BYTES.get(raw.element_size(), torch.uint8)).numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def split_shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
+    """The entries in order, cut into shards of at most `limit` bytes (one tensor may be more)."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.nbytes
+    return shards
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """Name -> where and what, of every tensor in the folder's safetensors files; reads headers only.
+
+    Raises CheckpointError, naming the file, if one is missing, truncated or damaged, or if the index disagrees.
+    """
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        files, listed = [folder / SINGLE], None
+    elif index.is_file():
+        listed = _read_index(index)
+        files = [folder / name for name in sorted(set(listed.values()))]
+    else:
+        raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in _read_header(file).items():
+            if name in found:
+                raise CheckpointError(f"{name} stands in two files: {found[name].file} and {file}")
+            found[name] = stored
+    for name, where in (listed or {}).items():
+        if name not in found or found[name].file.name != where:
+            raise CheckpointError(f"{index} says that {name} is in {where}, and it is not")
+    return found
+
+
+def read_tensors(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """The tensors, copied into memory of their own, so that nothing refers to the files afterwards."""
+    from safetensors import SafetensorError, safe_open
+
+    read: dict[str, Tensor] = {}
+    try:
+        for file in {item.file for item in stored.values()}:
+            with safe_open(str(file), framework="pt") as opened:
+                for name in (name for name, item in stored.items() if item.file == file):
+                    read[name] = opened.get_tensor(name).clone()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    return read
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt"):  # checks offsets, sizes and the file's length
+            pass
+        with open(file, "rb") as raw:
+            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+        header.pop("__metadata__", None)
+        return {name: Stored(file=file, dtype=_DTYPES[item["dtype"]], shape=tuple(item["shape"]))
+                for name, item in header.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete, copy it again") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+    except KeyError as error:
+        raise CheckpointError(f"{file} holds a tensor of dtype {error}, which this version cannot read") from error
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in listed.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error!r}") from error
+    if outside := [file for file in names.values() if Path(file).name != file or not file.endswith(".safetensors")]:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is not a safetensors file of this folder")
+    return names

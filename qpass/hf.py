@@ -1,0 +1,134 @@
+"""Transformers: what a quantized model tells its config, and how a folder's config becomes an empty model.
+
+Transformers is imported only when the model or the folder is one of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qpass.errors import CheckpointError
+from qpass.formats import compressed_tensors_config
+
+if TYPE_CHECKING:
+    from qpass.plan_model import Plan
+
+_BUILDING = threading.RLock()
+
+
+def is_transformers(model: Any) -> bool:
+    """Whether this is a Transformers model; imports nothing."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def write_config(model: nn.Module, plan: Plan | None) -> None:
+    """Put the `quantization_config` that matches the packed layers into a Transformers model's config."""
+    if is_transformers(model):
+        config: Any = model.config
+        config.quantization_config = compressed_tensors_config.write_config(
+            model, None if plan is None else plan.recipe.to_dict())
+
+
+def forget_config(model: nn.Module) -> None:
+    """Take it out again."""
+    if is_transformers(model):
+        model.config.__dict__.pop("quantization_config", None)  # type: ignore[union-attr]
+
+
+def save_config(model: Any, folder: Path, quantization: Mapping[str, Any] | None) -> None:
+    """Write config.json, and generation_config.json if the model generates, as save_pretrained does."""
+    if not is_transformers(model):
+        config = {"architectures": [type(model).__name__], "qpass_module": f"{type(model).__module__}."
+                  f"{type(model).__qualname__}", "quantization_config": quantization}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return
+    data = json.loads(model.config.to_json_string())
+    data.update(architectures=[type(model).__name__], dtype=str(model.dtype).removeprefix("torch."))
+    data.pop("quantization_config", None)
+    if quantization is not None:
+        data["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def empty_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The Transformers model that `folder` describes, its parameters on the meta device, its buffers real.
+
+    No code from the folder is run. Raises CheckpointError if Transformers does not know the class.
+    """
+    model_class, loaded = _class_and_config(folder, config)
+    loaded.__dict__.pop("quantization_config", None)
+    with _parameters_on_meta():
+        model: nn.Module = model_class._from_config(loaded)
+    _generation_config(model, folder)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def load_float(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    """A float Transformers model with its weights, in the dtype of the checkpoint."""
+    model_class, loaded = _class_and_config(folder, config)
+    model: nn.Module = model_class.from_pretrained(folder, config=loaded, dtype="auto", local_files_only=True,
+                                                   trust_remote_code=False, use_safetensors=True)
+    return model
+
+
+def _class_and_config(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    names = config.get("architectures") or []
+    if not config.get("model_type") or not names:
+        raise CheckpointError(f"{folder / 'config.json'} names no architecture of Transformers; for a model of your own "
+                              "give the float model to fill: qpass.load(folder, model=model)")
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(f"{folder} holds a Transformers model ({names[0]}), and Transformers is not installed; "
+                              "pip install 'qpass-torch[hf]'") from error
+    model_class = getattr(transformers, names[0], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{folder / 'config.json'}: Transformers {transformers.__version__} has no model class "
+                              f"{names[0]!r}; code from checkpoints is never run. Build the model yourself and give it "
+                              "to qpass.load(folder, model=model)")
+    try:
+        loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever Transformers finds wrong with the file
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read by Transformers: {error}") from error
+    return model_class, loaded
+
+
+def _generation_config(model: Any, folder: Path) -> None:
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, every parameter that a module registers moves to the meta device, before anything initializes it.
+
+    Buffers stay: what a model computes at construction, such as rotary frequencies, is in no checkpoint.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, Tensor) and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    with _BUILDING, torch.no_grad():
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]

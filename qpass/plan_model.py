@@ -1,0 +1,127 @@
+"""Plan: a model and a recipe in, what quantize would do out; a dry run that reads no weight and touches nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qpass.decide import Decision, decide, effective_text
+from qpass.errors import AlreadyQuantized
+from qpass.match import entries
+from qpass.recipe import Recipe
+from qpass.recipe_files import as_recipe
+from qpass.rows import PlanRow
+from qpass.table import bits_per_weight, render_html, render_plan
+
+__all__ = ["Decision", "Plan", "Totals", "decide", "make_plan", "plan_row"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over a plan's rows; `bits_per_weight` is over the quantized ones, scales and zero points included."""
+
+    quantized: int
+    kept: int
+    refused: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What quantize would do: one row and one decision a site. `str()` is a table, layers of one pattern together."""
+
+    rows: tuple[PlanRow, ...]
+    decisions: tuple[Decision, ...]
+    recipe: Recipe
+    capture_method: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def totals(self) -> Totals:
+        """Counts by status, and bytes as stored on disk."""
+        status = Counter(row.status for row in self.rows)
+        return Totals(quantized=status["quantize"], kept=status["keep"], refused=status["refuse"],
+                      bytes_before=sum(row.bytes_before for row in self.rows),
+                      bytes_after=sum(row.bytes_after for row in self.rows),
+                      bits_per_weight=bits_per_weight([row for row in self.rows if row.status == "quantize"]))
+
+    def table(self, *, full: bool = False, width: int = 160) -> str:
+        """The table, footnotes and summary as text; `full` gives every site a line of its own."""
+        return render_plan(self, full=full, width=width)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self) -> str:
+        """The recipe, how layers were found, the totals and every row, as JSON."""
+        return json.dumps({"recipe": self.recipe.to_dict(), "capture_method": self.capture_method,
+                           "notes": self.notes, "totals": asdict(self.totals),
+                           "rows": [asdict(row) for row in self.rows]}, indent=2)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one self-contained page and return its path."""
+        return render_html(self, Path(path))
+
+
+def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None) -> Plan:
+    """What `quantize(model, recipe)` would do, without doing it; weights may be on the meta device.
+
+    recipe          a preset name, Scheme, Recipe, dict, torchao config, or path to a YAML or JSON recipe
+    example_inputs  what one call of the model takes; by default the model's own `dummy_inputs`
+
+    Raises AlreadyQuantized, and what reading the recipe, capturing and deciding raise.
+    """
+    from qpass.capture import capture
+    from qpass.find import find
+
+    wanted = as_recipe(recipe)
+    _check_float(model)
+    captured = capture(model, example_inputs)
+    sites = find(model, captured)
+    decisions = decide(sites, wanted, device=_device(model))
+    return Plan(rows=tuple(plan_row(d) for d in decisions), decisions=decisions, recipe=wanted,
+                capture_method=captured.method, notes=(*captured.notes, *_beaten(wanted, decisions)))
+
+
+def plan_row(decision: Decision) -> PlanRow:
+    """The row that shows a decision."""
+    site, spec = decision.site, decision.spec
+    return PlanRow(name=site.name, kind=site.kind, shape=site.shape, status=decision.status, rule=decision.rule,
+                   scheme=decision.scheme.name if decision.scheme else None,
+                   effective=effective_text(spec) if spec else None, group_size=spec.group_size if spec else None,
+                   reason=decision.reason, kernel=spec.kernel if spec else None, refusals=decision.refusals,
+                   shared_input=site.shared_input, produced_by=site.produced_by,
+                   bytes_before=decision.bytes_before, bytes_after=decision.bytes_after)
+
+
+def _beaten(recipe: Recipe, decisions: Sequence[Decision]) -> list[str]:
+    """Rules that match layers but decide none; those that match nothing at all were errors."""
+    used = {decision.rule for decision in decisions}
+    return [f"rule {entry.text!r} decides no layer: other rules decide each that it matches"
+            for entry in entries(recipe) if entry.text not in used and not entry.default]
+
+
+def _check_float(model: Any) -> None:
+    from qpass.layers import PackedWeight
+
+    if isinstance(model, nn.Module):
+        packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+        if packed:
+            raise AlreadyQuantized(f"{len(packed)} layers of this model are quantized by qpass already, the first is "
+                                   f"{packed[0]}; qpass.explain(model) tells how, qpass.dequantize(model) goes back")
+
+
+def _device(model: Any) -> torch.device:
+    """Where the weights are; the CPU for a model on the meta device or without parameters."""
+    tensors = model.parameters() if isinstance(model, nn.Module) else getattr(model, "state_dict", {}).values()
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))

@@ -1,0 +1,107 @@
+"""Save: a quantized model in, a folder of safetensors and config.json out, as Transformers and vLLM read it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpass.errors import CheckpointError
+from qpass.formats import compressed_tensors_config
+from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, write_file
+from qpass.hf import save_config
+from qpass.layers import PackedWeight
+from qpass.publish_folder import publish_folder
+
+_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None,
+         max_shard_size: int | str = "5GB") -> Path:
+    """Write `model` to `folder` and return its path; the folder appears, or changes, as a whole or not at all.
+
+    model           any module; layers that are not quantized are written as they are, tied weights once
+    tokenizer       whatever has `save_pretrained`, written beside the model
+    max_shard_size  bytes, or text such as "5GB"; a bigger model becomes several files and an index
+
+    One tensor at a time is in memory beside the model. Raises CheckpointError, leaving what was there untouched, if
+    the model holds weights without numbers or the files cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save takes an nn.Module, got {type(model).__name__}; torch.export.save writes exported programs")
+    plan = model.__dict__.get("_qpass_plan")
+    quantization = compressed_tensors_config.write_config(model, plan.recipe.to_dict() if plan is not None else None)
+    shards = split_shards(list(_entries(model)), _bytes(max_shard_size))
+    target = Path(folder).expanduser()
+    with publish_folder(target, lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        _write_shards(staging, shards)
+        save_config(model, staging, quantization)
+    return target
+
+
+def _entries(model: nn.Module) -> Iterator[Entry]:
+    """Every tensor of the state dict once, under the first of its names."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, PackedWeight):
+            if id(module._buffers) in seen:  # tied: another layer reads the very same packed tensors
+                described = {}
+            else:
+                described = module.on_disk
+                seen.add(id(module._buffers))
+            for name, (dtype, shape) in described.items():
+                yield Entry(name=prefix + name, dtype=dtype, shape=shape, make=_maker(module, name))
+        for name, tensor in _own_tensors(module):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if tensor.is_meta:
+                raise CheckpointError(f"{prefix}{name} is on the meta device and holds no numbers; load weights before save")
+            yield Entry(name=prefix + name, dtype=tensor.dtype, shape=tuple(tensor.shape),
+                        make=lambda tensor=tensor: tensor)  # type: ignore[misc]
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _maker(layer: PackedWeight, name: str) -> Any:
+    return lambda: layer.tensor_on_disk(name)
+
+
+def _write_shards(staging: Path, shards: list[list[Entry]]) -> None:
+    if len(shards) == 1:
+        write_file(staging / SINGLE, shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(staging / name, shard)
+        weight_map.update({entry.name: name for entry in shard})
+    total = sum(entry.nbytes for shard in shards for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?I?B)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
+    found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else size
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"max_shard_size must be a number of bytes or text such as '5GB', got {size!r}")
+    return found

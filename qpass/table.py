@@ -1,0 +1,111 @@
+"""Table: a plan or a report in; aligned text or an HTML page out, reasons as footnotes."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qpass.bands import bands
+from qpass.text_table import Column, human_bytes, text_table
+
+_PLAN: tuple[Column, ...] = (("n", ">"), ("parameter", "<"), ("shape", ">"), ("status", "<"), ("rule", "<"),
+                             ("runs as", "<"), ("kernel", "<"), ("before", ">"), ("after", ">"), ("why", "<"))
+_REPORT: tuple[Column, ...] = (*_PLAN, ("activation", "<"))
+_STATUS = {"quantize": "to quantize", "quantized": "quantized", "keep": "kept in float", "kept": "kept in float",
+           "refuse": "refused", "refused": "refused"}
+_STYLE = ("body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
+          "td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
+          "th{position:sticky;top:0;background:#f4f4f4}.r{text-align:right;white-space:nowrap}")
+
+
+def render_plan(plan: Any, *, full: bool = False, width: int = 160) -> str:
+    """The plan's table; layers that differ only in a number share a line unless `full`."""
+    return _render(plan, _PLAN, plan.capture_method, full, width)
+
+
+def render_report(report: Any, *, full: bool = False, width: int = 160) -> str:
+    """The report's table; layers that differ only in a number share a line unless `full`."""
+    return _render(report, _REPORT, report.capture, full, width)
+
+
+def render_html(table: Any, path: Path) -> Path:
+    """Write a plan or a report as one self-contained page, a line for every site; returns the path."""
+    is_plan = hasattr(table, "capture_method")
+    title = "qpass plan" if is_plan else "qpass report"
+    columns = _PLAN if is_plan else _REPORT
+    lines, cells, notes = _parts(table, columns, table.capture_method if is_plan else table.capture, True)
+    path.write_text(_page(title, [*lines, *notes], columns, cells), encoding="utf-8")
+    return path
+
+
+def summary(rows: Sequence[Any], notes: Sequence[str], capture: str) -> list[str]:
+    """One sentence a line: how many of each status and by which rule, bytes, kernels that refused, notes."""
+    lines = []
+    for status, words in _STATUS.items():
+        by = Counter(row.rule for row in rows if row.status == status)
+        if by:
+            lines.append(f"{by.total()} {words}: " + ", ".join(f"{n} by {rule}" for rule, n in by.most_common()))
+    done = [row for row in rows if row.status in ("quantize", "quantized")]
+    before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+    lines.append(f"{human_bytes(before)} -> {human_bytes(after)} in these parameters" + (
+        f"; the quantized ones take {bits_per_weight(done):.2f} bits a weight" if done else ""))
+    lines.append(f"layers were found by {capture}")
+    return lines + [f"not used: {line}" for line in refusal_lines(rows)] + [f"note: {note}" for note in notes]
+
+
+def bits_per_weight(rows: Sequence[Any]) -> float:
+    """Bits that a weight of these rows takes afterwards, scales and zero points included; 0 for no rows."""
+    count = 0
+    for row in rows:
+        size = 1
+        for length in row.shape:
+            size *= length
+        count += size
+    return 8.0 * int(sum(row.bytes_after for row in rows)) / max(count, 1)
+
+
+def refusal_lines(rows: Sequence[Any]) -> list[str]:
+    """One line per kernel and sentence, with how many layers it refused."""
+    counts = Counter((kernel, sentence) for row in rows for kernel, sentence in row.refusals.items())
+    return [f"{kernel}: {sentence} ({count} layer{'s' if count > 1 else ''})"
+            for (kernel, sentence), count in counts.items()]
+
+
+def _render(table: Any, columns: Sequence[Column], capture: str, full: bool, width: int) -> str:
+    lines, cells, notes = _parts(table, columns, capture, full)
+    return "\n".join([text_table(columns, cells, width), *notes, "", *lines])
+
+
+def _parts(table: Any, columns: Sequence[Column], capture: str,
+           full: bool) -> tuple[list[str], list[list[str]], list[str]]:
+    """The summary's lines, the cells, and the footnotes that the cells refer to."""
+    groups = [(row.name, (row,)) for row in table.rows] if full else [(b.name, b.rows) for b in bands(table.rows)]
+    numbers: dict[str, int] = {}
+    cells = []
+    for name, rows in groups:
+        row = rows[0]
+        mark = f"[{numbers.setdefault(row.reason, len(numbers) + 1)}]" if row.reason else ""
+        cells.append([str(len(rows)), name, "x".join(map(str, row.shape)), row.status, row.rule,
+                      row.effective or "float", row.kernel or "", human_bytes(sum(r.bytes_before for r in rows)),
+                      human_bytes(sum(r.bytes_after for r in rows)), mark, *_activation(row, columns)])
+    return summary(table.rows, table.notes, capture), cells, [f"[{n}] {reason}" for reason, n in numbers.items()]
+
+
+def _activation(row: Any, columns: Sequence[Column]) -> list[str]:
+    return [row.activation] if columns[-1][0] == "activation" else []
+
+
+def _page(title: str, told: Sequence[str], columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+    def cell(tag: str, text: str, align: str) -> str:
+        return f"<{tag}{' class=r' if align == '>' else ''}>{html.escape(text)}</{tag}>"
+
+    head = "".join(cell("th", heading, align) for heading, align in columns)
+    body = "\n".join("<tr>" + "".join(cell("td", text, columns[i][1]) for i, text in enumerate(row)) + "</tr>"
+                     for row in rows)
+    lines = "\n".join(f"<p>{html.escape(line)}</p>" for line in told)
+    return (f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>\n"
+            f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{lines}\n<table>\n<thead><tr>{head}</tr></thead>\n"
+            f"<tbody>\n{body}\n</tbody></table></html>\n")

@@ -1,0 +1,354 @@
+"""The AVX512-VNNI and AMX kernels, compiled over emulated intrinsics, agree with float64 on any machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qpass.kernels.cpu
+from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+
+SOURCES = Path(qpass.kernels.cpu.__file__).parent / "csrc"
+EMULATION = Path(__file__).parent / "emulate"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}
+VNNI, AMX = 0, 1
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 40, 65)
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+class CWeight(ctypes.Structure):
+    _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero_point", ctypes.c_void_p),
+                ("colsum", ctypes.c_void_p), ("N", ctypes.c_int64), ("K", ctypes.c_int64), ("Np", ctypes.c_int64),
+                ("Kp", ctypes.c_int64), ("groups", ctypes.c_int64), ("group_size", ctypes.c_int64),
+                ("bits", ctypes.c_int32), ("scale_dtype", ctypes.c_int32)]
+
+
+class CQuantRows(ctypes.Structure):
+    _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero_point", ctypes.c_void_p),
+                ("sums", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64)]
+
+
+class CFloatRows(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64), ("bf16_parts", ctypes.c_int32)]
+
+
+class COutput(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("ld", ctypes.c_int64), ("dtype", ctypes.c_int32),
+                ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int32)]
+
+
+def compile_emulation(folder: Path, *flags: str) -> Path:
+    library = folder / "emulated.so"
+    # Without optimization: the emulation is fast enough, and inlining it everywhere would take half a minute.
+    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", EMULATION / "harness.cpp"]
+    subprocess.run([str(COMPILER), "-O0", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-DQPASS_EMULATE",
+                    *flags, f"-I{EMULATION}", f"-I{SOURCES}", *map(str, sources), "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    prebuilt = os.environ.get("QPASS_TEST_EMULATED_LIBRARY")  # how the sanitizer test below hands over its build
+    return ctypes.CDLL(prebuilt or str(compile_emulation(tmp_path_factory.mktemp("emulated"))))
+
+
+def padded(n: int, to: int) -> int:
+    return (n + to - 1) // to * to
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """Integers [N, K] with scale [N, G], zero_point int8 [N, G] or None, and the packed copies that kernels read."""
+
+    bits: int
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    packed: tuple[Tensor | None, ...]
+    c: CWeight
+
+    @property
+    def centred(self) -> Tensor:
+        """q - zero_point, float64 [N, G, K / G]."""
+        q = self.q.double().view(*self.scale.shape, -1)
+        return q if self.zero_point is None else q - self.zero_point.double().unsqueeze(-1)
+
+    @property
+    def dense(self) -> Tensor:
+        return (self.centred * self.scale.double().unsqueeze(-1)).flatten(1)
+
+
+def blocks_of(per_group: Tensor, fill: float) -> Tensor:
+    """[N, G] -> [Np / 16, G, 16]."""
+    n, groups = per_group.shape
+    full = torch.full((padded(n, 32), groups), fill, dtype=per_group.dtype)
+    full[:n] = per_group
+    return full.view(-1, 16, groups).transpose(1, 2).contiguous()
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Integers [N, K] -> x86_tile64 bytes, as product.h words it."""
+    n, k = q.shape
+    offset = 8 if bits == 4 else 128
+    full = torch.full((padded(n, 32), padded(k, 64)), offset, dtype=torch.int16)
+    full[:n, :k] = q.short() + offset
+    # [Np / 16, 16 outputs, Kp / 64, 16 lines, 4 inputs] -> [Np / 16, Kp / 64, 16 lines, 16 outputs, 4 inputs]
+    lines = full.view(full.shape[0] // 16, 16, -1, 16, 4).permute(0, 2, 3, 1, 4)
+    if bits == 4:
+        lines = lines[:, :, :8] | lines[:, :, 8:] << 4
+    return lines.to(torch.uint8).contiguous()
+
+
+def make_weight(n: int, k: int, group: int | None, bits: int, symmetric: bool, scale: Callable[[Tensor], Tensor],
+                q: Tensor | None = None) -> Weight:
+    groups = k // group if group else 1
+    if q is None:
+        q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (n, k), dtype=torch.int8)
+    # Mostly small, so that sums stay below 2^24, where float32 is exact; extremes have a test of their own.
+    zero_point = None if symmetric else torch.randint(-8, 8, (n, groups), dtype=torch.int8)
+    scales = scale(torch.rand(n, groups))
+    kp, np_ = padded(k, 64), padded(n, 32)
+    packed = (pack(q, bits), blocks_of(scales, 1), None if zero_point is None else blocks_of(zero_point, 0),
+              torch.zeros(np_))
+    weight = Weight(bits=bits, q=q, scale=scales, zero_point=zero_point, packed=packed, c=CWeight(
+        *map(pointer, packed), n, k, np_, kp, groups, k // groups if groups > 1 else kp, bits, DTYPES[scales.dtype]))
+    packed[3][:n] = weight.dense.sum(1)  # type: ignore[index]
+    return weight
+
+
+def random_scale(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda u: (u * 0.02 + 0.001).to(dtype)
+
+
+def power_of_two(u: Tensor) -> Tensor:
+    return torch.exp2(-(u * 3).floor())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def rows(self, index: slice) -> Codes:
+        return Codes(q=self.q[index], scale=self.scale[index],
+                     zero_point=None if self.zero_point is None else self.zero_point[index])
+
+
+def random_codes(m: int, k: int, symmetric: bool, scale: Callable[[Tensor], Tensor]) -> Codes:
+    q = torch.randint(-127 if symmetric else -128, 128, (m, k), dtype=torch.int8)
+    zero_point = None if symmetric else torch.randint(-128, 128, (m,)).float()
+    return Codes(q=q, scale=scale(torch.rand(m)), zero_point=zero_point)
+
+
+def ends(blocks: int, cut: int | None) -> list[tuple[int, int]]:
+    return [(0, blocks)] if cut is None else [(0, cut), (cut, blocks)]
+
+
+def run(call: Callable[..., None], isa: int, w: Weight, rows: ctypes.Structure, m: int, bias: Tensor | None,
+        dtype: torch.dtype, cut: int | None) -> Tensor:
+    n = w.q.shape[0]
+    out = torch.full((m, n + 3), 77, dtype=dtype)  # wider than N: what lies beside the output must stay
+    c_out = COutput(out.data_ptr(), n + 3, DTYPES[dtype], pointer(bias), DTYPES[bias.dtype] if bias is not None else 0)
+    for begin, end in ends(w.c.Np // 16, cut):
+        call(isa, ctypes.byref(w.c), ctypes.byref(rows), ctypes.byref(c_out), ctypes.c_int64(begin),
+             ctypes.c_int64(end))
+    assert (out[:, n:] == 77).all()
+    return out[:, :n]
+
+
+def product_q(library: ctypes.CDLL, isa: int, w: Weight, x: Codes, bias: Tensor | None = None,
+              dtype: torch.dtype = torch.float32, cut: int | None = None) -> Tensor:
+    m, k = x.q.shape
+    q = torch.zeros(m, padded(k, 64), dtype=torch.int8)
+    q[:, :k] = x.q
+    sums = q.view(m, -1, 32).sum(-1, dtype=torch.int32)
+    rows = CQuantRows(q.data_ptr(), x.scale.data_ptr(), pointer(x.zero_point), sums.data_ptr(), m, q.shape[1])
+    out = run(library.emulated_product_q, isa, w, rows, m, bias, dtype, cut)
+    assert library.emulated_tiles_configured() == 0
+    return out
+
+
+def product_f(library: ctypes.CDLL, isa: int, w: Weight, x: Tensor, bias: Tensor | None = None,
+              cut: int | None = None, parts: int | None = None) -> Tensor:
+    m, k = x.shape
+    full = torch.zeros(m, padded(k, 64))
+    full[:, :k] = x.float()
+    rows = CFloatRows(full.data_ptr(), m, full.shape[1], parts or PARTS[x.dtype])
+    out = run(library.emulated_product_f, isa, w, rows, m, bias, torch.float32, cut)
+    assert library.emulated_tiles_configured() == 0
+    return out
+
+
+def oracle(w: Weight, x: Codes, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The product in float64, and the sum of magnitudes that bounds its rounding errors."""
+    zero = torch.zeros(len(x.q), 1) if x.zero_point is None else x.zero_point[:, None]
+    y = (x.q.double() - zero) @ w.dense.t() * x.scale.double()[:, None]
+    size = (x.q.double().abs() + zero.abs()) @ w.dense.abs().t() * x.scale.double()[:, None]
+    b = 0 if bias is None else bias.double()
+    return y + b, size + (0 if bias is None else bias.double().abs())
+
+
+SHAPES = [  # group size (None: one group a row), K
+    pytest.param(32, 96, id="g32-k96"), pytest.param(32, 320, id="g32-k320"), pytest.param(64, 128, id="g64"),
+    pytest.param(96, 288, id="g96"), pytest.param(96, 96, id="g96-one"), pytest.param(128, 640, id="g128"),
+    pytest.param(160, 480, id="g160"), pytest.param(576, 1152, id="g576"), pytest.param(None, 1, id="channel-k1"),
+    pytest.param(None, 100, id="channel-k100"), pytest.param(None, 600, id="channel-k600"),
+]
+BITS = [pytest.param(4, id="w4"), pytest.param(8, id="w8")]
+WEIGHTS = [pytest.param(True, id="wsym"), pytest.param(False, id="wasym")]
+ACTIVATIONS = [pytest.param(True, id="xsym"), pytest.param(False, id="xasym")]
+
+
+@pytest.mark.parametrize("x_symmetric", ACTIVATIONS)
+@pytest.mark.parametrize("w_symmetric", WEIGHTS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("group", "k"), SHAPES)
+def test_integers_are_exact(library: ctypes.CDLL, group: int | None, k: int, bits: int, w_symmetric: bool,
+                            x_symmetric: bool) -> None:
+    """With scales that are powers of two every rounding is exact, so float64 and the kernels agree to the bit."""
+    torch.manual_seed(k * bits)
+    w = make_weight(37, k, group, bits, w_symmetric, power_of_two)
+    x = random_codes(ROWS[-1], k, x_symmetric, power_of_two)
+    expected = oracle(w, x, None)[0].float()
+    for m in (1, 3, 8, 9, 17, 33):
+        assert torch.equal(product_q(library, AMX, w, x.rows(slice(m))), expected[:m]), m
+    assert torch.equal(product_q(library, VNNI, w, x.rows(slice(13))), expected[:13])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [32, 64, 96, 128, None])
+def test_product_agrees_with_float64_and_across_instruction_sets(library: ctypes.CDLL, group: int | None, bits: int,
+                                                                 dtype: torch.dtype) -> None:
+    """Every number of rows, ordinary scales: close to float64, the same bits on VNNI and AMX, each row on its own."""
+    torch.manual_seed(bits)
+    k, n = 384, 45
+    scale_dtype = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float16}[dtype]
+    for symmetric in (True, False):
+        w = make_weight(n, k, group, bits, symmetric, random_scale(scale_dtype))
+        x = random_codes(ROWS[-1], k, symmetric, random_scale(torch.float32))
+        bias = torch.randn(n).to(scale_dtype)
+        expected, size = oracle(w, x, bias)
+        every = product_q(library, AMX, w, x, bias, dtype)
+        error = (every.double() - expected).abs()
+        assert (error <= size * 2.0**-22 + expected.abs() * torch.finfo(dtype).eps / 2 + 1e-7).all()
+        assert torch.equal(product_q(library, VNNI, w, x, bias, dtype), every)
+        for m in ROWS:  # fewer rows, other rows in front, and the columns in two calls
+            assert torch.equal(product_q(library, AMX, w, x.rows(slice(65 - m, 65)), bias, dtype, cut=2), every[-m:]), m
+
+
+@pytest.mark.parametrize("isa", [pytest.param(VNNI, id="vnni"), pytest.param(AMX, id="amx")])
+@pytest.mark.parametrize("bits", BITS)
+def test_extreme_integers(library: ctypes.CDLL, bits: int, isa: int) -> None:
+    """The largest codes, weights and zero points of either sign."""
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    k = 256
+    q = torch.tensor([low, high, 0, -1], dtype=torch.int8).repeat_interleave(8).unsqueeze(1).expand(32, k).contiguous()
+    codes = torch.tensor([-128, 127, 0, 1], dtype=torch.int8).repeat(5)[:17].unsqueeze(1).expand(17, k).contiguous()
+    for symmetric, group in ((True, None), (False, None), (True, 32), (False, 128)):
+        w = make_weight(32, k, group, bits, symmetric, torch.ones_like, q)
+        if w.zero_point is not None:
+            w.zero_point[:] = torch.tensor([low, high], dtype=torch.int8).repeat(16)[:, None]
+            w.packed[2].copy_(blocks_of(w.zero_point, 0))  # type: ignore[union-attr]
+        x = Codes(q=codes, scale=torch.ones(17), zero_point=None)
+        assert torch.equal(product_q(library, isa, w, x), oracle(w, x, None)[0].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w_symmetric", WEIGHTS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("group", "k"), [(32, 96), (64, 320), (96, 288), (128, 384), (None, 130)])
+def test_float_product(library: ctypes.CDLL, group: int | None, k: int, bits: int, w_symmetric: bool,
+                       dtype: torch.dtype) -> None:
+    """Weights are exact in bf16 and x is split into bf16 parts that sum to it: float32 accuracy on every path."""
+    torch.manual_seed(k)
+    w = make_weight(45, k, group, bits, w_symmetric, random_scale(torch.bfloat16))
+    x, bias = torch.randn(40, k).to(dtype), torch.randn(45).to(torch.float16)
+    expected = x.double() @ w.dense.t() + bias.double()
+    bound = (x.double().abs() @ w.dense.abs().t() + 1) * 2.0**-21
+    for isa in (VNNI, AMX):
+        every = product_f(library, isa, w, x[5:], bias)
+        assert ((every.double() - expected[5:]).abs() <= bound[5:]).all()
+        for m in (5, 16, 18, 33):
+            assert torch.equal(product_f(library, isa, w, x[40 - m:], bias, cut=2), every[-m:]), m
+    small = product_f(library, AMX, w, x[:4], bias)
+    assert torch.equal(small, product_f(library, VNNI, w, x, bias)[:4])
+
+
+def test_float_product_of_extreme_values(library: ctypes.CDLL) -> None:
+    """Splitting neither overflows near the largest float nor turns an infinite value into NaN."""
+    torch.manual_seed(0)
+    w = make_weight(32, 64, None, 4, True, torch.ones_like, torch.ones(32, 64, dtype=torch.int8))
+    x = torch.zeros(17, 64)
+    x[0, 3], x[1, 3], x[2, 3], x[3, 3], x[4, 3] = 3.4028234e38, float("inf"), float("nan"), -float("inf"), 1e-30
+    for isa in (VNNI, AMX):
+        y = product_f(library, isa, w, x)
+        assert torch.equal(y.nan_to_num(5), x.sum(1, keepdim=True).expand(17, 32).nan_to_num(5))
+
+
+@pytest.mark.parametrize("symmetric", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_is_the_reference_bit_for_bit(library: ctypes.CDLL, dtype: torch.dtype, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    for k in (1, 15, 16, 31, 33, 64, 100, 257):
+        x = torch.randn(12, k) * torch.exp2(torch.arange(-6.0, 6.0))[:, None]
+        x[1], x[2, 0], x[3, -1], x[4, k // 2] = 0, float("nan"), float("inf"), -float("inf")
+        x[5], x[6] = x[5].abs(), -x[6].abs()
+        x[7] = torch.arange(k) % 255 - 127.0  # scale 1: x / scale falls on integers
+        x[8] = (torch.arange(k) % 255 - 127.0) / 2  # and on halves
+        x[9] *= 1e-12
+        x = x.to(dtype)
+        kp = padded(k, 64)
+        q = torch.full((12, kp), 99, dtype=torch.int8)
+        scale, zero_point, sums = torch.zeros(12), torch.zeros(12), torch.zeros(12, kp // 32, dtype=torch.int32)
+        library.emulated_quantize(VNNI, ctypes.c_void_p(x.data_ptr()), DTYPES[dtype], *map(ctypes.c_int64, (12, k, kp)),
+                                  int(not symmetric), *(ctypes.c_void_p(t.data_ptr()) for t in (q, scale, zero_point, sums)))
+        expected = quantize_symmetric(x) if symmetric else quantize_asymmetric(x)
+        finite = expected[1].isfinite().flatten()
+        assert torch.equal(q[finite, :k], expected[0][finite])
+        assert (q[:, k:] == 0).all()
+        assert torch.equal(sums, q.view(12, -1, 32).sum(-1, dtype=torch.int32))
+        torch.testing.assert_close(scale, expected[1].flatten(), rtol=0, atol=0, equal_nan=True)
+        if not symmetric:
+            torch.testing.assert_close(zero_point, expected[2].flatten(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("which", "message"), [
+    (0, "without a tile configuration"), (1, "at most 16 rows"), (2, "palette"), (3, "reserved byte"),
+    (4, "not configured"), (5, "three different tiles"), (6, "unaligned address"),
+])
+def test_emulation_faults_where_hardware_does(library: ctypes.CDLL, which: int, message: str) -> None:
+    code = f"import ctypes; ctypes.CDLL({library._name!r}).emulated_misuse({which})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode != 0 and message in ran.stderr
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """The tests above, with address and undefined-behaviour checks compiled in."""
+    built = compile_emulation(tmp_path, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    asan = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "QPASS_TEST_EMULATED_LIBRARY": str(built), "LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider",
+                          "-k", "not sanitizers and not faults", __file__],
+                         env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]

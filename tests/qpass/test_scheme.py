@@ -1,0 +1,139 @@
+"""Scheme: presets agree with compressed-tensors, bad numbers cannot exist, registration refuses duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpass.errors import DuplicateRegistration, RecipeError
+from qpass.scheme import (
+    PRESETS,
+    ActivationArgs,
+    Scheme,
+    WeightArgs,
+    check_defined,
+    codec_of,
+    preset,
+    register_scheme,
+    scheme_for,
+)
+
+BUILT_IN = sorted(PRESETS)
+_STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Registrations of one test, gone after it."""
+    import qpass.scheme
+
+    before, codecs = dict(PRESETS), dict(qpass.scheme._CODECS)
+    yield
+    for table, kept in ((PRESETS, before), (qpass.scheme._CODECS, codecs)):
+        table.clear()
+        table.update(kept)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [n for n in BUILT_IN if n != "w4a8_channel"])
+def test_preset_is_that_of_compressed_tensors(name: str) -> None:
+    quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
+    theirs, ours = quant_scheme.PRESET_SCHEMES[name.upper()], PRESETS[name]
+    weights, activations = theirs["weights"], theirs.get("input_activations")
+    assert (weights.num_bits, weights.type, weights.symmetric, weights.group_size, weights.strategy) == (
+        ours.weight.bits, ours.weight.type, ours.weight.symmetric, ours.weight.group_size,
+        _STRATEGY[ours.weight.granularity])
+    assert weights.dynamic is False and weights.scale_dtype is None and weights.actorder is None
+    if ours.activation is None:
+        assert activations is None
+    else:
+        assert (activations.num_bits, activations.type, activations.symmetric, activations.dynamic,
+                activations.strategy, activations.group_size) == (8, "int", ours.activation.symmetric, True,
+                                                                        "token", None)
+
+
+def test_every_integer_preset_with_8_or_16_bit_activations_is_here() -> None:
+    quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
+    expressible = {name.lower() for name, parts in quant_scheme.PRESET_SCHEMES.items() if "weights" in parts
+                   and parts["weights"].type == "int"
+                   and ("input_activations" not in parts or (parts["input_activations"].type,
+                                                             parts["input_activations"].num_bits) == ("int", 8))}
+    assert expressible | {"w4a8_channel"} == set(BUILT_IN)
+
+
+def test_w4a8_channel_is_int4_rows_and_asymmetric_tokens() -> None:
+    channel = preset("W4A8_CHANNEL")
+    assert channel.weight == WeightArgs(bits=4, granularity="per_channel", symmetric=True)
+    assert channel.activation == ActivationArgs(symmetric=False)
+
+
+@pytest.mark.parametrize("fields", [
+    {"bits": 0}, {"bits": 9}, {"bits": 1}, {"bits": 4, "granularity": "per_block"},
+    {"bits": 4, "granularity": "per_group"}, {"bits": 4, "group_size": 32},
+    {"bits": 4, "granularity": "per_group", "group_size": 0}, {"bits": 4, "granularity": "per_group", "group_size": -1},
+], ids=str)
+def test_impossible_weights_cannot_be_made(fields: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        WeightArgs(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"bits": 4}, {"type": "float"}, {"granularity": "per_tensor"}, {"dynamic": False}],
+                         ids=str)
+def test_impossible_activations_cannot_be_made(fields: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="int8, dynamic, per token"):
+        ActivationArgs(**fields)
+
+
+def test_preset_names_have_any_case_and_errors_name_the_closest() -> None:
+    assert preset("W4A8") is preset("w4a8")
+    with pytest.raises(RecipeError, match=r"'w4a9'; closest: w4a8"):
+        preset("w4a9")
+
+
+def test_with_group_size_and_family() -> None:
+    small = preset("w4a8").with_group_size(32)
+    assert (small.name, small.weight.group_size, small.family) == ("w4a8_g32", 32, "w4a8")
+    assert preset("w8a8").with_group_size(64).weight.granularity == "per_group"
+    assert preset("w4a16_asym").family == "w4a16"
+
+
+def test_bits_per_weight_counts_scales_and_zero_points() -> None:
+    assert preset("w4a16").bits_per_weight(1024, 128) == 4 + 16 / 128
+    assert preset("w4a16_asym").bits_per_weight(1024, 128) == 4 + 20 / 128
+
+
+def test_scheme_for_finds_the_preset_or_names_the_numbers() -> None:
+    for name in BUILT_IN:
+        if name != "int8":  # another name of w8a8
+            assert scheme_for(PRESETS[name].weight, PRESETS[name].activation) is PRESETS[name]
+    assert scheme_for(WeightArgs(bits=4, symmetric=False), ActivationArgs(symmetric=False)).name == (
+        "w4a8_channel_asym_xasym")
+    assert scheme_for(WeightArgs(bits=4, granularity="per_group", group_size=32), None).name == "w4a16_g32"
+
+
+class _Signs:
+    def quantize(self, weight: Tensor, group_size: int) -> dict[str, Tensor]:
+        return {"signs": weight >= 0}
+
+    def dequantize(self, tensors: dict[str, Tensor], group_size: int) -> Tensor:
+        return tensors["signs"].float() * 2 - 1
+
+
+@pytest.mark.usefixtures("registry")
+def test_register_scheme_with_a_codec() -> None:
+    signs = Scheme(name="signs", weight=WeightArgs(bits=1, type="signs"))
+    with pytest.raises(RecipeError, match="nothing defines"):
+        register_scheme(signs)
+    with pytest.raises(RecipeError, match=r"nothing defines \(known: int"):
+        check_defined(signs)
+    codec = _Signs()
+    assert register_scheme(signs, codec=codec) is preset("signs")
+    assert codec_of(signs.weight) is codec and codec_of(preset("w8a8").weight) is None
+    assert torch.equal(codec.dequantize(codec.quantize(torch.tensor([[-2.0, 3.0]]), 2), 2), torch.tensor([[-1.0, 1.0]]))
+    with pytest.raises(DuplicateRegistration, match="'signs' is registered already"):
+        register_scheme(signs)
+    with pytest.raises(DuplicateRegistration, match="has a definition already"):
+        register_scheme(Scheme(name="signs2", weight=signs.weight), codec=codec)

@@ -112,7 +112,8 @@ _forced: list[str] = []
 
 def register_kernel(*, scheme: str, device: str, op: str = "linear", isa: str | None = None, name: str | None = None,
                     layout: Layout = CANONICAL, refuses: Refuses | None = None, priority: int = 50,
-                    prepare: Prepare | None = None, native_call: NativeCall | None = None) -> Callable[[LinearFn], Kernel]:
+                    prepare: Prepare | None = None, native_call: NativeCall | None = None
+                    ) -> Callable[[LinearFn], Kernel]:
     """Decorator that puts a linear kernel in the table and returns its Kernel, to which other forms can be attached.
 
     scheme    a family such as "w4a8", or "*"

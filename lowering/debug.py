@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from qpass.lowering.graph_nodes import shape_text
@@ -59,6 +60,8 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         inside = ", ".join(_text(part) for part in value)
         return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
+    if isinstance(value, torch.device):
+        return f"torch.{value!r}"
     return repr(value) if isinstance(value, str) else str(value)
 
 

@@ -43,7 +43,7 @@ def expose_activation_quant(graph: fx.Graph) -> int:
             codes, scale, zero_point = _write_quantization(graph, node, product.x, activation.symmetric)
             arguments = (codes, scale, zero_point, list(product.packed), product.bias[0], product.specs[0],
                          product.x.meta["val"].dtype)
-            new = add_call(graph, LINEAR_Q, arguments, like=node)
+            new = add_call(graph, LINEAR_Q, arguments, like=node, name="linear_q")
         new.meta[SITES] = sites_of(node)
         replace(node, new)
         changed += 1
@@ -55,12 +55,14 @@ def _write_quantization(graph: fx.Graph, linear: fx.Node, x: fx.Node,
     copies: dict[fx.Node, fx.Node] = {}
     results: list[fx.Node] = []
     mark = Quantization(site=sites_of(linear)[0])
-    for line in _lines(x.meta["val"].dtype, symmetric).nodes:
+    lines = _lines(x.meta["val"].dtype, x.meta["val"].device, symmetric)
+    names = dict(zip(lines.output_node().all_input_nodes, ("xq", "x_scale", "x_zero_point"), strict=False))
+    for line in lines.nodes:
         if line.op == "placeholder":
             copies[line] = x
         elif line.op == "call_function":
-            arguments = map_arg(line.args, lambda n: copies[n])
-            copies[line] = add_call(graph, line.target, arguments, like=linear)
+            args, kwargs = map_arg((line.args, line.kwargs), lambda n: copies[n])
+            copies[line] = add_call(graph, line.target, args, kwargs, like=linear, name=names.get(line))
             copies[line].meta |= {QUANTIZES: mark, "original_aten": line.target}
         else:
             results = [copies[n] for n in line.args[0]]  # type: ignore[union-attr]
@@ -69,7 +71,7 @@ def _write_quantization(graph: fx.Graph, linear: fx.Node, x: fx.Node,
 
 
 @lru_cache(maxsize=64)
-def _lines(dtype: torch.dtype, symmetric: bool) -> fx.Graph:
+def _lines(dtype: torch.dtype, device: torch.device, symmetric: bool) -> fx.Graph:
     """The reference's quantization as the ATen ops that Inductor lowers; they name no size, and no dimension but -1."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -78,4 +80,4 @@ def _lines(dtype: torch.dtype, symmetric: bool) -> fx.Graph:
         return quantize_symmetric(x) if symmetric else quantize_asymmetric(x)
 
     with torch.no_grad(), FakeTensorMode():
-        return make_fx(run, decomposition_table=select_decomp_table())(torch.empty(2, 3, dtype=dtype)).graph
+        return make_fx(run, decomposition_table=select_decomp_table())(torch.empty(2, 3, dtype=dtype, device=device)).graph

@@ -99,11 +99,12 @@ def our_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Product]]:
             yield node, product
 
 
-def add_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], *, like: fx.Node) -> fx.Node:
+def add_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *,
+             like: fx.Node, name: str | None = None) -> fx.Node:
     """A call at the graph's insert point, with its fake value computed and `like`'s place in the source."""
-    node = graph.call_function(target, args)
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
     node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack", "original_aten") if key in like.meta}
-    node.meta["val"] = fake_result(target, args)
+    node.meta["val"] = fake_result(target, args, kwargs)
     return node
 
 

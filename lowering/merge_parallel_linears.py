@@ -60,11 +60,11 @@ def _merge(graph: fx.Graph, group: list[tuple[fx.Node, Product]]) -> None:
     specs = [text for _, product in group for text in product.specs]
     with graph.inserting_before(first):
         if first.target is LINEAR:
-            call = add_call(graph, LINEAR_LIST, (one.x, packed, bias, specs), like=first)
+            call = add_call(graph, LINEAR_LIST, (one.x, packed, bias, specs), like=first, name="linear_list")
         else:
-            call = add_call(graph, LINEAR_Q_LIST, (one.x, one.x_scale, one.x_zero_point, packed, bias, specs,
-                                                   one.dtype), like=first)
+            arguments = (one.x, one.x_scale, one.x_zero_point, packed, bias, specs, one.dtype)
+            call = add_call(graph, LINEAR_Q_LIST, arguments, like=first, name="linear_q_list")
         call.meta[SITES] = tuple(site for node, _ in group for site in sites_of(node))
-        parts = [add_call(graph, operator.getitem, (call, i), like=node) for i, (node, _) in enumerate(group)]
+        parts = [add_call(graph, operator.getitem, (call, i), like=node, name="y") for i, (node, _) in enumerate(group)]
     for (node, _), part in zip(group, parts, strict=True):
         replace(node, part)

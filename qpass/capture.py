@@ -11,6 +11,7 @@ and the notes of a Capture say which one worked and why those before it did not:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ def _capture_module(model: nn.Module, example_inputs: Any, notes: list[str]) -> 
         with ExitStack() as undo:
             undo.enter_context(left_as_found(model))
             undo.enter_context(in_eval_mode(model))
+            undo.enter_context(warnings.catch_warnings(action="ignore"))
+            undo.enter_context(torch.random.fork_rng(devices=[]))
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.no_grad())
             switched = undo.enter_context(experts_as(model, _GROUPED))

@@ -113,15 +113,23 @@ def _cannot(site: Site, tied_to: str | None) -> str | None:
         return (f"tied to {tied_to}: quantizing the head would keep a second copy of the table, so it stays float; "
                 "add it to ignore, or untie the two parameters")
     if site.swap is None:
-        return site.refusal or f"products in {site.owner_class} cannot be replaced; add it to ignore"
+        return _told(site) or f"a product inside {site.owner_class} cannot be replaced; add it to ignore"
     if site.kind == "experts":
-        return site.refusal or "fused experts have no quantized product in this version; add it to ignore"
+        return _told(site) or "fused experts have no quantized product in this version; add them to ignore"
     if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
         return (f"its weight is {site.dtype}, not a float of 16 bits or more; only those can be quantized. Load a "
                 "quantized checkpoint with qpass.load, or add the layer to ignore")
     if site.numel == 0:
         return f"its weight has shape {site.shape} and holds no numbers; add it to ignore"
     return None
+
+
+def _told(site: Site) -> str:
+    """The site's refusal without its own name, which the row says already; so layers of one pattern share it."""
+    text = site.refusal or ""
+    if text.startswith(f"{site.name} "):
+        return "it" + text.removeprefix(site.name)
+    return text.removeprefix(f"{site.name}: ")
 
 
 def _resolve_group(weight: WeightArgs, k: int, policy: OnIndivisible) -> tuple[WeightArgs | None, str]:

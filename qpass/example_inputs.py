@@ -27,7 +27,10 @@ class Example:
 def example_of(model: nn.Module, given: Any = None) -> Example | None:
     """Arguments for `model`, on its device: `given` if not None (a tensor, a tuple or list of positional arguments,
     or a mapping of keywords), else the model's `dummy_inputs`, else deduced; None if nothing can be deduced."""
-    example = _given(given) if given is not None else _dummy(model) or _token_ids(model) or _pixels(model) or _floats(model)
+    if given is not None:
+        example: Example | None = _given(given)
+    else:
+        example = _dummy(model) or _token_ids(model) or _pixels(model) or _floats(model)
     if example is None:
         return None
     device = device_of(model)
@@ -79,8 +82,8 @@ def _token_ids(model: nn.Module) -> Example | None:
     ids = torch.zeros(_BATCH, _LENGTH, dtype=torch.long)
     origin = f"token ids of shape [{_BATCH}, {_LENGTH}], deduced"
     if _takes(model, "input_ids"):
-        kwargs = {"input_ids": ids, "decoder_input_ids": ids} if _takes(model, "decoder_input_ids") else {"input_ids": ids}
-        return Example(kwargs=kwargs, origin=origin)
+        names = [name for name in ("input_ids", "decoder_input_ids") if _takes(model, name)]
+        return Example(kwargs=dict.fromkeys(names, ids), origin=origin)
     return Example(args=(ids,), kwargs={}, origin=origin)
 
 
@@ -107,7 +110,7 @@ def _floats(model: nn.Module) -> Example | None:
     if not features or needed != 1:
         return None
     x = torch.zeros(_BATCH, features, dtype=_dtype_of(model))
-    return Example(args=(x,), kwargs={}, origin=f"a float tensor of shape [{_BATCH}, {features}], deduced from the weights")
+    return Example(args=(x,), kwargs={}, origin=f"floats of shape [{_BATCH}, {features}], deduced from the weights")
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -20,8 +20,8 @@ def find(model: nn.Module | ExportedProgram, capture: Capture) -> tuple[Site, ..
     """Sites in order of first use in the graph, then those that no example input reached.
 
     A parameter with several names is one site under its first name, except where one name is looked up as an embedding
-    and another multiplied: a tied head is a site of its own, with the embedding among its aliases. Parameters that hold integers or 8-bit floats are
-    skipped: they are quantized already.
+    and another multiplied: a tied head is a site of its own, with the embedding among its aliases. Parameters that
+    hold integers or 8-bit floats are skipped: they are quantized already.
     """
     parameters, modules = _parameters_of(model), _modules_of(model)
     sites: list[Site] = []
@@ -30,7 +30,8 @@ def find(model: nn.Module | ExportedProgram, capture: Capture) -> tuple[Site, ..
         weights = frozenset(name for name, tensor in parameters.items() if _is_float(tensor))
         sites = _graph_sites(capture, capture.graph_module, parameters, modules, weights)
         reached = _read_names(capture.graph_module)
-    return (*sites, *unreached_sites(parameters, modules, capture, reached | {n for s in sites for n in (s.name, *s.aliases)}))
+    reached.update(name for site in sites for name in (site.name, *site.aliases))
+    return (*sites, *unreached_sites(parameters, modules, capture, reached))
 
 
 def _graph_sites(capture: Capture, graph_module: fx.GraphModule, parameters: Mapping[str, Tensor],
@@ -108,7 +109,7 @@ def _read_names(graph_module: fx.GraphModule) -> set[str]:
 
 def _parameters_of(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.named_parameters()
-            if not isinstance(tensor, nn.parameter.UninitializedTensorMixin)}
+            if not isinstance(tensor, nn.UninitializedParameter)}
 
 
 def _modules_of(model: Any) -> dict[str, nn.Module]:

@@ -6,19 +6,19 @@ import operator
 from collections import Counter
 from collections.abc import Mapping
 
-from torch import fx
+from torch import Tensor, fx
 
 from qpass.find_products import Product, scope_of, torch_call_of
-from qpass.walk import GATHERS, aten, is_view
+from qpass.walk import GATHERS, TURNS, aten, is_view
 
-_TURNS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.expand.default)
+_REARRANGES = (*TURNS, aten.expand.default)
 _SHOWN_CONSUMERS = 4
 
 
 def input_of(product: Product) -> fx.Node:
     """The tensor that the product reads, before reshapes that leave each row of K numbers whole."""
     node = product.activation
-    while is_view(node) and node.target not in _TURNS:
+    while is_view(node) and node.target not in _REARRANGES:
         source = node.args[0]
         if not isinstance(source, fx.Node) or not _same_rows(source, node):
             break
@@ -64,7 +64,7 @@ def consumers(product: Product, names: Mapping[fx.Node, str]) -> tuple[str, ...]
         user = pending.pop(0)
         if user in names:
             text = names[user]
-        elif is_view(user):
+        elif is_view(user) or _same_torch_call(user, product.node):
             pending.extend(user.users)
             continue
         elif user.op == "output":
@@ -94,6 +94,12 @@ def aten_name(node: fx.Node) -> str:
     return str(getattr(packet, "__name__", packet)).strip("_")
 
 
+def _same_torch_call(one: fx.Node, other: fx.Node) -> bool:
+    """Both are parts of one call that the model made, as the last reshape of a matmul is."""
+    calls = torch_call_of(one), torch_call_of(other)
+    return calls[0] is not None and calls[1] is not None and calls[0].call == calls[1].call
+
+
 def _computed(node: fx.Node) -> fx.Node | None:
     while is_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -106,8 +112,6 @@ def _is_product(node: fx.Node) -> bool:
 
 def _same_rows(source: fx.Node, node: fx.Node) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
-    if not hasattr(before, "shape") or not hasattr(after, "shape"):
-        return False
-    if before.numel() != after.numel():
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.numel() != after.numel():
         return False
     return before.ndim == 0 or (after.ndim > 0 and before.shape[-1] == after.shape[-1])

@@ -122,10 +122,11 @@ class PackedWeight(nn.Module):
         return self
 
     def _spec_on(self, device: torch.device, dtype: torch.dtype) -> LinearSpec:
-        """The spec for another device or dtype: the kernel stays unless one of them changes."""
-        if "meta" in (device.type, self.device.type) or (device.type, dtype) == (self.device.type, self.dtype):
-            return self.spec
+        """The spec for another device or dtype: the kernel stays where it runs, another kind of device chooses anew."""
         call = LinearCall(spec=self.spec, device=device, dtype=dtype)
+        if "meta" in (device.type, self.device.type) or (
+                device.type == self.device.type and self._kernel.why_not(call) is None):
+            return self.spec
         return self.spec.on(choose(call, where=self._spec_text, prepare=True).kernel.name)
 
     def tensors_on_disk(self) -> dict[str, Tensor]:
@@ -236,6 +237,10 @@ class QuantWeight(PackedWeight):
     def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype, *, transposed: bool) -> None:
         super().__init__(weight, spec, dtype)
         self.transposed = transposed
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product itself, for graphs that call it by name."""
+        return self.multiply(x, bias)
 
     def view(self) -> WeightView:
         """The stand-in that answers as the parameter did."""

@@ -138,7 +138,7 @@ def _unmatched(entry: Entry, sites: Sequence[Site]) -> str:
     near = (difflib.get_close_matches(bare, known, n=3, cutoff=0.5)
             or difflib.get_close_matches(_last(bare), known, n=3, cutoff=0.5)
             or [name for name in known if "." not in name and _last(bare) in name][:3])
-    names = ", ".join(name for n in near for name in known[n]) if near else ", ".join(sorted({s.owner_class for s in sites}))
+    names = ", ".join([name for n in near for name in known[n]] or sorted({s.owner_class for s in sites}))
     return f"{text}; closest: {names}. Correct the {what}, or remove it; qpass.plan(model, 'w8a8') lists all names"
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
+from qpass.graph_swap import float_graph, is_plain_graph, quantize_graph
 from qpass.layers import PackedWeight
 from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipe_files import as_recipe
+from qpass.refuse_training import allow_training, refuse_training
 from qpass.swap import restore, swap_site
 from qpass.weight import check_weight
 
@@ -37,10 +39,7 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
         asked = ", ".join(chosen.algorithms) or "calibration data"
         raise RecipeError(f"the recipe asks for {asked}, and this version rounds to nearest only; remove algorithms and "
                           "calibration")
-    if isinstance(model, torch.export.ExportedProgram) or (
-            isinstance(model, torch.fx.GraphModule) and not _has_modules_to_swap(model)):
-        from qpass.graph_swap import quantize_graph
-
+    if is_plain_graph(model):
         return quantize_graph(model, chosen, example_inputs=example_inputs, allow_nonfinite=allow_nonfinite)
     check_model(model)
     plan = make_plan(model, chosen, example_inputs=example_inputs)
@@ -60,11 +59,14 @@ def dequantize(model: nn.Module) -> nn.Module:
 
     Raises QPassError if nothing in the model is quantized.
     """
+    if isinstance(model, torch.fx.GraphModule):
+        float_graph(model)
     if restore(model) == 0:
         raise QPassError("nothing in this model is quantized by qpass; quantize it first")
     from qpass.hf import forget_config
 
     forget_config(model)
+    allow_training(model)
     model.__dict__.pop("_qpass_plan", None)
     return model
 
@@ -97,6 +99,7 @@ def finish(model: nn.Module, plan: Plan | None) -> None:
     from qpass.lowering.install import install
 
     write_config(model, plan)
+    refuse_training(model)
     install()
 
 
@@ -127,8 +130,3 @@ def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | 
         error.add_note(f"qpass: interrupted after {done} of {len(targets)} layers; each layer is whole, either packed or "
                        "float. qpass.dequantize(model) makes all of them float again.")
         raise
-
-
-def _has_modules_to_swap(graph_module: torch.fx.GraphModule) -> bool:
-    """Whether a GraphModule still calls modules, as torch.fx.symbolic_trace leaves them; those swap like any model."""
-    return any(node.op == "call_module" for node in graph_module.graph.nodes)

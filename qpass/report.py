@@ -14,6 +14,7 @@ from qpass.errors import QPassError
 from qpass.layers import PackedWeight
 from qpass.plan_model import Plan
 from qpass.rows import PlanRow, ReportRow
+from qpass.spec import LinearSpec
 from qpass.table import render_html, render_report
 
 _NOT_COMPILED = "in the kernel (not compiled)"
@@ -55,35 +56,45 @@ def explain(model: Any) -> Report:
     Raises QPassError for a model that qpass did not quantize.
     """
     model = getattr(model, "_orig_mod", model)
-    plan = getattr(model, "__dict__", {}).get("_qpass_plan") or getattr(model, "meta", {}).get("qpass_plan")
+    plan = getattr(model, "__dict__", {}).get("_qpass_plan") or _graph_meta(model).get("qpass_plan")
     if not isinstance(plan, Plan):
         raise QPassError("this model was not quantized by qpass: nothing to explain; qpass.plan(model, recipe) tells "
                          "what would be done")
-    packed = {name: module for name, module in model.named_modules(remove_duplicate=False)
-              if isinstance(module, PackedWeight)} if isinstance(model, nn.Module) else {}
-    rows = tuple(_row(row, packed) for row in plan.rows)
+    layers = _layers(model)
+    rows = tuple(_row(row, layers) for row in plan.rows)
     return Report(rows=rows, recipe=plan.recipe.to_dict(), capture=plan.capture_method, notes=plan.notes)
 
 
-def _row(row: PlanRow, packed: dict[str, PackedWeight]) -> ReportRow:
-    path = row.name if row.name in packed else row.name.rpartition(".")[0]
-    layer = packed.get(path) if row.status == "quantize" else None
+def _graph_meta(model: Any) -> dict[str, Any]:
+    return dict(getattr(getattr(model, "graph_module", None), "meta", {}))
+
+
+def _layers(model: Any) -> dict[str, tuple[LinearSpec, int]]:
+    """Path of the layer, or of the parameter where that was replaced -> what it computes, bytes of its packed weight."""
+    if not isinstance(model, nn.Module):
+        return dict(_graph_meta(model).get("qpass_packed", {}))
+    return {name: (module.spec, module.nbytes) for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, PackedWeight)}
+
+
+def _row(row: PlanRow, layers: dict[str, tuple[LinearSpec, int]]) -> ReportRow:
+    path = row.name if row.name in layers else row.name.rpartition(".")[0]
     facts = asdict(row)
-    if layer is None:
+    if row.status != "quantize" or path not in layers:
         status: Literal["kept", "refused"] = "refused" if row.status == "refuse" else "kept"
         facts.update(status=status, bytes_after=row.bytes_before)
         if row.status == "quantize":
             facts.update(reason="still float: quantize was interrupted before this layer", kernel=None, effective=None)
         return ReportRow(**facts)
-    facts.update(status="quantized", kernel=layer.spec.kernel, bytes_after=layer.nbytes,
-                 activation=_activation(path, layer))
+    spec, nbytes = layers[path]
+    facts.update(status="quantized", kernel=spec.kernel, bytes_after=nbytes, activation=_activation(path, spec))
     return ReportRow(**facts)
 
 
-def _activation(path: str, layer: PackedWeight) -> str:
+def _activation(path: str, spec: LinearSpec) -> str:
     from qpass.lowering.record import for_site
 
-    if layer.spec.activation is None:
+    if spec.activation is None:
         return "not quantized"
     seen = for_site(path)
     return _NOT_COMPILED if seen is None else seen.activation

@@ -11,14 +11,13 @@ from torch import Tensor, fx, nn
 
 from qpass.find_products import Product, scope_of, torch_call_of
 from qpass.graph_facts import aten_name
-from qpass.walk import aten, is_view
+from qpass.walk import TURNS, is_view
 
 Swap = Literal["module", "parameter"]
 
 # What WeightView, which stands in for a swapped parameter, takes over (__torch_function__), and its ways to turn.
 _TAKEN_OVER = ("linear", "matmul", "__matmul__", "mm", "addmm", "einsum")
-_TURNED_BY = ("T", "mT", "t", "transpose", "permute")
-_REORDERS = (aten.t.default, aten.transpose.int, aten.permute.default)
+_TURNED_BY = ("T", "numpy_T", "mT", "t", "transpose", "permute")
 
 
 class Calls:
@@ -132,15 +131,14 @@ def _is_whole_call(product: Product, owners: Mapping[str, nn.Module | None], cal
     for node in nodes:
         if node in weight_steps or node is product.node or node is product.result:
             continue
-        if not is_view(node) or node.target in _REORDERS or not _keeps_all(node):
+        if not is_view(node) or node.target in TURNS or not _keeps_all(node):
             return False
     sources = {source for node in nodes for source in node.all_input_nodes if source not in within}
-    given = [source for source in sources if source.op != "get_attr"]
+    given = [source for source in sources if source.op != "get_attr" or source.target not in _held(product)]
     leaving = [node for node in nodes if any(user not in within for user in node.users)]
     if product.kind == "embedding":
         return len(nodes) == 1
-    if len(given) != 1 or len(leaving) > 1 or any(source.target not in _held(product) for source in sources
-                                                  if source.op == "get_attr"):
+    if len(given) != 1 or len(leaving) > 1:
         return False
     if not leaving:
         return True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qpass.bands import bands
+from qpass.bands import bands, pattern
 from qpass.text_table import Column, human_bytes, text_table
 
 _PLAN: tuple[Column, ...] = (("n", ">"), ("parameter", "<"), ("shape", ">"), ("status", "<"), ("rule", "<"),
@@ -36,8 +37,8 @@ def render_html(table: Any, path: Path) -> Path:
     is_plan = hasattr(table, "capture_method")
     title = "qpass plan" if is_plan else "qpass report"
     columns = _PLAN if is_plan else _REPORT
-    lines, cells, notes = _parts(table, columns, table.capture_method if is_plan else table.capture, True)
-    path.write_text(_page(title, [*lines, *notes], columns, cells), encoding="utf-8")
+    told = summary(table.rows, table.notes, table.capture_method if is_plan else table.capture)
+    path.write_text(_page(title, told, columns, _cells(table.rows, columns, True, None)), encoding="utf-8")
     return path
 
 
@@ -75,27 +76,32 @@ def refusal_lines(rows: Sequence[Any]) -> list[str]:
 
 
 def _render(table: Any, columns: Sequence[Column], capture: str, full: bool, width: int) -> str:
-    lines, cells, notes = _parts(table, columns, capture, full)
-    return "\n".join([text_table(columns, cells, width), *notes, "", *lines])
+    footnotes: dict[str, int] = {}
+    cells = _cells(table.rows, columns, full, footnotes)
+    notes = [f"[{number}] {text}" for text, number in footnotes.items()]
+    return "\n".join([text_table(columns, cells, width), *notes, "", *summary(table.rows, table.notes, capture)])
 
 
-def _parts(table: Any, columns: Sequence[Column], capture: str,
-           full: bool) -> tuple[list[str], list[list[str]], list[str]]:
-    """The summary's lines, the cells, and the footnotes that the cells refer to."""
-    groups = [(row.name, (row,)) for row in table.rows] if full else [(b.name, b.rows) for b in bands(table.rows)]
-    numbers: dict[str, int] = {}
+def _cells(rows: Sequence[Any], columns: Sequence[Column], full: bool, footnotes: dict[str, int] | None
+           ) -> list[list[str]]:
+    """A line of cells a row, or a band of rows. Long texts go to `footnotes`, or stay in place if that is None."""
+    def noted(text: str, head: str = "") -> str:
+        if footnotes is None or not text:
+            return text
+        return f"{head} [{footnotes.setdefault(text, len(footnotes) + 1)}]".strip()
+
     cells = []
-    for name, rows in groups:
-        row = rows[0]
-        mark = f"[{numbers.setdefault(row.reason, len(numbers) + 1)}]" if row.reason else ""
-        cells.append([str(len(rows)), name, "x".join(map(str, row.shape)), row.status, row.rule,
-                      row.effective or "float", row.kernel or "", human_bytes(sum(r.bytes_before for r in rows)),
-                      human_bytes(sum(r.bytes_after for r in rows)), mark, *_activation(row, columns)])
-    return summary(table.rows, table.notes, capture), cells, [f"[{n}] {reason}" for reason, n in numbers.items()]
-
-
-def _activation(row: Any, columns: Sequence[Column]) -> list[str]:
-    return [row.activation] if columns[-1][0] == "activation" else []
+    for name, group in [(row.name, (row,)) for row in rows] if full else [(b.name, b.rows) for b in bands(rows)]:
+        row = group[0]
+        line = [str(len(group)), name, "x".join(map(str, row.shape)), row.status, row.rule, row.effective or "float",
+                row.kernel or "", human_bytes(sum(r.bytes_before for r in group)),
+                human_bytes(sum(r.bytes_after for r in group)), noted(pattern([r.reason for r in group]))]
+        if columns is _REPORT:
+            text = pattern([r.activation for r in group])
+            head = re.split(r"\W", text, maxsplit=1)[0]
+            line.append(noted(text, head) if head in ("fused", "shared", "alone") and not full else text)
+        cells.append(line)
+    return cells
 
 
 def _page(title: str, told: Sequence[str], columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Tape: a forward run on fake tensors in, the FX graph of every ATen call in it out, each with its module and torch call.
+"""Tape: a forward run on fake tensors in, an FX graph of its ATen calls, each with its module and torch call, out.
 
 Nothing is computed and no weight is copied: fake tensors hold shapes only. Each node of the graph carries
   val         its fake result

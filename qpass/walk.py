@@ -16,6 +16,7 @@ _COPIES = (aten.clone.default, aten.contiguous.default, aten.detach.default, ate
            aten._unsafe_view.default)
 _CASTS = (aten._to_copy.default,)
 GATHERS = (aten.index.Tensor, aten.index_select.default)
+TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ def view_of_parameter(node: fx.Node, parameters: frozenset[str]) -> WeightView |
     if cast is not None and cast == stored.dtype:
         cast = None
     orientation, per_expert = _lie(stored.shape, tuple(reversed(steps)))
-    return WeightView(root=node, steps=tuple(reversed(steps)), orientation=orientation, per_expert=per_expert, cast=cast)
+    return WeightView(root=node, steps=tuple(reversed(steps)), orientation=orientation, per_expert=per_expert,
+                      cast=cast)
 
 
 def _first_dim_only(node: fx.Node) -> bool:
@@ -106,6 +108,9 @@ def _lie(stored: torch.Size, steps: tuple[fx.Node, ...]) -> tuple[Orientation, b
         whole = per_expert and seen.storage_offset() % max(rows * columns, 1) == 0
     else:
         return "reshaped", False
+    if whole and rows == columns == 1:  # nothing to tell by: count the turns
+        turns = sum(step.target in TURNS for step in steps)
+        return ("swapped" if turns % 2 else "as stored"), per_expert
     if whole and _same(sizes, strides, (rows, columns), (columns, 1)):
         return "as stored", per_expert
     if whole and _same(sizes, strides, (columns, rows), (1, columns)):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qpass.layers import PackedWeight
 
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+_TRANSPOSES = (torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.adjoint)
 
 
 class WeightView:
@@ -83,15 +84,17 @@ class WeightView:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        y = None
+        y: Any = None
         if func is F.linear:
             y = _linear(*args, **kwargs)
-        elif func in _PRODUCTS and len(args) == 2 and isinstance(args[1], WeightView):
-            y = args[1]._as_out_in(args[0])
-        elif func in (torch.addmm, torch.Tensor.addmm) and isinstance(args[2], WeightView) and not kwargs:
-            y = args[2]._as_out_in(args[1], args[0])
+        elif func in _PRODUCTS:
+            y = _product(*args, **kwargs)
+        elif func in (torch.addmm, torch.Tensor.addmm):
+            y = _addmm(*args, **kwargs)
         elif func is torch.einsum:
             y = _einsum(args)
+        elif func in _TRANSPOSES:
+            y = _transposed(func, *args, **kwargs)
         if y is None:
             name = getattr(func, "__name__", str(func))
             raise PackedForInference(f"a weight packed by qpass was given to {name}, which is no product it can take over; "
@@ -103,13 +106,40 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | Non
     return weight.T._as_out_in(input, bias) if isinstance(weight, WeightView) else None
 
 
+def _product(input: Any, other: Any = None, *, mat2: Any = None) -> Tensor | None:
+    weight = mat2 if other is None else other
+    return weight._as_out_in(input) if isinstance(weight, WeightView) and not isinstance(input, WeightView) else None
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
+    """input + mat1 @ mat2, where the input is a bias [N] or anything that broadcasts."""
+    if not isinstance(mat2, WeightView) or not isinstance(mat1, Tensor) or (beta, alpha) != (1, 1):
+        return None
+    if input.dim() == 1 and input.shape[0] == mat2.shape[1]:
+        return mat2._as_out_in(mat1, input)
+    y = mat2._as_out_in(mat1)
+    return None if y is None else y + input
+
+
+def _transposed(func: Any, weight: Any, *dims: Any, **named: Any) -> WeightView | None:
+    order = (*dims, *named.values())
+    if not isinstance(weight, WeightView):
+        return None
+    if func is torch.permute:
+        return weight.permute(*order)
+    return weight.transpose(*order) if order else weight.T
+
+
 def _einsum(args: tuple[Any, ...]) -> Tensor | None:
     """einsum("...k,kn->...n", x, w) and its spellings: one contracted index, which is the last of x."""
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    left, _, out = equation.replace(" ", "").partition("->")
+    left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
+    if not arrow:  # without one: what stands once, in alphabetical order, after the ellipsis
+        letters = left.replace(",", "").replace(".", "")
+        out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     if len(terms) != 2 or len(operands) != 2:
         return None
     where = 1 if isinstance(operands[1], WeightView) else 0

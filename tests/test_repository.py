@@ -17,9 +17,9 @@ from tests.source_tree import FOLDERS, ROOT, modules, place, strings, syntax
 MAX_LINES = 300
 FOLDER_NAMES = {"qpass", "lowering", "kernels", "tests", "examples", ".ci"}
 EMPTY_WORDS = {"utils", "util", "helpers", "helper", "common", "core", "base", "manager"}
-# Model families belong to the tests, the examples and the demo: the library knows graphs.
+# Model families belong to the tests, the examples, the demo and the help texts: the library knows graphs.
 FAMILIES = re.compile(r"llama|qwen|gemma|mistral|mixtral|gpt_?2|smollm|deepseek|\bphi\d|falcon|opt_for", re.IGNORECASE)
-NAMES_A_MODEL = ("qpass/demo",)
+NAMES_A_MODEL = ("qpass/demo", "qpass/cli")
 SOURCES = {".py", ".cpp", ".h", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ""}
 
 

@@ -110,7 +110,7 @@ def unpack(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
 
 
 def quantize(x: Tensor, isa: str, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> codes int8 [M, K], scale float32 [M, 1], zero point float32 [M, 1] or None, as `isa` computes them."""
+    """x [M, K] -> codes int8 [M, K], scale and zero point float32 [M, 1] (or None), as `isa` computes them."""
     x = x.contiguous()
     m, k = x.shape
     q, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.kernels.cpu import native, x86_ops
+from qpass.kernels.cpu import native
+from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
 from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.spec import LinearSpec
@@ -18,7 +19,6 @@ FAMILIES = ("w4a8", "w8a8", "w4a16", "w8a16")
 ISAS = {"amx": ("amx_int8", 40), "vnni": ("avx512_vnni", 30), "avx2": ("avx2", 20), "plain": ("x86_64", 10)}
 
 _LARGEST_GROUP = (1 << 17) - 1  # times 128 * 128, the largest sum of products that int32 holds
-_OPS = torch.ops.qpass_x86
 _ZERO_POINT, _COLSUM, _BIAS = 1, 2, 4
 
 
@@ -114,7 +114,7 @@ def _native_call(index: int) -> Callable[[str, Sequence[Any]], tuple[Callable[..
         quantized = op.startswith("linear_q")
         x, rest = tuple(args[:3 if quantized else 1]), args[3 if quantized else 1:]
         packed, bias, which = rest[0], rest[1], rest[2]
-        target = getattr(_OPS, op).default
+        target = getattr(OPS, op).default
         if not op.endswith("_list"):
             spec = LinearSpec.parse(which)
             last = rest[3] if quantized else _activation(spec)
@@ -137,7 +137,7 @@ def _register(family: str, short: str) -> None:
     @register_kernel(name=f"linear_{family}_{short}", scheme=family, device="cpu", isa=isa, layout=X86_TILE64,
                      refuses=_refuses, priority=priority, prepare=native.prepare, native_call=_native_call(index))
     def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        return _OPS.linear.default(x, *_one(packed, spec), bias, spec.out_features, spec.in_features,  # type: ignore[no-any-return]
+        return OPS.linear.default(x, *_one(packed, spec), bias, spec.out_features, spec.in_features,  # type: ignore[no-any-return]
                                    spec.weight.bits, _activation(spec), index)
 
     @linear.form("linear_list")
@@ -146,7 +146,7 @@ def _register(family: str, short: str) -> None:
         parts = _several(packed, bias, specs)
         if parts is None:
             raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
-        return _OPS.linear_list.default(x, *parts, specs[0].in_features, specs[0].weight.bits,  # type: ignore[no-any-return]
+        return OPS.linear_list.default(x, *parts, specs[0].in_features, specs[0].weight.bits,  # type: ignore[no-any-return]
                                         _activation(specs[0]), index)
 
     if not family.endswith("a8"):
@@ -155,7 +155,7 @@ def _register(family: str, short: str) -> None:
     @linear.form("linear_q")
     def linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: Sequence[Tensor],
                  bias: Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-        return _OPS.linear_q.default(xq, x_scale, x_zero_point, *_one(packed, spec), bias,  # type: ignore[no-any-return]
+        return OPS.linear_q.default(xq, x_scale, x_zero_point, *_one(packed, spec), bias,  # type: ignore[no-any-return]
                                      spec.out_features, spec.in_features, spec.weight.bits, dtype, index)
 
     @linear.form("linear_q_list")
@@ -164,7 +164,7 @@ def _register(family: str, short: str) -> None:
         parts = _several(packed, bias, specs)
         if parts is None:
             raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
-        return _OPS.linear_q_list.default(xq, x_scale, x_zero_point, *parts,  # type: ignore[no-any-return]
+        return OPS.linear_q_list.default(xq, x_scale, x_zero_point, *parts,  # type: ignore[no-any-return]
                                           specs[0].in_features, specs[0].weight.bits, dtype, index)
 
 

@@ -17,6 +17,7 @@ from qpass.errors import NoKernel
 from qpass.kernels.cpu import native
 
 LIBRARY = torch.library.Library("qpass_x86", "DEF")
+OPS = torch.ops.qpass_x86
 _WEIGHT = "Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? colsum, Tensor? bias, int n, int k, int bits"
 _WEIGHTS = "Tensor[] tensors, int[] n, int[] has, int k, int bits"
 _CODES = "Tensor xq, Tensor x_scale, Tensor? x_zero_point"
@@ -64,7 +65,7 @@ def _load_then_call(name: str) -> Callable[..., Any]:
             raise NoKernel(f"qpass_x86::{name} runs on the CPU, and its tensors are on {args[0].device}; "
                            "move the whole model with .to(device), which packs its weights anew")
         native.library()
-        return getattr(torch.ops.qpass_x86, name).default(*args)
+        return getattr(OPS, name).default(*args)
 
     return call
 

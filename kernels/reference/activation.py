@@ -5,7 +5,8 @@ Inductor fuses these lines into whatever produced `x`; nothing here may become a
 symmetric   (vLLM's dynamic int8)        scale = max(amax(|x|), EPS) / 127,  q = clamp(round(x / scale), -127, 127)
 asymmetric  (compressed-tensors' token)  low = min(x, 0), high = max(x, 0), scale = max(high - low, EPS) / 255,
             zero_point = -128 - round(low / scale),  q = clamp(round(x / scale) + zero_point, -128, 127)
-All in float32, rounding half to even.
+All in float32, rounding half to even. A code that is not a number is 0: float NaN to int8 is not the same on every
+path of a machine. A token with NaN or Inf has such a scale, which carries it into the product.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     # 127, not 128: -128 stays unused, so that x and -x round the same way.
     scale = x.abs().amax(-1, keepdim=True).clamp_min(EPS) / 127
-    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+    return _codes((x / scale).round().clamp(-127, 127)), scale
 
 
 def quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,4 +31,8 @@ def quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
     scale = (high - low).clamp_min(EPS) / 255
     zero_point = -128 - (low / scale).round()
-    return ((x / scale).round() + zero_point).clamp(-128, 127).to(torch.int8), scale, zero_point
+    return _codes(((x / scale).round() + zero_point).clamp(-128, 127)), scale, zero_point
+
+
+def _codes(q: Tensor) -> Tensor:
+    return torch.where(q.isnan(), 0, q).to(torch.int8)

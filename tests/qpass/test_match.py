@@ -22,8 +22,8 @@ def model() -> list[Site]:
     layers = [site(f"model.layers.{i}.{leaf}") for i in range(3)
               for leaf in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")]
     return [site("model.embed_tokens", kind="embedding", owner_class="Embedding"), *layers,
-            site("model.layers.2.mlp.experts", "gate_up_proj", kind="experts", owner_class="Experts", shape=(4, 64, 64)),
-            site("model.layers.2.mlp.experts", "down_proj", kind="experts", owner_class="Experts", shape=(4, 64, 64)),
+            *(site("model.layers.2.mlp.experts", leaf, kind="experts", owner_class="Experts", shape=(4, 64, 64))
+              for leaf in ("gate_up_proj", "down_proj")),
             site("head.proj", owner_class="Conv1D", transposed=True), site("lm_head")]
 
 
@@ -105,7 +105,8 @@ def test_precedence_exact_last_glob_regex_class_kind_recipe(dropped: int) -> Non
 
 
 def test_tier_and_rule_text_are_told() -> None:
-    found = {m.site.name: m for m in match(model(), Recipe("w4a8", ignore=["re:.*q_proj"], overrides={"*.mlp.*": None}))}
+    recipe = Recipe("w4a8", ignore=["re:.*q_proj"], overrides={"*.mlp.*": None})
+    found = {m.site.name: m for m in match(model(), recipe)}
     assert (found["model.layers.0.self_attn.q_proj.weight"].rule, found["model.layers.0.mlp.up_proj.weight"].rule,
             found["lm_head.weight"].rule) == ("ignore re:.*q_proj", "*.mlp.* = float", "recipe w4a8")
     assert found["model.layers.0.self_attn.q_proj.weight"].tier is Tier.REGEX

@@ -103,7 +103,8 @@ def test_transformers_quantization_config(tmp_path: Path) -> None:
            "kv_cache_scheme": None, "quantization_status": "compressed"}
     expected = Recipe(None, ignore=["lm_head"], overrides={"Linear": "w4a8"})
     assert as_recipe(hub) == expected
-    assert as_recipe(write(tmp_path, "config.json", json.dumps({"model_type": "x", "quantization_config": hub}))) == expected
+    config = json.dumps({"model_type": "x", "quantization_config": hub})
+    assert as_recipe(write(tmp_path, "config.json", config)) == expected
 
 
 def test_transformers_config_object() -> None:
@@ -190,7 +191,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, name: str, text: str, message:
 
 
 def test_missing_file_is_named() -> None:
-    with pytest.raises(RecipeError, match="cannot read the recipe nowhere.yaml"):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe nowhere\.yaml"):
         as_recipe("nowhere.yaml")
 
 
@@ -208,6 +209,7 @@ def test_missing_pyyaml_says_what_to_install(tmp_path: Path, monkeypatch: pytest
 def test_group_scheme_reads_the_older_short_forms() -> None:
     assert group_scheme({"weights": {"num_bits": 8, "group_size": -1}}).weight == WeightArgs(bits=8)
     assert group_scheme({"weights": {"num_bits": 8}}).weight == WeightArgs(bits=8, granularity="per_tensor")
-    assert group_scheme({"weights": {**W4, "group_size": 64}, "input_activations": {**A8, "symmetric": False}}) == Scheme(
+    group = {"weights": {**W4, "group_size": 64}, "input_activations": {**A8, "symmetric": False}}
+    assert group_scheme(group) == Scheme(
         name="w4a8_g64_xasym", weight=preset("w4a8").with_group_size(64).weight,
         activation=ActivationArgs(symmetric=False))

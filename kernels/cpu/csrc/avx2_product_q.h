@@ -134,7 +134,6 @@ struct Columns {
     int64_t left = runs;
     for (int64_t kb = 0; kb < w.Kp / 64; kb++, line += block_bytes, x += 64) {
       sums64<R>(line, x, ld, part);
-#pragma GCC unroll 1
       for (int i = 0; i < 2 && group < w.groups; i++) {  // after the last group the rest of the block is padding
         add(part[i]);
         if (--left) continue;

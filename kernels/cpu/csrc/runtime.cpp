@@ -76,12 +76,6 @@ void* scratch(int slot, int64_t bytes) {
   return buffers.data[slot];
 }
 
-#if !__has_include("vnni.cpp")
-const Isa vnni_isa = {};
-#endif
-#if !__has_include("amx.cpp")
-const Isa amx_isa = {};
-#endif
 const Isa* const kIsas[] = {&plain_isa, &avx2_isa, &vnni_isa, &amx_isa};
 
 const Isa* available_isa(int32_t isa) {

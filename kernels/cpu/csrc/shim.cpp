@@ -76,54 +76,47 @@ Tensor allocate(const Tensor& x, int64_t n, ScalarType dtype, qp_weight& w) {
   return out;
 }
 
-struct Rows {
-  int64_t M, K;
-  explicit Rows(const Tensor& x) {
-    require(x.dim() > 0 && x.size(x.dim() - 1) > 0, "x must be [..., K] with K > 0");
-    K = x.size(x.dim() - 1);
-    M = x.numel() / K;
-  }
-  void check(int64_t k) const {
-    require(K == k, "x has " + std::to_string(K) + " features, the weight takes " + std::to_string(k));
-  }
-};
+// x as [..., k], contiguous: checked before anything is made from its sizes.
+Tensor rows_of(const Tensor& x, int64_t k, const char* what) {
+  require(x.dim() > 0 && k > 0, std::string(what) + " must be [..., K] with K > 0");
+  const int64_t features = x.size(x.dim() - 1);
+  require(features == k, std::string(what) + " has " + std::to_string(features) + " features, the weight takes " +
+                             std::to_string(k));
+  return flat(x, what);
+}
 
 void succeed(int32_t code) { require(code == 0, qp_last_error()); }
 
 void run(const Tensor& x, int64_t k, int64_t activation, int64_t isa, const std::vector<qp_weight>& w) {
-  const Rows rows(x);
-  rows.check(k);
-  const int32_t dtype = number_of(x.scalar_type(), "x");
   require(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2");
-  succeed(qp_linear((int32_t)isa, x.const_data_ptr(), dtype, rows.M, rows.K, (int32_t)activation, w.data(),
+  succeed(qp_linear((int32_t)isa, x.const_data_ptr(), number_of(x.scalar_type(), "x"), x.numel() / k, k, (int32_t)activation, w.data(),
                     (int64_t)w.size(), (int32_t)torch::stable::get_num_threads()));
 }
 
 struct Codes {
   Tensor q, scale;
   Maybe zero_point;
-  Codes(const Tensor& xq, const Tensor& x_scale, const Maybe& x_zero_point)
-      : q(flat(xq, "xq")), scale(flat(x_scale, "x_scale")) {
-    const Rows rows(q);
+  Codes(const Tensor& xq, const Tensor& x_scale, const Maybe& x_zero_point, int64_t k)
+      : q(rows_of(xq, k, "xq")), scale(flat(x_scale, "x_scale")) {
+    const int64_t M = q.numel() / k;
     require(q.scalar_type() == ScalarType::Char, "xq must be int8");
-    require(scale.scalar_type() == ScalarType::Float && scale.numel() == rows.M, "x_scale must be float32 [..., 1]");
+    require(scale.scalar_type() == ScalarType::Float && scale.numel() == M, "x_scale must be float32 [..., 1]");
     if (!x_zero_point) return;
     zero_point = flat(*x_zero_point, "x_zero_point");
-    require(zero_point->scalar_type() == ScalarType::Float && zero_point->numel() == rows.M,
+    require(zero_point->scalar_type() == ScalarType::Float && zero_point->numel() == M,
             "x_zero_point must be float32 [..., 1]");
   }
   void run(int64_t k, int64_t isa, const std::vector<qp_weight>& w) const {
-    const Rows rows(q);
-    rows.check(k);
     succeed(qp_linear_q((int32_t)isa, (const int8_t*)q.const_data_ptr(), (const float*)scale.const_data_ptr(),
-                        zero_point ? (const float*)zero_point->const_data_ptr() : nullptr, rows.M, rows.K, w.data(),
+                        zero_point ? (const float*)zero_point->const_data_ptr() : nullptr, q.numel() / k, k, w.data(),
                         (int64_t)w.size(), (int32_t)torch::stable::get_num_threads()));
   }
 };
 
 Tensor linear(Tensor x, Tensor qweight, Tensor scale, Maybe zero_point, Maybe colsum, Maybe bias, int64_t n,
               int64_t k, int64_t bits, int64_t activation, int64_t isa) {
-  x = flat(x, "x");
+  x = rows_of(x, k, "x");
+  number_of(x.scalar_type(), "x");
   Parts parts = {qweight, scale, zero_point, colsum, bias};
   std::vector<qp_weight> w = {describe(parts, n, bits)};
   Tensor out = allocate(x, n, x.scalar_type(), w[0]);
@@ -133,7 +126,7 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scale, Maybe zero_point, Maybe co
 
 Tensor linear_q(Tensor xq, Tensor x_scale, Maybe x_zero_point, Tensor qweight, Tensor scale, Maybe zero_point,
                 Maybe colsum, Maybe bias, int64_t n, int64_t k, int64_t bits, ScalarType dtype, int64_t isa) {
-  const Codes codes(xq, x_scale, x_zero_point);
+  const Codes codes(xq, x_scale, x_zero_point, k);
   Parts parts = {qweight, scale, zero_point, colsum, bias};
   std::vector<qp_weight> w = {describe(parts, n, bits)};
   Tensor out = allocate(codes.q, n, dtype, w[0]);
@@ -173,7 +166,8 @@ std::vector<Tensor> outputs(const Tensor& x, std::vector<Parts>& parts, const st
 
 std::vector<Tensor> linear_list(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> n, std::vector<int64_t> has,
                                 int64_t k, int64_t bits, int64_t activation, int64_t isa) {
-  x = flat(x, "x");
+  x = rows_of(x, k, "x");
+  number_of(x.scalar_type(), "x");
   std::vector<Parts> parts = split(tensors, n, has);
   std::vector<qp_weight> w;
   std::vector<Tensor> out = outputs(x, parts, n, bits, x.scalar_type(), w);
@@ -184,7 +178,7 @@ std::vector<Tensor> linear_list(Tensor x, std::vector<Tensor> tensors, std::vect
 std::vector<Tensor> linear_q_list(Tensor xq, Tensor x_scale, Maybe x_zero_point, std::vector<Tensor> tensors,
                                   std::vector<int64_t> n, std::vector<int64_t> has, int64_t k, int64_t bits,
                                   ScalarType dtype, int64_t isa) {
-  const Codes codes(xq, x_scale, x_zero_point);
+  const Codes codes(xq, x_scale, x_zero_point, k);
   std::vector<Parts> parts = split(tensors, n, has);
   std::vector<qp_weight> w;
   std::vector<Tensor> out = outputs(codes.q, parts, n, bits, dtype, w);

@@ -275,7 +275,7 @@ def test_extreme_integers(library: ctypes.CDLL, bits: int, isa: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("w_symmetric", WEIGHTS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("group", "k"), [(32, 96), (64, 320), (96, 288), (128, 384), (None, 130)])
+@pytest.mark.parametrize(("group", "k"), [(32, 96), (96, 288), (128, 384), (None, 130)])
 def test_float_product(library: ctypes.CDLL, group: int | None, k: int, bits: int, w_symmetric: bool,
                        dtype: torch.dtype) -> None:
     """Weights are exact in bf16 and x is split into bf16 parts that sum to it: float32 accuracy on every path."""
@@ -285,9 +285,9 @@ def test_float_product(library: ctypes.CDLL, group: int | None, k: int, bits: in
     expected = x.double() @ w.dense.t() + bias.double()
     bound = (x.double().abs() @ w.dense.abs().t() + 1) * 2.0**-21
     for isa in (VNNI, AMX):
-        every = product_f(library, isa, w, x[5:], bias)
-        assert ((every.double() - expected[5:]).abs() <= bound[5:]).all()
-        for m in (5, 16, 18, 33):
+        every = product_f(library, isa, w, x, bias)
+        assert ((every.double() - expected).abs() <= bound).all()
+        for m in (5, 18):
             assert torch.equal(product_f(library, isa, w, x[40 - m:], bias, cut=2), every[-m:]), m
     small = product_f(library, AMX, w, x[:4], bias)
     assert torch.equal(small, product_f(library, VNNI, w, x, bias)[:4])

@@ -1,0 +1,144 @@
+"""Building the native library: once for all processes, with a sentence and the reference where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qpass.kernels.cpu import build
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+
+LINEAR = """
+import torch, qpass.kernels.dispatch
+from qpass.kernels.cpu import native
+from qpass.kernels.registry import LinearCall, choose
+from qpass.scheme import preset
+from qpass.spec import LinearSpec
+s = preset("w4a8").with_group_size(32)
+spec = LinearSpec(family=s.family, weight=s.weight, activation=s.activation, out_features=8, in_features=32)
+call = LinearCall(spec=spec, device=torch.device("cpu"), dtype=torch.float32)
+planned = choose(call)
+assert not native.loaded(), "planning must not build"
+chosen = choose(call, prepare=True)
+print(planned.kernel.name, chosen.kernel.name, native.loaded(), sep="|")
+print("|".join(sorted(set(chosen.refusals.values()))))
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finished(process: subprocess.Popen[str]) -> list[str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.splitlines()
+
+
+@pytest.fixture
+def stand_in_compiler(tmp_path: Path) -> Path:
+    """A compiler that copies this machine's library, once it was built, and counts its calls: compiling takes long."""
+    log, program = tmp_path / "calls", tmp_path / "stand-in"
+    program.write_text(f"""#!{sys.executable}
+import shutil, sys, time
+open({str(log)!r}, "a").write("x")
+time.sleep(1)
+shutil.copy({str(build.build())!r}, sys.argv[sys.argv.index("-o") + 1])
+""")
+    program.chmod(0o755)
+    return program
+
+
+@needs_compiler
+def test_processes_that_start_together_build_once(tmp_path: Path, stand_in_compiler: Path) -> None:
+    cache = tmp_path / "cache"
+    together = [run(LINEAR, QPASS_CACHE_DIR=str(cache), CXX=str(stand_in_compiler)) for _ in range(3)]
+    for process in together:
+        planned, chosen, loaded = finished(process)[0].split("|")
+        assert planned == chosen != "linear_reference" and loaded == "True"
+    assert (tmp_path / "calls").read_text() == "x"
+    assert len(list(cache.glob("*.so"))) == 1 and not list(cache.glob("*.partial"))
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_fresh_cache_is_filled_by_the_real_compiler(tmp_path: Path) -> None:
+    together = [run(LINEAR, QPASS_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    assert {finished(process)[0].split("|")[2] for process in together} == {"True"}
+    assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+def test_without_a_compiler_the_reference_runs(tmp_path: Path) -> None:
+    first, reasons = finished(run(LINEAR, QPASS_CACHE_DIR=str(tmp_path), CXX="/nowhere/c++"))
+    assert first == "linear_reference|linear_reference|False"
+    assert "CXX='/nowhere/c++' is not a program that can be run; install g++ or set CXX" in reasons
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_compiler_is_asked_once(tmp_path: Path) -> None:
+    log, program = tmp_path / "calls", tmp_path / "broken"
+    program.write_text(f"#!/bin/sh\nprintf x >> {log}\necho 'plain.cpp:1:1: error: out of luck' >&2\nexit 1\n")
+    program.chmod(0o755)
+    first, reasons = finished(run(LINEAR, QPASS_CACHE_DIR=str(tmp_path / "cache"), CXX=str(program)))
+    assert first.split("|")[1:] == ["linear_reference", "False"]
+    assert "did not compile: plain.cpp:1:1: error: out of luck; run this to see all of it:" in reasons
+    assert log.read_text() == "x" and not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    program = tmp_path / "unused"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    first, reasons = finished(run(LINEAR, QPASS_CACHE_DIR=str(blocked / "cache"), CXX=str(program)))
+    assert first.split("|")[1:] == ["linear_reference", "False"]
+    assert "set QPASS_CACHE_DIR to a folder that can be written" in reasons
+
+
+def test_another_compiler_or_cache_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QPASS_CACHE_DIR", str(tmp_path))
+    assert build.cache_dir() == tmp_path and build.source_hash() == build.source_hash()
+    programs = []
+    for name in ("one", "two"):
+        programs.append(tmp_path / name)
+        programs[-1].write_text(f"#!/bin/sh\n# {name}{name if name == 'one' else ''}\n")
+        programs[-1].chmod(0o755)
+    paths = set()
+    for program in programs:
+        monkeypatch.setenv("CXX", str(program))
+        assert build.compiler() == [str(program)]
+        paths.add(build._built_path([str(program)]))
+    assert len(paths) == 2
+    monkeypatch.setenv("CXX", f"{programs[0]} -m64")
+    assert build.compiler() == [str(programs[0]), "-m64"]
+
+
+def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QPASS_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert build.cache_dir() == Path("/somewhere/qpass")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build.cache_dir() == Path.home() / ".cache" / "qpass"
+
+
+def test_a_graph_compiled_earlier_loads_the_library_itself() -> None:
+    code = """
+import torch, qpass.kernels.registry
+qpass.kernels.registry.load_builtin()
+from qpass.kernels.cpu import native
+x, q, s = torch.randn(1, 32), torch.full((32 * 64 // 2,), 0x88, dtype=torch.uint8), torch.ones(2, 1, 16)
+assert not native.loaded()
+y = torch.ops.qpass_x86.linear.default(x, q, s, None, None, None, 8, 32, 4, 1, 0)
+assert native.loaded() and y.shape == (1, 8) and not y.any()
+print("ok")
+"""
+    if build.find_library() is None and build.compiler() is None:
+        pytest.skip(build.missing_compiler())
+    assert finished(run(code)) == ["ok"]

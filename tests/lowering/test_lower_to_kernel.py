@@ -1,0 +1,50 @@
+"""lower_to_kernel: what the registry gives for a node stands in its place, and what it does not give stays and says so."""
+
+from __future__ import annotations
+
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+
+from qpass.lowering.debug import graph_text
+from qpass.lowering.expose_activation_quant import expose_activation_quant
+from qpass.lowering.graph_nodes import LEFT, our_nodes, product_of
+from qpass.lowering.lower_to_kernel import lower_to_kernel
+
+
+def test_equals_the_graph_before_and_counts_ops(add_kernel, make_quantized, trace):
+    add_kernel("linear_test_native")
+    traced = trace(make_quantized(nn.Linear(32, 8), "w4a8", "linear_test_native"), torch.randn(2, 3, 32))
+    expected = traced.run()
+    expose_activation_quant(traced.graph)
+    assert lower_to_kernel(traced.graph) == 1
+    assert (traced.count("qpass.linear_q"), traced.count("qpass_lowering_test.linear_q")) == (0, 1)
+    assert torch.equal(traced.run(), expected)
+
+
+def test_the_native_op_still_answers_for_its_arguments(add_kernel, make_quantized, trace):
+    add_kernel("linear_test_native")
+    traced = trace(make_quantized(nn.Linear(32, 8), "w4a8", "linear_test_native"), torch.randn(2, 32))
+    expose_activation_quant(traced.graph)
+    lower_to_kernel(traced.graph)
+    node = next(n for n in traced.graph.nodes if "qpass_lowering_test" in str(n.target))
+    product = product_of(node)
+    assert product is not None
+    assert (product.spec.out_features, product.dtype, product.x.name) == (8, torch.float32, "xq")
+
+
+def test_a_kernel_without_native_op_stays_and_says_why(make_quantized, trace):
+    traced = trace(make_quantized(nn.Linear(32, 8), "w4a16"), torch.randn(2, 32))
+    assert lower_to_kernel(traced.graph) == 0
+    (node, _), = our_nodes(traced.graph)
+    assert node.meta[LEFT] == ("linear_reference has no native op for linear; it is called through "
+                               "torch.ops.qpass.linear")
+
+
+def test_golden(add_kernel, make_quantized, trace):
+    add_kernel("linear_test_native")
+    layer = make_quantized(nn.Linear(32, 8, bias=False), "w4a8", "linear_test_native")
+    traced = trace(layer, torch.randn(2, 32))
+    expose_activation_quant(traced.graph)
+    lower_to_kernel(traced.graph)
+    assert_expected_inline(graph_text(traced.graph).splitlines()[-2], """""")

@@ -1,4 +1,4 @@
-"""Dispatch: the four ops' implementations, which hand each call to the kernel that its spec names."""
+"""Dispatch: the ops' implementations, which hand each call to the kernel that its spec names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from qpass.kernels.registry import Kernel, kernel
 from qpass.ops import LIBRARY
 from qpass.spec import LinearSpec
+from qpass.weight import dequantize_weight
 
 
 def split_packed(packed: Sequence[Tensor], specs: Sequence[LinearSpec], chosen: Kernel) -> list[Sequence[Tensor]]:
@@ -53,6 +54,13 @@ def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, pac
     return [one(xq, x_scale, x_zero_point, p, b, s, dtype) for p, b, s in zip(parts, bias, parsed, strict=True)]
 
 
+def _dequantize(packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
+    parsed = LinearSpec.parse(spec)
+    layout = kernel(parsed.kernel).layout
+    weight = layout.unpack(dict(zip(layout.names(parsed), packed, strict=True)), parsed)
+    return dequantize_weight(weight, parsed, dtype)
+
+
 for _name, _fn in {"linear": _linear, "linear_q": _linear_q, "linear_list": _linear_list,
-                   "linear_q_list": _linear_q_list}.items():
+                   "linear_q_list": _linear_q_list, "dequantize": _dequantize}.items():
     LIBRARY.impl(_name, _fn, "CompositeExplicitAutograd")

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from qpass.spec import LinearSpec
 
 LinearFn = Callable[[Tensor, Sequence[Tensor], "Tensor | None", LinearSpec], Tensor]
 Refuses = Callable[["LinearCall"], "str | None"]
+_Form = TypeVar("_Form", bound=Callable[..., Any])
 Prepare = Callable[[], "str | None"]
 NativeCall = Callable[[str, Sequence[Any]], "tuple[Callable[..., Any], tuple[Any, ...]] | None"]
 
@@ -70,10 +71,10 @@ class Kernel:
     native_call: NativeCall | None = None
     prepare: Prepare | None = None
 
-    def form(self, op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def form(self, op: str) -> Callable[[_Form], _Form]:
         """Decorator: the same kernel for `linear_q`, `linear_list` or `linear_q_list`; the signature is checked."""
 
-        def attach(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def attach(fn: _Form) -> _Form:
             _check_signature(self.name, op, fn)
             if op in self.forms:
                 raise DuplicateRegistration(f"kernel {self.name!r} has a form for {op} already")

@@ -11,9 +11,10 @@ and the notes of a Capture say which one worked and why those before it did not:
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -93,6 +94,9 @@ def _capture_module(model: nn.Module, example_inputs: Any, notes: list[str]) -> 
             undo.enter_context(torch.random.fork_rng(devices=[]))
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):  # the caller's; the model's own stays part of it
+                    undo.enter_context(torch.autocast(device, enabled=False))
             switched = undo.enter_context(experts_as(model, _GROUPED))
             try:
                 graph_module = way(model, example)
@@ -129,7 +133,8 @@ def _trace(model: nn.Module, example: Example, guess: bool = False) -> fx.GraphM
 def _export(model: nn.Module, example: Example) -> fx.GraphModule:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = _fake(mode, (example.args, example.kwargs))
-    program = torch.export.export(model, args, kwargs, strict=False)
+    with redirect_stderr(io.StringIO()):  # where it fails, export prints the graph that it had so far
+        program = torch.export.export(model, args, kwargs, strict=False)
     return _replay_program(program)
 
 

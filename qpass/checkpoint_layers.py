@@ -21,6 +21,9 @@ from qpass.formats.safetensors_file import Stored
 from qpass.spec import LinearSpec
 
 
+_QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """One quantized weight to be read: its places in the model, and its tensors' names in the checkpoint.
@@ -148,6 +151,9 @@ def find_floats(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stor
         elif name is not None and (said := _differs(stored[name], tensors[key])):
             wrong.append(f"{name} {said}")
         floats.append(Float(places=tuple((module, leaf) for module, leaf, _ in held), tensor=name))
+    if any(name.rpartition(".")[2] in _QUANTIZED for name in stored if name not in known):
+        wrong.insert(0, "the files hold quantized weights for which the model has no layer of its own (experts that the "
+                     "model keeps in one parameter, most often); this version reads quantized linear layers only")
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise CheckpointError(f"{folder}: the tensors and the model of config.json disagree:\n  "

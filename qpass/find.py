@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass.capture import Capture
 from qpass.find_products import Product, find_products, opaque_readers
@@ -21,7 +22,8 @@ def find(model: nn.Module | ExportedProgram, capture: Capture) -> tuple[Site, ..
 
     A parameter with several names is one site under its first name, except where one name is looked up as an embedding
     and another multiplied: a tied head is a site of its own, with the embedding among its aliases. Parameters that
-    hold integers or 8-bit floats are skipped: they are quantized already.
+    hold integers or 8-bit floats are skipped: they are quantized already. Those that another library wraps in a tensor
+    type of its own are sites that it refuses to swap.
     """
     parameters, modules = _parameters_of(model), _modules_of(model)
     sites: list[Site] = []
@@ -118,4 +120,4 @@ def _modules_of(model: Any) -> dict[str, nn.Module]:
 
 
 def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not is_traceable_wrapper_subclass(tensor)

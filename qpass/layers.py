@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qpass.kernels.dispatch  # noqa: F401  (the ops below need their implementations)
+import qpass.kernels.dispatch
+import qpass.kernels.gradient  # noqa: F401  (both give the ops below what they do)
 from qpass.errors import PackedForInference
 from qpass.formats.compressed_tensors import describe_weight, names_found, read_weight, write_weight
 from qpass.kernels.registry import Kernel, LinearCall, choose, kernel
@@ -91,7 +92,7 @@ class PackedWeight(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]; an op of the graph when traced, the kernel itself when not."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return torch.ops.qpass.linear(x, self.packed, bias, self._spec_text)  # type: ignore[no-any-return]
         return self._kernel.forms["linear"](x, self.packed, bias, self.spec)  # type: ignore[no-any-return]
 

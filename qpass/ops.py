@@ -2,7 +2,7 @@
 
 `linear` quantizes its activation as the spec says and multiplies. `linear_q` takes an activation that is already
 integers, so that its quantization can stand in the graph as plain ATen and fuse into whatever came before.
-The `_list` forms multiply one activation with several weights in one call. `packed` holds the tensors of the kernel's
+The `_list` forms multiply one activation with several weights in one call. `dequantize` gives the weight [N, K] back. `packed` holds the tensors of the kernel's
 layout in the layout's order; `spec` is `str(LinearSpec)`. What the ops compute is defined in `kernels/reference`.
 """
 
@@ -20,6 +20,7 @@ LIBRARY.define("linear_q(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor
 LIBRARY.define("linear_list(Tensor x, Tensor[] packed, Tensor?[] bias, str[] specs) -> Tensor[]")
 LIBRARY.define("linear_q_list(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor?[] bias, "
                "str[] specs, ScalarType dtype) -> Tensor[]")
+LIBRARY.define("dequantize(Tensor[] packed, str spec, ScalarType dtype) -> Tensor")
 
 
 def _product(x: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
@@ -49,3 +50,9 @@ def _linear_list(x: Tensor, packed: list[Tensor], bias: list[Tensor | None], spe
 def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor],
                    bias: list[Tensor | None], specs: list[str], dtype: torch.dtype) -> list[Tensor]:
     return [_product(xq, spec, dtype) for spec in specs]
+
+
+@torch.library.register_fake("qpass::dequantize", lib=LIBRARY)
+def _dequantize(packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
+    parsed = LinearSpec.parse(spec)
+    return packed[0].new_empty((parsed.out_features, parsed.in_features), dtype=dtype)

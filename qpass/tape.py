@@ -60,7 +60,7 @@ class Tape:
         self.torch_call: TorchCall | None = None
         self.attributes: dict[str, Tensor] = {}
         self.returns_tensor: dict[int | str, bool] = {}  # by module call
-        self._tensors = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        self._tensors = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = [tensors]  # an id means nothing once its tensor is gone
         self._calls = 0
@@ -133,7 +133,9 @@ class Tape:
 @contextmanager
 def recording(tape: Tape) -> Iterator[None]:
     """Within, every ATen call goes to `tape`."""
-    with _TorchCalls(tape), _AtenCalls(tape):
+    aten_calls = _AtenCalls()  # type: ignore[no-untyped-call]
+    aten_calls.tape = tape
+    with _TorchCalls(tape), aten_calls:
         yield
 
 
@@ -162,21 +164,19 @@ def following_modules(tape: Tape, model: nn.Module) -> Iterator[None]:
 
 
 class _AtenCalls(TorchDispatchMode):
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()
-        self._tape = tape
+    tape: Tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim" or func in _QUERIES:  # asks for a device or a size: no computation
             return func(*args, **kwargs)
-        if func is _aten._local_scalar_dense.default and self._tape.guesses is not None:
-            return self._tape.guess(args[0])
+        if func is _aten._local_scalar_dense.default and self.tape.guesses is not None:
+            return self.tape.guess(args[0])
         if func._can_decompose():  # reached whole, as under inference_mode
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        self._tape.record(func, args, kwargs, result)
+        self.tape.record(func, args, kwargs, result)
         return result
 
 

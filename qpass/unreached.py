@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass.capture import Capture
 from qpass.site import Kind, Site
@@ -30,12 +31,17 @@ def unreached_sites(parameters: Mapping[str, Tensor], modules: Mapping[str, nn.M
             continue
         names = (name, *capture.aliases.get(name, ()))
         holders = [modules.get(alias.rpartition(".")[0]) for alias in names]
-        plain = all(type(holder) is nn.Linear for holder in holders) and name.endswith("weight")
+        wrapped = is_traceable_wrapper_subclass(tensor)
+        plain = all(type(holder) is nn.Linear for holder in holders) and name.endswith("weight") and not wrapped
         bias = f"{owner_path}.bias".lstrip(".") if plain and getattr(owner, "bias", None) is not None else None
+        refusal = None if plain else _refusal(name, kind, holders, capture)
+        if wrapped:
+            refusal = (f"{name} is a {type(tensor.data).__name__}, a tensor type of another library, which may be "
+                       "quantized or spread over devices already; give it a plain tensor first, or add it to ignore")
         sites.append(Site(
             name=name, kind=kind, shape=tuple(tensor.shape), dtype=tensor.dtype, owner=owner_path,
             owner_class=type(owner).__name__ if owner is not None else "", bias=bias,
-            swap="module" if plain else None, refusal=None if plain else _refusal(name, kind, holders, capture),
+            swap="module" if plain else None, refusal=refusal,
             uses=0, aliases=names[1:]))
     return sites
 

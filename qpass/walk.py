@@ -82,7 +82,7 @@ def view_of_parameter(node: fx.Node, parameters: frozenset[str]) -> WeightView |
 
 def _first_dim_only(node: fx.Node) -> bool:
     if node.target is aten.index_select.default:
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     indices = node.args[1]
     return isinstance(indices, (list, tuple)) and len(indices) == 1 and indices[0] is not None
 
@@ -102,13 +102,13 @@ def _lie(stored: torch.Size, steps: tuple[fx.Node, ...]) -> tuple[Orientation, b
     batch = [(size, stride) for size, stride in zip(seen.shape[:-2], seen.stride()[:-2], strict=True)
              if size > 1 and stride != 0]
     if len(stored) == 2:
-        whole, per_expert = not batch and seen.storage_offset() == 0, False
+        whole, per_expert = not batch and int(seen.storage_offset()) == 0, False
     elif len(stored) == 3:
         per_expert = not batch or (len(batch) == 1 and batch[0][1] == rows * columns)
-        whole = per_expert and seen.storage_offset() % max(rows * columns, 1) == 0
+        whole = per_expert and int(seen.storage_offset()) % max(rows * columns, 1) == 0
     else:
         return "reshaped", False
-    if whole and rows == columns == 1:  # nothing to tell by: count the turns
+    if whole and (rows == columns == 1 or rows * columns == 0):  # nothing to tell by: count the turns
         turns = sum(step.target in TURNS for step in steps)
         return ("swapped" if turns % 2 else "as stored"), per_expert
     if whole and _same(sizes, strides, (rows, columns), (columns, 1)):

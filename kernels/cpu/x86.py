@@ -96,7 +96,8 @@ def _several(packed: Sequence[Any], bias: Sequence[Any], specs: Sequence[LinearS
     """`tensors`, `n` and `has` of the list forms; None if the weights differ in what one call must share."""
     if len({(s.in_features, s.weight.bits, _activation(s)) for s in specs}) != 1:
         return None
-    tensors, has, start = [], [], 0
+    tensors: list[Any] = []
+    has, start = [], 0
     for spec, b in zip(specs, bias, strict=True):
         names = _names(spec)
         tensors += packed[start:start + len(names)]

@@ -32,26 +32,26 @@ def _product(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-1], n), dtype=dtype)
 
 
-@torch.library.register_fake("qpass_x86::linear", lib=LIBRARY)
+@torch.library.register_fake("qpass_x86::linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _linear(x: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor | None, colsum: Tensor | None,
             bias: Tensor | None, n: int, k: int, bits: int, activation: int, isa: int) -> Tensor:
     return _product(x, n, k, x.dtype)
 
 
-@torch.library.register_fake("qpass_x86::linear_q", lib=LIBRARY)
+@torch.library.register_fake("qpass_x86::linear_q", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, qweight: Tensor, scale: Tensor,
               zero_point: Tensor | None, colsum: Tensor | None, bias: Tensor | None, n: int, k: int, bits: int,
               dtype: torch.dtype, isa: int) -> Tensor:
     return _product(xq, n, k, dtype)
 
 
-@torch.library.register_fake("qpass_x86::linear_list", lib=LIBRARY)
+@torch.library.register_fake("qpass_x86::linear_list", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _linear_list(x: Tensor, tensors: list[Tensor], n: list[int], has: list[int], k: int, bits: int, activation: int,
                  isa: int) -> list[Tensor]:
     return [_product(x, size, k, x.dtype) for size in n]
 
 
-@torch.library.register_fake("qpass_x86::linear_q_list", lib=LIBRARY)
+@torch.library.register_fake("qpass_x86::linear_q_list", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, tensors: list[Tensor], n: list[int],
                    has: list[int], k: int, bits: int, dtype: torch.dtype, isa: int) -> list[Tensor]:
     return [_product(xq, size, k, dtype) for size in n]

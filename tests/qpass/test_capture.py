@@ -105,7 +105,7 @@ def test_inputs_that_do_not_fit_are_noted() -> None:
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(CaptureError, match="takes an nn.Module"):
+    with pytest.raises(CaptureError, match=r"takes an nn\.Module"):
         capture("llama")  # type: ignore[arg-type]
 
 

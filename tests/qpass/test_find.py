@@ -364,6 +364,27 @@ def test_weights_of_size_one() -> None:
         ((1, K), False, "module"), ((1, 1), False, "module"), ((K, 1), False, "module")]
 
 
+def test_weights_of_size_zero() -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = nn.Sequential(nn.Linear(K, 0), nn.Linear(0, N))
+    assert [(s.shape, s.transposed, s.swap) for s in sites_of(model, torch.randn(2, K)).values()] == [
+        ((0, K), False, "module"), ((N, 0), False, "module")]
+
+
+def test_a_weight_that_another_library_wraps() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Sequential(nn.Linear(K, K), nn.ReLU(), nn.Linear(K, K))
+    model[0].weight = nn.Parameter(TwoTensor(torch.randn(K, K), torch.randn(K, K)))
+    sites = sites_of(model)
+    assert "TwoTensor" in (sites["0.weight"].refusal or "") and sites["2.weight"].swap == "module"
+
+
+def test_autocast_around_the_capture_changes_nothing() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sites_of(nn.Sequential(nn.Linear(K, K)))["0.weight"].swap == "module"
+
+
 def test_embedding_alone_and_in_a_bigger_forward() -> None:
     class Scaled(nn.Embedding):
         def forward(self, input: Tensor) -> Tensor:

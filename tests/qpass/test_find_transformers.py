@@ -13,7 +13,8 @@ from torch import nn
 from qpass.capture import capture
 from qpass.find import find
 
-_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+_SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 _DECODER = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}
 _MOE = {**_DECODER, "num_experts_per_tok": 2}
 

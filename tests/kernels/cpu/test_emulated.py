@@ -4,206 +4,41 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-import qpass.kernels.cpu
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from tests.kernels.cpu.emulated_kernels import (
+    AMX,
+    COMPILER,
+    DTYPES,
+    VNNI,
+    Codes,
+    blocks_of,
+    compile_emulation,
+    make_weight,
+    oracle,
+    padded,
+    power_of_two,
+    product_f,
+    product_q,
+    random_codes,
+    random_scale,
+)
 
-SOURCES = Path(qpass.kernels.cpu.__file__).parent / "csrc"
-EMULATION = Path(__file__).parent / "emulate"
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}
-VNNI, AMX = 0, 1
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 40, 65)
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-
-
-class CWeight(ctypes.Structure):
-    _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero_point", ctypes.c_void_p),
-                ("colsum", ctypes.c_void_p), ("N", ctypes.c_int64), ("K", ctypes.c_int64), ("Np", ctypes.c_int64),
-                ("Kp", ctypes.c_int64), ("groups", ctypes.c_int64), ("group_size", ctypes.c_int64),
-                ("bits", ctypes.c_int32), ("scale_dtype", ctypes.c_int32)]
-
-
-class CQuantRows(ctypes.Structure):
-    _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero_point", ctypes.c_void_p),
-                ("sums", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64)]
-
-
-class CFloatRows(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64), ("bf16_parts", ctypes.c_int32)]
-
-
-class COutput(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("ld", ctypes.c_int64), ("dtype", ctypes.c_int32),
-                ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int32)]
-
-
-def compile_emulation(folder: Path, *flags: str) -> Path:
-    library = folder / "emulated.so"
-    # Without optimization: the emulation is fast enough, and inlining it everywhere would take half a minute.
-    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", EMULATION / "harness.cpp"]
-    subprocess.run([str(COMPILER), "-O0", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-DQPASS_EMULATE",
-                    *flags, f"-I{EMULATION}", f"-I{SOURCES}", *map(str, sources), "-o", str(library)], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     prebuilt = os.environ.get("QPASS_TEST_EMULATED_LIBRARY")  # how the sanitizer test below hands over its build
     return ctypes.CDLL(prebuilt or str(compile_emulation(tmp_path_factory.mktemp("emulated"))))
-
-
-def padded(n: int, to: int) -> int:
-    return (n + to - 1) // to * to
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """Integers [N, K] with scale [N, G], zero_point int8 [N, G] or None, and the packed copies that kernels read."""
-
-    bits: int
-    q: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    packed: tuple[Tensor | None, ...]
-    c: CWeight
-
-    @property
-    def centred(self) -> Tensor:
-        """q - zero_point, float64 [N, G, K / G]."""
-        q = self.q.double().view(*self.scale.shape, -1)
-        return q if self.zero_point is None else q - self.zero_point.double().unsqueeze(-1)
-
-    @property
-    def dense(self) -> Tensor:
-        return (self.centred * self.scale.double().unsqueeze(-1)).flatten(1)
-
-
-def blocks_of(per_group: Tensor, fill: float) -> Tensor:
-    """[N, G] -> [Np / 16, G, 16]."""
-    n, groups = per_group.shape
-    full = torch.full((padded(n, 32), groups), fill, dtype=per_group.dtype)
-    full[:n] = per_group
-    return full.view(-1, 16, groups).transpose(1, 2).contiguous()
-
-
-def pack(q: Tensor, bits: int) -> Tensor:
-    """Integers [N, K] -> x86_tile64 bytes, as product.h words it."""
-    n, k = q.shape
-    offset = 8 if bits == 4 else 128
-    full = torch.full((padded(n, 32), padded(k, 64)), offset, dtype=torch.int16)
-    full[:n, :k] = q.short() + offset
-    # [Np / 16, 16 outputs, Kp / 64, 16 lines, 4 inputs] -> [Np / 16, Kp / 64, 16 lines, 16 outputs, 4 inputs]
-    lines = full.view(full.shape[0] // 16, 16, -1, 16, 4).permute(0, 2, 3, 1, 4)
-    if bits == 4:
-        lines = lines[:, :, :8] | lines[:, :, 8:] << 4
-    return lines.to(torch.uint8).contiguous()
-
-
-def make_weight(n: int, k: int, group: int | None, bits: int, symmetric: bool, scale: Callable[[Tensor], Tensor],
-                q: Tensor | None = None) -> Weight:
-    groups = k // group if group else 1
-    if q is None:
-        q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (n, k), dtype=torch.int8)
-    # Mostly small, so that sums stay below 2^24, where float32 is exact; extremes have a test of their own.
-    zero_point = None if symmetric else torch.randint(-8, 8, (n, groups), dtype=torch.int8)
-    scales = scale(torch.rand(n, groups))
-    kp, np_ = padded(k, 64), padded(n, 32)
-    packed = (pack(q, bits), blocks_of(scales, 1), None if zero_point is None else blocks_of(zero_point, 0),
-              torch.zeros(np_))
-    weight = Weight(bits=bits, q=q, scale=scales, zero_point=zero_point, packed=packed, c=CWeight(
-        *map(pointer, packed), n, k, np_, kp, groups, k // groups if groups > 1 else kp, bits, DTYPES[scales.dtype]))
-    packed[3][:n] = weight.dense.sum(1)  # type: ignore[index]
-    return weight
-
-
-def random_scale(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda u: (u * 0.02 + 0.001).to(dtype)
-
-
-def power_of_two(u: Tensor) -> Tensor:
-    return torch.exp2(-(u * 3).floor())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codes:
-    q: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def rows(self, index: slice) -> Codes:
-        return Codes(q=self.q[index], scale=self.scale[index],
-                     zero_point=None if self.zero_point is None else self.zero_point[index])
-
-
-def random_codes(m: int, k: int, symmetric: bool, scale: Callable[[Tensor], Tensor]) -> Codes:
-    q = torch.randint(-127 if symmetric else -128, 128, (m, k), dtype=torch.int8)
-    zero_point = None if symmetric else torch.randint(-128, 128, (m,)).float()
-    return Codes(q=q, scale=scale(torch.rand(m)), zero_point=zero_point)
-
-
-def ends(blocks: int, cut: int | None) -> list[tuple[int, int]]:
-    return [(0, blocks)] if cut is None else [(0, cut), (cut, blocks)]
-
-
-def run(call: Callable[..., None], isa: int, w: Weight, rows: ctypes.Structure, m: int, bias: Tensor | None,
-        dtype: torch.dtype, cut: int | None) -> Tensor:
-    n = w.q.shape[0]
-    out = torch.full((m, n + 3), 77, dtype=dtype)  # wider than N: what lies beside the output must stay
-    c_out = COutput(out.data_ptr(), n + 3, DTYPES[dtype], pointer(bias), DTYPES[bias.dtype] if bias is not None else 0)
-    for begin, end in ends(w.c.Np // 16, cut):
-        call(isa, ctypes.byref(w.c), ctypes.byref(rows), ctypes.byref(c_out), ctypes.c_int64(begin),
-             ctypes.c_int64(end))
-    assert (out[:, n:] == 77).all()
-    return out[:, :n]
-
-
-def product_q(library: ctypes.CDLL, isa: int, w: Weight, x: Codes, bias: Tensor | None = None,
-              dtype: torch.dtype = torch.float32, cut: int | None = None) -> Tensor:
-    m, k = x.q.shape
-    q = torch.zeros(m, padded(k, 64), dtype=torch.int8)
-    q[:, :k] = x.q
-    sums = q.view(m, -1, 32).sum(-1, dtype=torch.int32)
-    rows = CQuantRows(q.data_ptr(), x.scale.data_ptr(), pointer(x.zero_point), sums.data_ptr(), m, q.shape[1])
-    out = run(library.emulated_product_q, isa, w, rows, m, bias, dtype, cut)
-    assert library.emulated_tiles_configured() == 0
-    return out
-
-
-def product_f(library: ctypes.CDLL, isa: int, w: Weight, x: Tensor, bias: Tensor | None = None,
-              cut: int | None = None, parts: int | None = None) -> Tensor:
-    m, k = x.shape
-    full = torch.zeros(m, padded(k, 64))
-    full[:, :k] = x.float()
-    rows = CFloatRows(full.data_ptr(), m, full.shape[1], parts or PARTS[x.dtype])
-    out = run(library.emulated_product_f, isa, w, rows, m, bias, torch.float32, cut)
-    assert library.emulated_tiles_configured() == 0
-    return out
-
-
-def oracle(w: Weight, x: Codes, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The product in float64, and the sum of magnitudes that bounds its rounding errors."""
-    zero = torch.zeros(len(x.q), 1) if x.zero_point is None else x.zero_point[:, None]
-    y = (x.q.double() - zero) @ w.dense.t() * x.scale.double()[:, None]
-    size = (x.q.double().abs() + zero.abs()) @ w.dense.abs().t() * x.scale.double()[:, None]
-    b = 0 if bias is None else bias.double()
-    return y + b, size + (0 if bias is None else bias.double().abs())
 
 
 SHAPES = [  # group size (None: one group a row), K
@@ -319,8 +154,9 @@ def test_quantize_is_the_reference_bit_for_bit(library: ctypes.CDLL, dtype: torc
         kp = padded(k, 64)
         q = torch.full((12, kp), 99, dtype=torch.int8)
         scale, zero_point, sums = torch.zeros(12), torch.zeros(12), torch.zeros(12, kp // 32, dtype=torch.int32)
-        library.emulated_quantize(VNNI, ctypes.c_void_p(x.data_ptr()), DTYPES[dtype], *map(ctypes.c_int64, (12, k, kp)),
-                                  int(not symmetric), *(ctypes.c_void_p(t.data_ptr()) for t in (q, scale, zero_point, sums)))
+        results = (ctypes.c_void_p(t.data_ptr()) for t in (q, scale, zero_point, sums))
+        library.emulated_quantize(VNNI, ctypes.c_void_p(x.data_ptr()), DTYPES[dtype],
+                                  *map(ctypes.c_int64, (12, k, kp)), int(not symmetric), *results)
         expected = quantize_symmetric(x) if symmetric else quantize_asymmetric(x)
         finite = expected[1].isfinite().flatten()
         assert torch.equal(q[finite, :k], expected[0][finite])
@@ -348,7 +184,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     asan = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
         "QPASS_TEST_EMULATED_LIBRARY": str(built), "LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider",
-                          "-k", "not sanitizers and not faults", __file__],
-                         env=environment, capture_output=True, text=True, cwd=tmp_path)
+    tests = ["-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider", "-k", "not sanitizers and not faults"]
+    ran = subprocess.run([sys.executable, "-m", "pytest", *tests, __file__], env=environment, capture_output=True,
+                         text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]

@@ -186,7 +186,7 @@ def test_compiles_whole_with_any_batch() -> None:
         return graph.forward
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
-    for m in (2, 3, 9):
+    for m in (7, 3, 9):  # none of the packed tensors' sizes, which a dynamic graph would tie them to
         x = torch.randn(m, 128)
         assert torch.equal(compiled(x), call(x))
     assert graphs == 1

@@ -17,6 +17,9 @@ from torch import fx
 from qpass.lowering.graph_nodes import shape_text
 
 
+_WIDTH = 118  # of a line of graph text
+
+
 def level() -> int:
     """The value of QPASS_DEBUG, 0 if it is not set or not a number."""
     text = os.environ.get("QPASS_DEBUG", "0")
@@ -32,7 +35,8 @@ def say(needed: int, line: str) -> None:
 def graph_text(graph: fx.Graph, name: str = "graph") -> str:
     """The graph as a Python function, one node a line, each with the dtype and shape of its result."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    lines = [f"def {name}({', '.join(node.name for node in inputs)}):"]
+    lines = [line.removeprefix("    ") for line in _folded(f"    def {name}", [node.name for node in inputs])]
+    lines[-1] += ":"
     lines += [f"    # {node.name}: {shape_text(node.meta.get('val'))}" for node in inputs]
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -41,9 +45,25 @@ def graph_text(graph: fx.Graph, name: str = "graph") -> str:
             lines.append(f"    return {_text(node.args[0])}")
         elif node.op != "placeholder":
             given = [_text(a) for a in node.args] + [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
-            call = f"{_callee(node)}({', '.join(given)})"
-            lines.append(f'    {node.name}: "{shape_text(node.meta.get("val"))}" = {call}')
+            start = f'    {node.name}: "{shape_text(node.meta.get("val"))}" = {_callee(node)}'
+            lines += _folded(start, given)
     return "\n".join(lines) + "\n"
+
+
+def _folded(start: str, given: list[str]) -> list[str]:
+    """`start(given, ...)` on one line, or on several where that is too long, broken between arguments."""
+    line = f"{start}({', '.join(given)})"
+    if len(line) <= _WIDTH:
+        return [line]
+    lines = [f"{start}("]
+    for argument in given:
+        if len(argument) > _WIDTH - 12 and argument.startswith("["):
+            lines += ["        [", *(f"            {part}," for part in argument[1:-1].split(", ")), "        ],"]
+        elif lines[-1].startswith("        ") and len(lines[-1]) + len(argument) < _WIDTH - 2 and lines[-1] != "        ],":
+            lines[-1] += f" {argument},"
+        else:
+            lines.append(f"        {argument},")
+    return [*lines, "    )"]
 
 
 def _callee(node: fx.Node) -> str:

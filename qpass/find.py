@@ -31,7 +31,8 @@ def find(model: nn.Module | ExportedProgram, capture: Capture) -> tuple[Site, ..
     if capture.graph_module is not None:
         weights = frozenset(name for name, tensor in parameters.items() if _is_float(tensor))
         sites = _graph_sites(capture, capture.graph_module, parameters, modules, weights)
-        reached = _read_names(capture.graph_module)
+        wrapped = {name for name, tensor in parameters.items() if is_traceable_wrapper_subclass(tensor)}
+        reached = _read_names(capture.graph_module) - wrapped
     reached.update(name for site in sites for name in (site.name, *site.aliases))
     return (*sites, *unreached_sites(parameters, modules, capture, reached))
 

@@ -48,9 +48,10 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor of a checkpoint: in which file, and what it is."""
+    """One tensor of a checkpoint: in which file, and what it is. `version` tells a file from one that replaced it."""
 
     file: Path
+    version: tuple[int, ...]
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -124,10 +125,12 @@ def read_tensors(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
 
     read: dict[str, Tensor] = {}
     try:
-        for file in {item.file for item in stored.values()}:
+        for file, version in {(item.file, item.version) for item in stored.values()}:
             with safe_open(str(file), framework="pt") as opened:
                 for name in (name for name, item in stored.items() if item.file == file):
                     read[name] = opened.get_tensor(name).clone()
+            if _version(file) != version:
+                raise CheckpointError(f"{file} changed while it was being read; load the folder again")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     return read
@@ -137,12 +140,13 @@ def _read_header(file: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        version = _version(file)
         with safe_open(str(file), framework="pt"):  # checks offsets, sizes and the file's length
             pass
         with open(file, "rb") as raw:
             header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
         header.pop("__metadata__", None)
-        return {name: Stored(file=file, dtype=_DTYPES[item["dtype"]], shape=tuple(item["shape"]))
+        return {name: Stored(file=file, version=version, dtype=_DTYPES[item["dtype"]], shape=tuple(item["shape"]))
                 for name, item in header.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete, copy it again") from error
@@ -150,6 +154,11 @@ def _read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
     except KeyError as error:
         raise CheckpointError(f"{file} holds a tensor of dtype {error}, which this version cannot read") from error
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    seen = os.stat(file)
+    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
 
 
 def _read_index(index: Path) -> dict[str, str]:

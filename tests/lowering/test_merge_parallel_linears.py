@@ -77,7 +77,10 @@ def test_golden(attention, trace):
     traced = trace(attention, torch.randn(2, 32))
     merged(traced)
     assert_expected_inline(graph_text(traced.graph), """\
-def graph(p_k_bias, b_k_packed_qweight, b_k_packed_scale, b_q_packed_qweight, b_q_packed_scale, b_v_packed_qweight, b_v_packed_scale, b_o_packed_qweight, b_o_packed_scale, x):
+def graph(
+    p_k_bias, b_k_packed_qweight, b_k_packed_scale, b_q_packed_qweight, b_q_packed_scale, b_v_packed_qweight,
+    b_v_packed_scale, b_o_packed_qweight, b_o_packed_scale, x,
+):
     # p_k_bias: float32[32]
     # b_k_packed_qweight: int8[32, 32]
     # b_k_packed_scale: float32[32, 2]
@@ -97,10 +100,29 @@ def graph(p_k_bias, b_k_packed_qweight, b_k_packed_scale, b_q_packed_qweight, b_
     clamp_min_default_1: "float32[2, 32]" = torch.ops.aten.clamp_min.default(round_default, -127)
     clamp_max_default: "float32[2, 32]" = torch.ops.aten.clamp_max.default(clamp_min_default_1, 127)
     isnan_default: "bool[2, 32]" = torch.ops.aten.isnan.default(clamp_max_default)
-    scalar_tensor_default: "float32[]" = torch.ops.aten.scalar_tensor.default(0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'))
+    scalar_tensor_default: "float32[]" = torch.ops.aten.scalar_tensor.default(
+        0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'),
+    )
     where_self: "float32[2, 32]" = torch.ops.aten.where.self(isnan_default, scalar_tensor_default, clamp_max_default)
     xq: "int8[2, 32]" = torch.ops.prims.convert_element_type.default(where_self, torch.int8)
-    linear_q_list: "(float32[2, 32], float32[2, 32], float32[2, 32])" = torch.ops.qpass.linear_q_list.default(xq, x_scale, None, [b_q_packed_qweight, b_q_packed_scale, b_k_packed_qweight, b_k_packed_scale, b_v_packed_qweight, b_v_packed_scale], [None, p_k_bias, None], ['w4a8 int4:g16:sym x int8:token:sym 32x32 @linear_reference', 'w4a8 int4:g16:sym x int8:token:sym 32x32 @linear_reference', 'w4a8 int4:g16:sym x int8:token:sym 32x32 @linear_reference'], torch.float32)
+    linear_q_list: "(float32[2, 32], float32[2, 32], float32[2, 32])" = torch.ops.qpass.linear_q_list.default(
+        xq, x_scale, None,
+        [
+            b_q_packed_qweight,
+            b_q_packed_scale,
+            b_k_packed_qweight,
+            b_k_packed_scale,
+            b_v_packed_qweight,
+            b_v_packed_scale,
+        ],
+        [None, p_k_bias, None],
+        [
+            'w4a8 int4:g16:sym x int8:token:sym 32x32 @linear_reference',
+            'w4a8 int4:g16:sym x int8:token:sym 32x32 @linear_reference',
+            'w4a8 int4:g16:sym x int8:token:sym 32x32 @linear_reference',
+        ],
+        torch.float32,
+    )
     y: "float32[2, 32]" = operator.getitem(linear_q_list, 0)
     y_1: "float32[2, 32]" = operator.getitem(linear_q_list, 1)
     y_2: "float32[2, 32]" = operator.getitem(linear_q_list, 2)
@@ -115,9 +137,16 @@ def graph(p_k_bias, b_k_packed_qweight, b_k_packed_scale, b_q_packed_qweight, b_
     clamp_min_default_7: "float32[2, 32]" = torch.ops.aten.clamp_min.default(round_default_3, -127)
     clamp_max_default_3: "float32[2, 32]" = torch.ops.aten.clamp_max.default(clamp_min_default_7, 127)
     isnan_default_3: "bool[2, 32]" = torch.ops.aten.isnan.default(clamp_max_default_3)
-    scalar_tensor_default_3: "float32[]" = torch.ops.aten.scalar_tensor.default(0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'))
-    where_self_3: "float32[2, 32]" = torch.ops.aten.where.self(isnan_default_3, scalar_tensor_default_3, clamp_max_default_3)
+    scalar_tensor_default_3: "float32[]" = torch.ops.aten.scalar_tensor.default(
+        0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'),
+    )
+    where_self_3: "float32[2, 32]" = torch.ops.aten.where.self(
+        isnan_default_3, scalar_tensor_default_3, clamp_max_default_3,
+    )
     xq_3: "int8[2, 32]" = torch.ops.prims.convert_element_type.default(where_self_3, torch.int8)
-    linear_q_3: "float32[2, 16]" = torch.ops.qpass.linear_q.default(xq_3, x_scale_3, None, [b_o_packed_qweight, b_o_packed_scale], None, 'w4a8 int4:g16:sym x int8:token:sym 16x32 @linear_reference', torch.float32)
+    linear_q_3: "float32[2, 16]" = torch.ops.qpass.linear_q.default(
+        xq_3, x_scale_3, None, [b_o_packed_qweight, b_o_packed_scale], None,
+        'w4a8 int4:g16:sym x int8:token:sym 16x32 @linear_reference', torch.float32,
+    )
     return (linear_q_3,)
 """)

@@ -59,11 +59,10 @@ def test_save_pretrained_loads_here_and_with_compressed_tensors(tmp_path: Path, 
             == read(tmp_path / "ours" / "config.json")["quantization_config"])
     loaded = qpass.load(tmp_path / "theirs")
     assert torch.equal(loaded(token_ids).logits, model(token_ids).logits)
-    config = transformers.CompressedTensorsConfig(dequantize=True)
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", quantization_config=config)
-    for name, layer in packed_layers(model).items():
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(other(token_ids).logits, model(token_ids).logits, rtol=1e-4, atol=1e-5)
+    for name, layer in packed_layers(model).items():  # the first forward decompressed them
         assert torch.equal(other.get_submodule(name).weight.float(), layer.dequantize(torch.float32)), name
-    torch.testing.assert_close(other.float()(token_ids).logits, model(token_ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "w8a8", "w4a16_asym"])
@@ -131,13 +130,14 @@ def test_hooks_stay(tiny_llama: Build, token_ids: torch.Tensor) -> None:
     layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0,))
     qpass.quantize(model, "w4a8", progress=False)
     replaced = model.model.layers[0].mlp.down_proj
-    assert isinstance(replaced, PackedWeight)
+    assert any(isinstance(module, PackedWeight) for module in replaced.modules())
     model(token_ids)
     assert seen == [(2, 9, 64)]
     assert not replaced(torch.ones(1, 128)).any()
+    seen.clear()
     handle.remove()
     model(token_ids)
-    assert len(seen) == 2
+    assert not seen
 
 
 def test_methods_of_the_model_still_work(tiny_llama: Build, token_ids: torch.Tensor) -> None:
@@ -150,11 +150,10 @@ def test_methods_of_the_model_still_work(tiny_llama: Build, token_ids: torch.Ten
     assert torch.equal(model.cpu().float()(token_ids).logits, expected)
     assert model.bfloat16()(token_ids).logits.dtype == torch.bfloat16
     state = qpass.quantize(tiny_llama(), "w4a8", progress=False).state_dict()
-    model.float().load_state_dict(state)
-    other = tiny_llama()
-    qpass.quantize(other, "w4a8", progress=False)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(token_ids).logits, model(token_ids).logits)
+    other = qpass.quantize(tiny_llama(initializer_range=0.1), "w4a8", progress=False)
+    assert not torch.equal(other(token_ids).logits, expected)
+    other.load_state_dict(state)
+    assert torch.equal(other(token_ids).logits, expected)
     with pytest.raises(AlreadyQuantized):
         qpass.quantize(model, "w4a8", progress=False)
 

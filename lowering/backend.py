@@ -11,8 +11,8 @@ from torch import Tensor, fx
 def qpass_backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor], *, mode: str | None = None,
                   options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Compile a graph of Dynamo's. `mode` and `options` are those of Inductor; passes in `options` run first."""
-    from torch._inductor import list_mode_options
     from torch._inductor import config as inductor_config
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     from qpass.lowering.install import chained

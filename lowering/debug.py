@@ -16,7 +16,6 @@ from torch import fx
 
 from qpass.lowering.graph_nodes import shape_text
 
-
 _WIDTH = 118  # of a line of graph text
 
 

@@ -10,12 +10,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import fx
 
 from qpass.kernels.registry import KERNELS, LinearCall, kernel
 from qpass.lowering import debug, record_store
-from qpass.lowering.graph_nodes import LINEAR, LINEAR_LIST, OPS, QUANTIZES, Product, Quantization, our_nodes, same_rows, sites_of
+from qpass.lowering.graph_nodes import (
+    OPS,
+    QUANTIZES,
+    Product,
+    Quantization,
+    our_nodes,
+    same_rows,
+    sites_of,
+)
 from qpass.spec import LinearSpec
 
 AT = "{at}"  # in texts: what the asked name has before the recorded one, such as `model.layers.3.`

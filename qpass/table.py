@@ -17,6 +17,9 @@ _PLAN: tuple[Column, ...] = (("n", ">"), ("parameter", "<"), ("shape", ">"), ("s
 _REPORT: tuple[Column, ...] = (*_PLAN, ("activation", "<"))
 _STATUS = {"quantize": "to quantize", "quantized": "quantized", "keep": "kept in float", "kept": "kept in float",
            "refuse": "refused", "refused": "refused"}
+_FOUND = {"trace": "in the graph of one traced forward", "export": "in torch.export's graph",
+          "dynamo": "in torch.compile's graphs", "given": "in the graph given",
+          "modules": "by walking the modules; there was no graph"}
 _STYLE = ("body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
           "td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
           "th{position:sticky;top:0;background:#f4f4f4}.r{text-align:right;white-space:nowrap}")
@@ -53,7 +56,7 @@ def summary(rows: Sequence[Any], notes: Sequence[str], capture: str) -> list[str
     before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
     lines.append(f"{human_bytes(before)} -> {human_bytes(after)} in these parameters" + (
         f"; the quantized ones take {bits_per_weight(done):.2f} bits a weight" if done else ""))
-    lines.append(f"layers were found by {capture}")
+    lines.append(f"layers were found {_FOUND.get(capture, 'by ' + capture)}")
     return lines + [f"not used: {line}" for line in refusal_lines(rows)] + [f"note: {note}" for note in notes]
 
 

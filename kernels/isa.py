@@ -10,8 +10,8 @@ from pathlib import Path
 # Best first. Each level includes those after it; "x86_64" is plain C and runs on all of them.
 X86_LEVELS = ("amx_int8", "avx512_vnni", "avx2", "x86_64")
 _FLAGS = {
-    "amx_int8": ("amx_tile", "amx_int8", "amx_bf16"),
-    "avx512_vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "gfni"),
+    "amx_int8": ("amx_tile", "amx_int8", "amx_bf16", "gfni"),
+    "avx512_vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
     "avx2": ("avx2", "fma", "f16c"),
     "x86_64": (),
 }

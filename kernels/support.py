@@ -128,5 +128,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _cells(row: SupportRow) -> tuple[str, ...]:
-    return (row.kernel, row.scheme, " ".join(row.weights), ", ".join(row.activations), " ".join(row.dtypes),
-            row.isa or "nothing", row.device, "yes" if row.runs_here else f"no: {row.why_not}")
+    every = (*(label for label, _ in _GRANULARITIES), "asym")
+    return (row.kernel, row.scheme, "all, asym too" if row.weights == every else " ".join(row.weights),
+            ", ".join(row.activations), " ".join(row.dtypes), row.isa or "nothing", row.device,
+            "yes" if row.runs_here else f"no: {row.why_not}")

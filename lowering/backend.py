@@ -19,4 +19,5 @@ def qpass_backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor], *, mode:
 
     given = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     with inductor_config.patch(given):
-        return compile_fx(gm, list(example_inputs), config_patches={**given, **chained()})  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches={**given, **chained()})
+    return compiled  # type: ignore[no-any-return]

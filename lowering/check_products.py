@@ -51,7 +51,7 @@ def insert_checks(graph: fx.Graph) -> int:
     return count
 
 
-@torch.library.register_fake("qpass::check_linear", lib=LIBRARY)
+@torch.library.register_fake("qpass::check_linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _check_linear_fake(got: list[Tensor], x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None,
                        source: Tensor | None, packed: list[Tensor], bias: list[Tensor | None], specs: list[str],
                        sites: list[str]) -> list[Tensor]:
@@ -85,9 +85,9 @@ def _compare(got: Tensor, expected: Tensor, spec: LinearSpec, site: str) -> None
     wrong = ((got.double() - wide).abs() > allowed) | (got.isnan() != expected.isnan())
     if bool(wrong.any()):
         worst = float((got.double() - wide).abs().nan_to_num().max())
-        raise LoweringError(f"kernel {spec.kernel} differs from the reference at {site!r} ({spec}): {int(wrong.sum())} of "
-                            f"{wrong.numel()} values, by up to {worst:.3g}; run with QPASS_KERNEL=linear_reference, and "
-                            "report the kernel with this line")
+        raise LoweringError(f"kernel {spec.kernel} differs from the reference at {site!r} ({spec}): {int(wrong.sum())} "
+                            f"of {wrong.numel()} values, by up to {worst:.3g}; quantize with "
+                            "QPASS_KERNEL=linear_reference, and report the kernel with this line")
 
 
 def _check_quantization(xq: Tensor, x_scale: Tensor, source: Tensor, symmetric: bool, site: str) -> None:

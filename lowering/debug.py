@@ -1,4 +1,4 @@
-"""Debug: what QPASS_DEBUG asks for: lines about layers and passes, and graphs as Python text before and after each pass.
+"""Debug: what QPASS_DEBUG asks for: lines about layers and passes, graphs as Python text before and after each pass.
 
 QPASS_DEBUG=1 one line per layer; =2 also refusals, and count and time of each pass; =3 also numbered dumps in
 QPASS_DEBUG_DIR, or ./qpass_debug. Lines go to stderr.
@@ -58,7 +58,7 @@ def _folded(start: str, given: list[str]) -> list[str]:
     for argument in given:
         if len(argument) > _WIDTH - 12 and argument.startswith("["):
             lines += ["        [", *(f"            {part}," for part in argument[1:-1].split(", ")), "        ],"]
-        elif lines[-1].startswith("        ") and len(lines[-1]) + len(argument) < _WIDTH - 2 and lines[-1] != "        ],":
+        elif lines[-1][:8].isspace() and lines[-1] != "        ]," and len(lines[-1]) + len(argument) < _WIDTH - 2:
             lines[-1] += f" {argument},"
         else:
             lines.append(f"        {argument},")

@@ -65,14 +65,14 @@ def _write_quantization(graph: fx.Graph, linear: fx.Node, x: fx.Node,
             copies[line] = add_call(graph, line.target, args, kwargs, like=linear, name=names.get(line))
             copies[line].meta |= {QUANTIZES: mark, "original_aten": line.target}
         else:
-            results = [copies[n] for n in line.args[0]]  # type: ignore[union-attr]
+            results = [copies[n] for n in line.all_input_nodes]
     codes, scale = results[:2]
     return codes, scale, results[2] if len(results) > 2 else None
 
 
 @lru_cache(maxsize=64)
 def _lines(dtype: torch.dtype, device: torch.device, symmetric: bool) -> fx.Graph:
-    """The reference's quantization as the ATen ops that Inductor lowers; they name no size, and no dimension but -1."""
+    """The reference's quantization as ATen ops that Inductor lowers; they name no size, and no dimension but -1."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -80,4 +80,5 @@ def _lines(dtype: torch.dtype, device: torch.device, symmetric: bool) -> fx.Grap
         return quantize_symmetric(x) if symmetric else quantize_asymmetric(x)
 
     with torch.no_grad(), FakeTensorMode():
-        return make_fx(run, decomposition_table=select_decomp_table())(torch.empty(2, 3, dtype=dtype, device=device)).graph
+        example = torch.empty(2, 3, dtype=dtype, device=device)
+        return make_fx(run, decomposition_table=select_decomp_table())(example).graph

@@ -21,7 +21,8 @@ LINEAR = torch.ops.qpass.linear.default
 LINEAR_Q = torch.ops.qpass.linear_q.default
 LINEAR_LIST = torch.ops.qpass.linear_list.default
 LINEAR_Q_LIST = torch.ops.qpass.linear_q_list.default
-OPS: dict[Any, str] = {LINEAR: "linear", LINEAR_Q: "linear_q", LINEAR_LIST: "linear_list", LINEAR_Q_LIST: "linear_q_list"}
+OPS: dict[Any, str] = {
+    LINEAR: "linear", LINEAR_Q: "linear_q", LINEAR_LIST: "linear_list", LINEAR_Q_LIST: "linear_q_list"}
 
 # Keys of node.meta that passes write and later passes read.
 SITES = "qpass_sites"  # tuple of str, on every op of ours: the modules it computes, as the compiler names them
@@ -36,7 +37,7 @@ _LEADING_ONLY = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, to
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantization:
-    """One exposed activation quantization: `site` is the product it was written for, the same object marks its lines."""
+    """One exposed activation quantization: `site` is the product it was written for; one object marks all its lines."""
 
     site: str
 

@@ -7,7 +7,7 @@ chains behind the new pass, or compile with `backend="qpass"`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch._inductor.config as inductor_config
@@ -91,7 +91,7 @@ def is_installed() -> bool:
 
 
 def chained() -> dict[str, Any]:
-    """Inductor's settings with the pipeline in them, behind whatever stands there now; {} if it stands there already."""
+    """Inductor's settings with the pipeline behind what stands there now; {} if it stands there already."""
     wanted = {}
     for slot, kind in _slots().items():
         current = getattr(inductor_config, slot)
@@ -103,7 +103,7 @@ def chained() -> dict[str, Any]:
     return wanted
 
 
-def _slots() -> dict[str, Callable[[Any], Any]]:
+def _slots() -> dict[str, Any]:
     found: dict[str, Any] = {"post_grad_custom_pre_pass": LoweringPass}
     if _SchedulerPass is not object and hasattr(inductor_config, "_post_fusion_custom_pass"):
         found["_post_fusion_custom_pass"] = FusionObserver
@@ -122,8 +122,8 @@ def _note_lookup() -> None:
 
     context = TracingContext.try_get()
     if context is not None:
-        record.note_lookup({clean_path(guard.name).rpartition(".packed_")[0] for guard in context.guards_context.dynamo_guards
-                            if "packed_" in guard.name} - {""})
+        names = (guard.name for guard in context.guards_context.dynamo_guards)
+        record.note_lookup({clean_path(name).rpartition(".packed_")[0] for name in names if "packed_" in name} - {""})
 
 
 def _register_backend() -> None:

@@ -29,7 +29,7 @@ def lower_to_kernel(graph: fx.Graph) -> int:
             continue
         target, arguments = call
         with graph.inserting_before(node):
-            new = add_call(graph, target, tuple(arguments), like=node)
+            new = add_call(graph, target, tuple(arguments), like=node, name=op)
         new.meta |= {OP: op, SITES: sites_of(node), MEANING: product}
         replace(node, new)
         changed += 1

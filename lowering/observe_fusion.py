@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qpass.lowering import record
-from qpass.lowering.graph_nodes import QUANTIZES, Quantization, module_class, module_path
+from qpass.lowering.graph_nodes import OPS, QUANTIZES, SITES, Quantization, module_class, module_path
 
 _log = logging.getLogger("qpass")
 _LAYOUT = ("reshape", "_unsafe_view", "clone", "getitem", "convert_element_type")
@@ -20,9 +20,18 @@ _Origins = dict[fx.Node, None]
 def observe_fusion(scheduled: Sequence[Any]) -> None:
     """Tell the records, for each exposed quantization, what else the function that writes its integers computes."""
     try:
+        _warn_of_bypass(scheduled)
         record.settle(dict(_outcomes(scheduled)))
     except Exception as error:  # Inductor's scheduler is no public interface; a report is not worth a failed compile
         _log.warning("qpass: explain cannot tell what was fused: %s: %s", type(error).__name__, error)
+
+
+def _warn_of_bypass(scheduled: Sequence[Any]) -> None:
+    """Ops that the pipeline never saw: somebody put another pass into its slot after `install`."""
+    if any(node.target in OPS and SITES not in node.meta for loops in scheduled for node in _origins(loops)):
+        _log.warning("qpass: a graph with quantized layers was compiled without the lowering passes, so nothing is "
+                     "fused; torch._inductor.config.post_grad_custom_pre_pass was set after them: call "
+                     "qpass.lowering.install.install() again, or compile with backend='qpass'")
 
 
 def _outcomes(scheduled: Sequence[Any]) -> Iterable[tuple[Quantization, str]]:

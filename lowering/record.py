@@ -15,6 +15,8 @@ from torch import fx
 from qpass.kernels.registry import KERNELS, LinearCall, kernel
 from qpass.lowering import debug, record_store
 from qpass.lowering.graph_nodes import (
+    LEFT,
+    OP,
     OPS,
     QUANTIZES,
     Product,
@@ -52,6 +54,7 @@ class SiteRecord:
 
 _records: dict[str, SiteRecord] = {}
 _seen: dict[str, float] = {}  # module names of graphs that a compile cache was asked for
+_stored: dict[str, SiteRecord] = {}  # what the disk holds, read when first asked for
 _waiting: dict[Quantization, list[str]] = {}
 
 
@@ -64,7 +67,9 @@ def for_site(path: str, spec: str | None = None) -> SiteRecord | None:
     found = _longest(path, _records, spec)
     remark = ""
     if found is None and _longest_name(path, _seen) is not None:
-        found, remark = _longest(path, record_store.read(SiteRecord), spec), " (from the compile cache)"
+        if not _stored:
+            _stored.update(record_store.read(SiteRecord))
+        found, remark = _longest(path, _stored, spec), " (from the compile cache)"
     if found is None:
         return None
     at = path[:len(path) - len(found.site)] if path.endswith(found.site) else ""
@@ -77,21 +82,19 @@ def remember_graph(graph: fx.Graph, passes: dict[str, int]) -> None:
     marks: set[Quantization] = set()
     made: list[SiteRecord] = []
     for node, product in our_nodes(graph):
-        sites = sites_of(node)
+        sites, op = sites_of(node), node.meta.get(OP, OPS.get(node.target, ""))
         for site, text in zip(sites, product.specs, strict=True):
             made.append(SiteRecord(
-                site=site, spec=text, kernel=product.spec.kernel, op=node.meta.get("qpass_op", OPS.get(node.target, "")),
-                activation=_activation(node, product, site, marks), refusals=_refusals(node, text), passes=passes,
-                merged_with=tuple(other for other in sites if other != site), left=node.meta.get("qpass_left", "")))
+                site=site, spec=text, kernel=product.spec.kernel, op=op, left=node.meta.get(LEFT, ""), passes=passes,
+                activation=_activation(node, product, site, marks), refusals=_refusals(node, text),
+                merged_with=tuple(other for other in sites if other != site)))
     for one in made:
         debug.say(1, f"{one.site}: {one.spec.partition(' @')[0]}, {one.kernel}"
                      + (f", in one call with {', '.join(one.merged_with)}" if one.merged_with else ""))
         for name, why in one.refusals.items():
             debug.say(2, f"  {name}: {why}")
-        before = _records.get(one.site)
-        same_graph = before is not None and before.spec == one.spec and before.activation == one.activation
-        _records[one.site] = one if not same_graph else replace(one, merged_with=one.merged_with)
-    record_store.write([one for one in made])
+        _records[one.site] = one
+    record_store.write(made)
 
 
 def settle(outcomes: dict[Quantization, str]) -> None:
@@ -111,12 +114,14 @@ def note_lookup(names: set[str]) -> None:
     """Note the modules of a graph for which a compile cache is being asked, which may be all that is heard of it."""
     now = time.time()
     _seen.update(dict.fromkeys(names, now))
+    _stored.clear()
 
 
 def forget() -> None:
     """Drop what this process knows of earlier compiles."""
     _records.clear()
     _seen.clear()
+    _stored.clear()
     _waiting.clear()
 
 

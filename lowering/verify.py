@@ -22,8 +22,8 @@ def verify(graph: fx.Graph) -> int:
     for node, _ in our_nodes(graph):
         where = f"{node.name} ({node.target}) at {', '.join(sites_of(node))}"
         if node.target in OPS and LEFT not in node.meta:
-            raise LoweringError(f"{where} is left unlowered: no pass handled it; check the passes registered with "
-                                "qpass.register_pass, or switch the last one off with qpass.lowering.pipeline.disable_pass")
+            raise LoweringError(f"{where} is left unlowered: no pass handled it; check the passes registered "
+                                "with qpass.register_pass, or switch one off with pipeline.disable_pass")
         traced, now = shape_text(node.meta.get("val")), shape_text(fake_result(node.target, node.args, node.kwargs))
         if traced != now:
             raise LoweringError(f"{where} gives {now}, but its users were traced with {traced}; a pass changed its "

@@ -109,10 +109,10 @@ class PackedWeight(nn.Module):
         dtype = probe.dtype if probe.dtype.is_floating_point else self.dtype
         spec = self._spec_on(probe.device, dtype)
         canonical = self.canonical() if spec.kernel != self.spec.kernel else None
+        moved = [_moved(fn, tensor) for tensor in before] if canonical is None else []
         held = {name: self._buffers.pop(name) for name in names}
         try:
             super()._apply(fn, recurse)
-            moved = [_moved(fn, tensor) for tensor in before] if canonical is None else []
         finally:
             self._buffers.update(held)
         if canonical is None:

@@ -14,8 +14,10 @@ from qpass.layers import PackedWeight
 from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipe_files import as_recipe
 from qpass.refuse_training import allow_training, refuse_training
-from qpass.swap import restore, swap_site
+from qpass.swap import give_back_freed_memory, restore, swap_site
 from qpass.weight import check_weight
+
+_TRIM_AFTER = 4 << 20  # bytes of float weights; less is not worth the call
 
 
 def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, calibration: Iterable[Any] | None = None,
@@ -47,7 +49,15 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     _check_weights(model, targets, allow_nonfinite)
     where = None if device is None else torch.device(device)
     remember(model, plan)
-    _swap_all(model, targets, where, progress)
+    try:
+        _swap_all(model, targets, where, progress)
+    except BaseException:
+        # What was reached is packed and must save, explain and refuse to train as such.
+        if any(isinstance(module, PackedWeight) for module in model.modules()):
+            finish(model, plan)
+        else:
+            model.__dict__.pop("_qpass_plan", None)
+        raise
     if where is not None:
         model.to(where)
     finish(model, plan)
@@ -75,9 +85,11 @@ def check_model(model: Any) -> None:
     """Raise unless `model` is a float nn.Module that is neither quantized nor compiled."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize takes an nn.Module, GraphModule or ExportedProgram, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise AlreadyCompiled("this model is compiled already; quantize the model first and compile the result: "
-                              "model = torch.compile(qpass.quantize(model, recipe))")
+    compiled = [name for name, module in model.named_modules()
+                if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None]
+    if compiled:
+        raise AlreadyCompiled(f"{compiled[0] or 'this model'} is compiled already; quantize the model first and compile the "
+                              "result: model = torch.compile(qpass.quantize(model, recipe))")
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     if packed:
         raise AlreadyQuantized(f"{len(packed)} layers are quantized by qpass already, the first is {packed[0]}; "
@@ -118,12 +130,16 @@ def _check_weights(model: nn.Module, targets: list[Decision], allow_nonfinite: b
 def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | None, progress: bool) -> None:
     from tqdm import tqdm
 
-    done = 0
+    done, freed = 0, 0
     try:
         with tqdm(total=len(targets), desc="quantizing", unit="layer", disable=not progress) as bar:
             for decision in targets:
                 bar.set_postfix_str(decision.site.name, refresh=False)
                 swap_site(model, decision, device)
+                freed += decision.site.numel * decision.site.dtype.itemsize
+                if freed >= _TRIM_AFTER:
+                    give_back_freed_memory()
+                    freed = 0
                 done += 1
                 bar.update()
     except BaseException as error:

@@ -18,7 +18,7 @@ from qpass.errors import WeightError
 from qpass.scheme import codec_of
 from qpass.spec import LinearSpec
 
-_ROWS_AT_ONCE_ELEMENTS = 1 << 20  # float32 work space of 4 MB, so that a layer costs little more than its result
+_ROWS_AT_ONCE_ELEMENTS = 1 << 18  # float32 work space of 1 MB, so that a layer costs little more than its result
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def check_weight(weight: Tensor, name: str, *, allow_nonfinite: bool = False) ->
         raise WeightError(f"{name} has shape {tuple(weight.shape)} and holds no numbers; add it to ignore")
     if allow_nonfinite:
         return
-    # One sum a row shows NaN and Inf in one read, without a copy; a row whose sum overflowed is looked at again.
+    # One sum a row shows NaN and Inf in one read; a row whose sum overflowed is looked at again. In the weight's own
+    # dtype: sum(dtype=...) would convert the whole weight first.
     rows = weight.detach().reshape(-1, weight.shape[-1])
-    suspect = rows[~torch.isfinite(rows.sum(dim=-1, dtype=torch.float32))]
+    suspect = rows[~torch.isfinite(rows.sum(dim=-1))]
     nans, infs = int(torch.isnan(suspect).sum()), int(torch.isinf(suspect).sum())
     if nans or infs:
         raise WeightError(f"{name} holds {nans} NaN and {infs} Inf; repair the checkpoint, add {name!r} to ignore, or "

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-FLAGS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off")
 _HERE = Path(__file__).parent
 _SOURCES = _HERE / "csrc"
 _TORCH = Path(torch.__file__).parent

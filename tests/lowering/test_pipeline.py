@@ -1,4 +1,4 @@
-"""The pipeline: its order, passes of one's own, switching off and replacing, errors that name the pass, debug output."""
+"""The pipeline: its order, passes of one's own, switching off, replacing, errors that name the pass, debug output."""
 
 from __future__ import annotations
 

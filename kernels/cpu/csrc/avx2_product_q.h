@@ -25,7 +25,7 @@ inline __attribute__((always_inline)) void lines4(const uint8_t* w, const int8_t
   __m256i a[R][H], b[R][H];
   for (int m = 0; m < R; m++)
     for (int h = 0; h < H; h++) a[m][h] = b[m][h] = _mm256_setzero_si256();
-#pragma GCC unroll 8
+#pragma GCC unroll 1  // unrolled, GCC moves every load to the front and runs out of registers
   for (int r = 0; r < 8; r++) {
     if (R == 1) _mm_prefetch((const char*)w + r * 64 + kPrefetch, _MM_HINT_T0);
     __m256i u[H], v[H];
@@ -66,7 +66,7 @@ template <int R>
 inline __attribute__((always_inline)) void lines8(const uint8_t* w, const int16_t* x, int64_t ld, int h, Sums<R>& sums) {
   __m256i a[R], b[R];
   for (int m = 0; m < R; m++) a[m] = b[m] = _mm256_setzero_si256();
-#pragma GCC unroll 8
+#pragma GCC unroll 1
   for (int r = 0; r < 8; r++) {
     if (R == 1 && h == 0) _mm_prefetch((const char*)w + r * 64 + kPrefetch, _MM_HINT_T0);
     const __m128i* at = (const __m128i*)(w + r * 64 + h * 32);

@@ -113,11 +113,11 @@ def make_weight(n: int, k: int, group: int | None, bits: int, symmetric: bool, s
     zero_point = None if symmetric else torch.randint(-8, 8, (n, groups), dtype=torch.int8)
     scales = scale(torch.rand(n, groups))
     kp, np_ = padded(k, 64), padded(n, 32)
-    packed = (pack(q, bits), blocks_of(scales, 1), None if zero_point is None else blocks_of(zero_point, 0),
-              torch.zeros(np_))
+    colsum = torch.zeros(np_)
+    packed = (pack(q, bits), blocks_of(scales, 1), None if zero_point is None else blocks_of(zero_point, 0), colsum)
     weight = Weight(bits=bits, q=q, scale=scales, zero_point=zero_point, packed=packed, c=CWeight(
         *map(pointer, packed), n, k, np_, kp, groups, k // groups if groups > 1 else kp, bits, DTYPES[scales.dtype]))
-    packed[3][:n] = weight.dense.sum(1)  # type: ignore[index]
+    colsum[:n] = weight.dense.sum(1)
     return weight
 
 

@@ -20,7 +20,6 @@ from qpass.formats.compressed_tensors_config import Group, LayerConfig
 from qpass.formats.safetensors_file import Stored
 from qpass.spec import LinearSpec
 
-
 _QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -90,7 +89,8 @@ def _add(found: dict[int, Layer], path: str, holder: nn.Module, storage: Mapping
     leaf = storage["weight"] or path.rpartition(".")[2]
     weight = holder._parameters.get(leaf)
     if weight is None or weight.dim() != 2:
-        raise CheckpointError(f"{folder}: config.json says that {path} is quantized, and the model has no 2-D weight there")
+        raise CheckpointError(f"{folder}: config.json says that {path} is quantized, and the model has no 2-D "
+                              f"weight there")
     if (known := found.get(id(weight))) is not None:
         found[id(weight)] = replace(known, paths=(*known.paths, path))
         return
@@ -118,7 +118,8 @@ def _check_shapes(layer: Layer, stored: Mapping[str, Stored]) -> None:
         there = stored[full]
         if name in expected and (there.dtype, there.shape) != expected[name]:
             dtype, shape = expected[name]
-            raise CheckpointError(f"{full} in {there.file} is {there.dtype} {list(there.shape)}; config.json makes the layer "
+            raise CheckpointError(f"{full} in {there.file} is {there.dtype} {list(there.shape)}; config.json makes "
+                                  f"the layer "
                                   f"{bits}-bit [{n}, {k}], which needs {dtype} {list(shape)}")
 
 
@@ -152,7 +153,8 @@ def find_floats(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stor
             wrong.append(f"{name} {said}")
         floats.append(Float(places=tuple((module, leaf) for module, leaf, _ in held), tensor=name))
     if any(name.rpartition(".")[2] in _QUANTIZED for name in stored if name not in known):
-        wrong.insert(0, "the files hold quantized weights for which the model has no layer of its own (experts that the "
+        wrong.insert(0, "the files hold quantized weights for which the model has no layer of its own (experts that "
+                        "the "
                      "model keeps in one parameter, most often); this version reads quantized linear layers only")
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []

@@ -71,10 +71,10 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, at_most:
     chat = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     timed = TimedStream(tokenizer, stream)
-    stop = {} if at_most is None else {"stopping_criteria": [_stop_after(inputs["input_ids"].shape[1] + at_most)]}
+    most = new_tokens if at_most is None else at_most
     began = time.perf_counter()
     model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, cache_implementation="static", streamer=timed,
-                   **stop)
+                   stopping_criteria=[_stop_after(inputs["input_ids"].shape[1] + most)])
     spent = timed.times[-1] - timed.times[0]
     rate = (len(timed.times) - 1) / spent if len(timed.times) > 1 else None
     return Answer(text=tokenizer.decode(timed.ids, skip_special_tokens=True), tokens=len(timed.ids),
@@ -143,6 +143,12 @@ def results_table(name: str, columns: Sequence[Column], result: Evaluation, arit
 
 
 def _stop_after(length: int) -> Any:
-    from transformers import MaxLengthCriteria
+    from transformers import StoppingCriteria
 
-    return MaxLengthCriteria(max_length=length)
+    class Length(StoppingCriteria):  # type: ignore[misc]
+        """Stops at `length` without telling generate(), which would make a smaller cache."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= length, device=input_ids.device)
+
+    return Length()

@@ -15,6 +15,7 @@ from qpass.formats.safetensors_file import Stored, read_tensors
 from qpass.kernels.registry import LinearCall, choose
 from qpass.layers import Origin, PackedWeight, QuantLinear, QuantWeight
 from qpass.spec import LinearSpec
+from qpass.swap import TRIM_AFTER, give_back_freed_memory
 
 
 def fill_floats(floats: list[Float], stored: Mapping[str, Stored], device: torch.device) -> None:
@@ -33,13 +34,16 @@ def fill_floats(floats: list[Float], stored: Mapping[str, Stored], device: torch
 
 
 def fill_layers(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stored], device: torch.device) -> None:
-    """Read, pack and put in place each layer on `device`. Raises CheckpointError, naming the layer, for bad contents."""
+    """Read, pack and put in place each layer on `device`. Raises CheckpointError that names a damaged layer."""
+    freed = 0
     for layer in layers:
         tensors = read_tensors({full: stored[full] for full in layer.tensors.values()})
         try:
-            canonical = read_weight({name: tensors[full].to(device) for name, full in layer.tensors.items()}, layer.spec)
+            canonical = read_weight({name: tensors[full].to(device) for name, full in layer.tensors.items()},
+                                    layer.spec)
         except ValueError as error:
             raise CheckpointError(f"{layer.paths[0]} in {stored[next(iter(tensors))].file.parent}: {error}") from error
+        freed += sum(tensor.nbytes for tensor in tensors.values())
         del tensors
         dtype = _weight_of(model, layer, layer.paths[0]).dtype
         call = LinearCall(spec=layer.spec, device=device, dtype=dtype)
@@ -53,6 +57,10 @@ def fill_layers(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stor
                 owner._modules[layer.leaf] = first
                 continue
             first = _put_linear(model, path, owner, layer, first, (canonical, spec, dtype))
+        del canonical
+        if freed >= TRIM_AFTER:
+            give_back_freed_memory()
+            freed = 0
 
 
 def _put_linear(model: nn.Module, path: str, owner: nn.Module, layer: Layer, first: PackedWeight | None,
@@ -66,8 +74,8 @@ def _put_linear(model: nn.Module, path: str, owner: nn.Module, layer: Layer, fir
     linear = QuantLinear(canonical, bias, spec, dtype, origin)
     if first is not None:
         linear.tie(first)
-    owner._parameters[layer.leaf] = nn.Parameter(torch.empty(owner._parameters[layer.leaf].shape, dtype=dtype, device="meta"),
-                                                 requires_grad=False)
+    shape = (spec.in_features, spec.out_features) if layer.transposed else (spec.out_features, spec.in_features)
+    owner._parameters[layer.leaf] = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is owner:

@@ -42,7 +42,7 @@ def write_config(model: nn.Module, plan: Plan | None) -> None:
 def forget_config(model: nn.Module) -> None:
     """Take it out again."""
     if is_transformers(model):
-        model.config.__dict__.pop("quantization_config", None)  # type: ignore[union-attr]
+        model.config.__dict__.pop("quantization_config", None)
 
 
 def save_config(model: Any, folder: Path, quantization: Mapping[str, Any] | None) -> None:
@@ -87,7 +87,8 @@ def load_float(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 def _class_and_config(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
     names = config.get("architectures") or []
     if not config.get("model_type") or not names:
-        raise CheckpointError(f"{folder / 'config.json'} names no architecture of Transformers; for a model of your own "
+        raise CheckpointError(f"{folder / 'config.json'} names no architecture of Transformers; for a model of your "
+                              f"own "
                               "give the float model to fill: qpass.load(folder, model=model)")
     try:
         import transformers
@@ -127,7 +128,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, param)
 
     with _BUILDING, torch.no_grad():
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -32,6 +32,8 @@ class PackedWeight(nn.Module):
 
     spec: LinearSpec
     dtype: torch.dtype
+    _spec_text: str
+    _kernel: Kernel
 
     def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype) -> None:
         """`weight` is packed for `spec.kernel`; `dtype` is that of the float weight it came from."""
@@ -96,6 +98,10 @@ class PackedWeight(nn.Module):
             return torch.ops.qpass.linear(x, self.packed, bias, self._spec_text)  # type: ignore[no-any-return]
         return self._kernel.forms["linear"](x, self.packed, bias, self.spec)  # type: ignore[no-any-return]
 
+    def taken_over(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What a product with this weight's stand-in runs."""
+        return self.multiply(x, bias)
+
     def train(self, mode: bool = True) -> PackedWeight:
         if mode:
             raise PackedForInference(
@@ -112,7 +118,7 @@ class PackedWeight(nn.Module):
         moved = [_moved(fn, tensor) for tensor in before] if canonical is None else []
         held = {name: self._buffers.pop(name) for name in names}
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(held)
         if canonical is None:
@@ -232,7 +238,7 @@ class QuantLinear(PackedWeight):
 class QuantWeight(PackedWeight):
     """A parameter that is packed: `x @ w`, `F.linear(x, w)`, `addmm` and `einsum` with it run the kernel.
 
-    `transposed` says that the parameter was stored [K, N]. It is a module only so that `.to()` and `state_dict()` reach it.
+    `transposed` says that the parameter was stored [K, N]. It is a module so that `.to()` and `state_dict()` reach it.
     """
 
     def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype, *, transposed: bool) -> None:
@@ -242,6 +248,9 @@ class QuantWeight(PackedWeight):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product itself, for graphs that call it by name."""
         return self.multiply(x, bias)
+
+    def taken_over(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self(x, bias)  # type: ignore[no-any-return]  # as a module, so that a graph knows whose product it is
 
     def view(self) -> WeightView:
         """The stand-in that answers as the parameter did."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpass.errors import CheckpointError, QPassError
 from qpass.checkpoint_layers import find_floats, find_layers
+from qpass.errors import CheckpointError, QPassError
 from qpass.fill_model import fill_floats, fill_layers
 from qpass.formats.compressed_tensors_config import LayerConfig, read_config
 from qpass.formats.safetensors_file import read_folder
@@ -37,7 +37,8 @@ def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device |
     if not quantization:
         return _load_float(path, config, recipe, where, model)
     if recipe is not None:
-        raise CheckpointError(f"{path} is quantized already; load it without a recipe, or give the folder of the float model")
+        raise CheckpointError(f"{path} is quantized already; load it without a recipe, or give the folder of the "
+                              f"float model")
     layers = read_config(quantization, str(path / "config.json"))
     return _load_packed(path, config, layers, quantization, where, model)
 
@@ -65,7 +66,8 @@ def _load_packed(path: Path, config: dict[str, Any], layers: LayerConfig, quanti
     return model
 
 
-def _load_float(path: Path, config: dict[str, Any], recipe: Any, device: torch.device, model: nn.Module | None) -> nn.Module:
+def _load_float(path: Path, config: dict[str, Any], recipe: Any, device: torch.device,
+                model: nn.Module | None) -> nn.Module:
     from qpass.hf import load_float
 
     stored = read_folder(path)

@@ -14,11 +14,8 @@ from qpass.layers import PackedWeight
 from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipe_files import as_recipe
 from qpass.refuse_training import allow_training, refuse_training
-from qpass.swap import give_back_freed_memory, restore, swap_site
+from qpass.swap import TRIM_AFTER, give_back_freed_memory, restore, swap_site
 from qpass.weight import check_weight
-
-_TRIM_AFTER = 4 << 20  # bytes of float weights; less is not worth the call
-
 
 def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, calibration: Iterable[Any] | None = None,
              device: torch.device | str | None = None, progress: bool = True, allow_nonfinite: bool = False) -> Any:
@@ -39,7 +36,8 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     chosen = as_recipe(recipe)
     if chosen.algorithms or calibration is not None:
         asked = ", ".join(chosen.algorithms) or "calibration data"
-        raise RecipeError(f"the recipe asks for {asked}, and this version rounds to nearest only; remove algorithms and "
+        raise RecipeError(f"the recipe asks for {asked}, and this version rounds to nearest only; remove algorithms "
+                          f"and "
                           "calibration")
     if is_plain_graph(model):
         return quantize_graph(model, chosen, example_inputs=example_inputs, allow_nonfinite=allow_nonfinite)
@@ -88,7 +86,8 @@ def check_model(model: Any) -> None:
     compiled = [name for name, module in model.named_modules()
                 if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None]
     if compiled:
-        raise AlreadyCompiled(f"{compiled[0] or 'this model'} is compiled already; quantize the model first and compile the "
+        raise AlreadyCompiled(f"{compiled[0] or 'this model'} is compiled already; quantize the model first and "
+                              f"compile the "
                               "result: model = torch.compile(qpass.quantize(model, recipe))")
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     if packed:
@@ -137,12 +136,13 @@ def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | 
                 bar.set_postfix_str(decision.site.name, refresh=False)
                 swap_site(model, decision, device)
                 freed += decision.site.numel * decision.site.dtype.itemsize
-                if freed >= _TRIM_AFTER:
+                if freed >= TRIM_AFTER:
                     give_back_freed_memory()
                     freed = 0
                 done += 1
                 bar.update()
     except BaseException as error:
-        error.add_note(f"qpass: interrupted after {done} of {len(targets)} layers; each layer is whole, either packed or "
+        error.add_note(f"qpass: interrupted after {done} of {len(targets)} layers; each layer is whole, either "
+                       f"packed or "
                        "float. qpass.dequantize(model) makes all of them float again.")
         raise

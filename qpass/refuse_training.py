@@ -21,7 +21,8 @@ class RefuseTraining:
         packed = [name for name, module in self.model.named_modules() if isinstance(module, PackedWeight)]
         if mode and packed:
             raise PackedForInference(
-                f"this model cannot train: {len(packed)} of its layers are packed for inference, the first is {packed[0]}; "
+                f"this model cannot train: {len(packed)} of its layers are packed for inference, the first is "
+                f"{packed[0]}; "
                 "qpass.dequantize(model) gives ordinary float layers back. Nothing was changed")
         return type(self.model).train(self.model, mode)
 

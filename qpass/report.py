@@ -96,5 +96,5 @@ def _activation(path: str, spec: LinearSpec) -> str:
 
     if spec.activation is None:
         return "not quantized"
-    seen = for_site(path)
+    seen = for_site(path, str(spec))
     return _NOT_COMPILED if seen is None else seen.activation

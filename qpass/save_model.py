@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
@@ -36,7 +35,8 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"save takes an nn.Module, got {type(model).__name__}; torch.export.save writes exported programs")
+        raise TypeError(f"save takes an nn.Module, got {type(model).__name__}; torch.export.save writes exported "
+                        f"programs")
     plan = model.__dict__.get("_qpass_plan")
     quantization = compressed_tensors_config.write_config(model, plan.recipe.to_dict() if plan is not None else None)
     shards = split_shards(list(_entries(model)), _bytes(max_shard_size))
@@ -67,7 +67,8 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
                 continue
             seen.add(id(tensor))
             if tensor.is_meta:
-                raise CheckpointError(f"{prefix}{name} is on the meta device and holds no numbers; load weights before save")
+                raise CheckpointError(f"{prefix}{name} is on the meta device and holds no numbers; load weights "
+                                      f"before save")
             yield Entry(name=prefix + name, dtype=tensor.dtype, shape=tuple(tensor.shape),
                         make=lambda tensor=tensor: tensor)  # type: ignore[misc]
 

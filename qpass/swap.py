@@ -13,6 +13,8 @@ from qpass.plan_model import Decision
 from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight
 
+TRIM_AFTER = 4 << 20  # bytes freed; for less, give_back_freed_memory is not worth the call
+
 
 def swap_site(model: nn.Module, decision: Decision, device: torch.device | None = None) -> PackedWeight:
     """Quantize, pack and replace the parameter of one site, on `device` (by default where it is).
@@ -94,7 +96,7 @@ def give_back_freed_memory() -> None:
 
 
 def restore(model: nn.Module) -> int:
-    """Replace every packed weight by an ordinary float parameter holding the weight as quantized. Returns the number."""
+    """Replace every packed weight by an ordinary float parameter with the weight as quantized. Returns the number."""
     restored: dict[nn.Module, nn.Module | nn.Parameter] = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

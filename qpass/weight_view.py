@@ -79,7 +79,7 @@ class WeightView:
 
     def _as_out_in(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """x @ self + bias, or None if the kernel cannot, because the weight stands the other way round."""
-        return self.owner.multiply(x, bias) if self.transposed else None
+        return self.owner.taken_over(x, bias) if self.transposed else None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -97,7 +97,8 @@ class WeightView:
             y = _transposed(func, *args, **kwargs)
         if y is None:
             name = getattr(func, "__name__", str(func))
-            raise PackedForInference(f"a weight packed by qpass was given to {name}, which is no product it can take over; "
+            raise PackedForInference(f"a weight packed by qpass was given to {name}, which is no product it can "
+                                     f"take over; "
                                      "add the layer to ignore, or call .dequantize() on the weight")
         return y
 

@@ -1,4 +1,4 @@
-"""Examples: every script in examples/ runs from an empty folder, to the end, and says something."""
+"""Every example runs by itself, offline, in a process of its own, and says what its text promises."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+from tests.source_tree import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SAYS = {
+    "quickstart": ["14 quantized", "KL(reference || model)", "the same logits, True"],
+    "per_layer_recipe": ["*.down_proj = w8a8", "closest: down_proj", "output of the model"],
+    "own_scheme": ["ternary_w2a8", "linear_reference", "int4 in its place"],
+    "own_kernel": ["linear_w8a16_mine", "differs from the reference kernel", "was forced but refuses"],
+    "own_pass": ["fold_double_relu", "double relus folded: 1", "1 call multiplies, 1 activation quantization"],
+    "inspect_graph": ["expose_activation_quant", "cpp_fused", "activation "],
+}
 
 
-def test_what_contributing_points_to_is_there() -> None:
-    assert {"own_scheme.py", "own_kernel.py", "own_pass.py"} <= {script.name for script in SCRIPTS}
-    assert len(SCRIPTS) >= 6
+def test_every_example_is_listed() -> None:
+    assert {path.stem for path in EXAMPLES} == set(SAYS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_example_runs(script: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "2"},
-                          text=True, capture_output=True, stdin=subprocess.DEVNULL, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip()
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_example_reads_straight_down(script: Path) -> None:
-    text = script.read_text()
-    assert text.startswith('"""'), "an example says in its first line what it shows"
-    assert len(text.splitlines()) <= 100
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=os.environ, text=True, capture_output=True,
+                          timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    missing = [text for text in SAYS[path.stem] if text not in done.stdout]
+    assert not missing, f"{missing} not in:\n{done.stdout}"
+    assert "Warning" not in done.stderr.replace("FutureWarning", ""), done.stderr

@@ -90,11 +90,13 @@ def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight
         zero_point = tensors["weight_zero_point"]
         if packed:
             try:
-                zero_point = unpack_rows(zero_point.t().contiguous(), spec.weight.bits, spec.out_features).t().contiguous()
+                zero_point = unpack_rows(zero_point.t().contiguous(), spec.weight.bits,
+                                         spec.out_features).t().contiguous()
             except ValueError as error:
                 raise ValueError(f"weight_zero_point, packed along rows: {error}") from error
         if zero_point.dtype != torch.int8 or zero_point.numel() not in (1, spec.out_features * spec.groups):
-            raise ValueError(f"weight_zero_point is {zero_point.dtype} {tuple(zero_point.shape)}, expected int8 {groups}")
+            raise ValueError(f"weight_zero_point is {zero_point.dtype} {tuple(zero_point.shape)}, expected int8 "
+                             f"{groups}")
         _check_range(zero_point, spec, "weight_zero_point")
         found["zero_point"] = zero_point.expand(groups).contiguous() if zero_point.numel() == 1 else (
             zero_point.reshape(groups))
@@ -123,7 +125,8 @@ def _read_scale(scale: Tensor, spec: LinearSpec) -> Tensor:
     if spec.weight.granularity == "per_tensor" and scale.numel() == 1:
         scale = scale.reshape(1, 1).expand(groups).contiguous()
     if tuple(scale.shape) != groups:
-        raise ValueError(f"weight_scale is {tuple(scale.shape)}, expected {groups} for {spec.group_size} weights a scale")
+        raise ValueError(f"weight_scale is {tuple(scale.shape)}, expected {groups} for {spec.group_size} weights a "
+                         f"scale")
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("weight_scale holds NaN or Inf")
     return scale

@@ -60,12 +60,11 @@ class LayerConfig:
         """The group that holds the module of this name, or (module None) the parameter of this name."""
         if any(_matches_name(target, name) or _matches_class(target, module) for target in self.ignore):
             return None
-        for matches in (lambda t: t == name, lambda t: t.startswith("re:") and _matches_name(t, name),
-                        lambda t: _matches_class(t, module)):
-            for group in self.groups:
-                if any(matches(target) for target in group.targets):
-                    return group
-        return None
+        by_name = [(target, group) for group in self.groups for target in group.targets if _matches_name(target, name)]
+        by_name.sort(key=lambda found: found[0].startswith("re:"))
+        by_class = [(target, group) for group in self.groups for target in group.targets
+                    if _matches_class(target, module)]
+        return next((group for _, group in (*by_name, *by_class)), None)
 
 
 def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -110,8 +109,10 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
     """
     method, layout = config.get("quant_method"), config.get("format")
     if method != METHOD:
-        raise CheckpointError(f"{where}: the checkpoint is in format {method!r}, and this version reads only {METHOD!r} "
-                              "(formats pack-quantized and int-quantized); load it with the tool that made it, or quantize "
+        raise CheckpointError(f"{where}: the checkpoint is in format {method!r}, and this version reads only "
+                              f"{METHOD!r} "
+                              "(formats pack-quantized and int-quantized); load it with the tool that made it, or "
+                              "quantize "
                               "the float model")
     if layout not in (*_FORMATS, None):
         raise CheckpointError(f"{where}: compressed-tensors format {layout!r} is not read by this version; it reads "
@@ -131,15 +132,18 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
 
 def _group(name: str, raw: Any, where: str) -> Group:
     if not isinstance(raw, Mapping) or not isinstance(raw.get("weights"), Mapping):
-        raise CheckpointError(f"{where} says nothing of weights; this version reads quantized weights only, got {raw!r}")
+        raise CheckpointError(f"{where} says nothing of weights; this version reads quantized weights only, got "
+                              f"{raw!r}")
     weights, inputs = raw["weights"], raw.get("input_activations")
     if raw.get("format") not in (*_FORMATS, None):
-        raise CheckpointError(f"{where}: compressed-tensors format {raw['format']!r} is not read by this version; it reads "
+        raise CheckpointError(f"{where}: compressed-tensors format {raw['format']!r} is not read by this version; "
+                              f"it reads "
                               f"{', '.join(_FORMATS[:3])}")
     if raw.get("output_activations"):
         raise CheckpointError(f"{where} quantizes output activations, and this version cannot")
     if weights.get("actorder") == "group":
-        raise CheckpointError(f"{where}: weights are in activation order (actorder 'group'), which this version cannot read")
+        raise CheckpointError(f"{where}: weights are in activation order (actorder 'group'), which this version "
+                              f"cannot read")
     return Group(name=name, targets=tuple(raw.get("targets") or ()), weight=_weight_args(weights, where),
                  activation=None if inputs is None else _activation_args(inputs, where))
 

@@ -72,11 +72,12 @@ def write_file(path: Path, entries: list[Entry]) -> None:
         for entry in ordered:
             tensor = entry.make()
             if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
-                raise CheckpointError(f"{entry.name} changed while it was being saved: it was {entry.dtype} {entry.shape} "
+                raise CheckpointError(f"{entry.name} changed while it was being saved: it was {entry.dtype} "
+                                      f"{entry.shape} "
                                       f"and is {tensor.dtype} {tuple(tensor.shape)}")
             if tensor.numel():
                 raw = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(memoryview(raw.view(_BYTES.get(raw.element_size(), torch.uint8)).numpy()).cast("B"))
+                file.write(raw.view(_BYTES[raw.element_size()]).numpy().data.cast("B"))
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,4 +1,4 @@
-"""Transformers: config, save_pretrained, generate, hooks and the other tools' readers, with real classes and tiny sizes."""
+"""Transformers: config, save_pretrained, generate, hooks and other tools' readers, on real classes and tiny sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def read(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "tied_llama", "gpt2", "opt", "qwen3_moe"])
-def test_save_and_load_without_the_model(tmp_path: Path, tiny_model: Build, token_ids: torch.Tensor, family: str) -> None:
+def test_save_and_load_without_the_model(tmp_path: Path, tiny_model: Build, token_ids: torch.Tensor,
+                                         family: str) -> None:
     model = qpass.quantize(tiny_model(family), "w4a8", progress=False)
     model.generation_config.max_new_tokens = 7
     qpass.save(model, tmp_path / "out")
@@ -83,7 +84,8 @@ def test_config_tells_and_forgets(tiny_llama: Build) -> None:
     assert not hasattr(model.config, "quantization_config")
     qpass.quantize(model, "w8a8", progress=False)
     config = model.config.quantization_config
-    assert (config["quant_method"], config["format"], config["ignore"]) == ("compressed-tensors", "int-quantized", ["lm_head"])
+    assert (config["quant_method"], config["format"], config["ignore"]) == ("compressed-tensors", "int-quantized",
+                                                                            ["lm_head"])
     qpass.dequantize(model)
     assert not hasattr(model.config, "quantization_config")
     assert not packed_layers(model) and model.train().training
@@ -178,7 +180,7 @@ def test_code_from_a_checkpoint_never_runs(tmp_path: Path, tiny_llama: Build) ->
                   auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"})
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     (tmp_path / "out" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(CheckpointError, match="EvilModel.*code from checkpoints is never run"):
+    with pytest.raises(CheckpointError, match=r"EvilModel.*code from checkpoints is never run"):
         qpass.load(tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 
@@ -224,5 +226,5 @@ def test_checkpoints_that_cannot_be_read_say_which_format() -> None:
     if not others:
         pytest.skip("no checkpoints of LLM Compressor beside the repository; QPASS_FIXTURES names their folder")
     for folder in others:
-        with pytest.raises(CheckpointError, match="this version|cannot honour"):
+        with pytest.raises(CheckpointError, match=r"this version|cannot honour"):
             qpass.load(folder)

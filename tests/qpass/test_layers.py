@@ -126,7 +126,7 @@ def test_product_traced_in_one_graph(name: str) -> None:
     lambda x, w: torch.matmul(x, w.T),
 ], ids=["multiply", "cat", "weight on the left", "embedding", "einsum summing out", "elementwise", "wrong way round"])
 def test_what_is_no_product_says_so(wrong: Callable[[Tensor, Any], Any]) -> None:
-    with pytest.raises((PackedForInference, TypeError), match="packed by qpass|unsupported operand"):
+    with pytest.raises((PackedForInference, TypeError), match=r"packed by qpass|unsupported operand"):
         wrong(torch.randn(2, 5, K), quant_weight(transposed=True))
 
 

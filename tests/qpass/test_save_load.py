@@ -1,4 +1,4 @@
-"""Save and load: folders there and back, what is wrong with a checkpoint is named, and nothing is lost when writing fails."""
+"""Save and load: folders there and back, damage is named, and nothing is lost when writing fails."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def test_round_trip_of_a_plain_module(tmp_path: Path, scheme: str) -> None:
     loaded = qpass.load(tmp_path / "out", model=Mixed())
     assert torch.equal(loaded(X), model(X))
     assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
-    assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {k: v.tolist() for k, v in model.state_dict().items()}
+    assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {k: v.tolist() for k,
+                                                                       v in model.state_dict().items()}
     assert qpass.explain(loaded).rows == qpass.explain(model).rows
     assert qpass.explain(loaded).recipe == qpass.explain(model).recipe
 
@@ -100,7 +101,8 @@ def test_shards_and_index(tmp_path: Path) -> None:
 
 
 def test_the_file_is_what_the_safetensors_package_reads(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(3, 5, dtype=torch.bfloat16), "b": torch.arange(7, dtype=torch.int64), "c": torch.tensor(2.5),
+    tensors = {"a": torch.randn(3, 5, dtype=torch.bfloat16), "b": torch.arange(7, dtype=torch.int64),
+               "c": torch.tensor(2.5),
                "d": torch.empty(0, 4), "e": torch.ones(3, dtype=torch.bool), "f": torch.randn(4, 6).t(),
                "g": torch.randn(5).to(torch.float8_e4m3fn)}
     entries = [safetensors_file.Entry(name=name, dtype=t.dtype, shape=tuple(t.shape), make=lambda t=t: t)
@@ -202,7 +204,8 @@ def test_replacing_file_by_file_is_undone(tmp_path: Path, monkeypatch: pytest.Mo
         assert contents(tmp_path) != before
 
 
-def test_folders_are_exchanged_where_the_system_cannot_do_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_exchanged_where_the_system_cannot_do_it_at_once(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     qpass.save(quantized(), out)
     model = quantized()
@@ -217,7 +220,8 @@ def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     qpass.save(quantized(), out)
     before = contents(tmp_path)
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out and access(path, mode))  # tests may run as root
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out and access(path,
+                                                                                      mode))  # tests may run as root
     with pytest.raises(CheckpointError, match="read-only"):
         qpass.save(quantized(), out)
     assert contents(tmp_path) == before
@@ -312,7 +316,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing weight": (rewrite(lambda t: t.pop("down.weight_packed")), r"needs down\.weight_packed"),
     "missing float": (rewrite(lambda t: t.pop("offset")), r"offset is missing"),
     "unexpected": (rewrite(lambda t: t.update(more=torch.ones(2))), r"more in model\.safetensors has no place"),
-    "float shape": (rewrite(lambda t: t.update(offset=torch.ones(65))), r"offset in .* \[65\], the model has .* \[64\]"),
+    "float shape": (rewrite(lambda t: t.update(offset=torch.ones(65))), r"offset in .* \[65\], the model has .* "
+                                                                        r"\[64\]"),
     "float dtype": (rewrite(lambda t: t.update(offset=torch.ones(64, dtype=torch.int8))), r"offset in .*int8"),
     "packed shape": (rewrite(lambda t: t.update({"down.weight_packed": t["down.weight_packed"][:, :-1].contiguous()})),
                      r"down\.weight_packed in .* \[64, 15\].* needs torch\.int32 \[64, 16\]"),

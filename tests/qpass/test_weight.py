@@ -1,4 +1,4 @@
-"""Weights: the rounding is compressed-tensors', decoding undoes it to half a step, and blocks of rows change nothing."""
+"""Weights: the rounding is compressed-tensors', decoding is half a step off, blocks of rows change nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_formula_in_float64(bits: int, granularity: str, symmetric: bool) -> Non
         expected = (most.clamp(min=0) - least.clamp(max=0)) / (high - low)
         assert got.zero_point is not None
         zero_point = got.zero_point.double().unsqueeze(-1)
-        assert torch.equal(zero_point, (low - (least.clamp(max=0) / scale).round()).clamp(low, high).expand_as(zero_point))
+        assert torch.equal(zero_point, (low - (least.clamp(max=0) / scale).round()).clamp(low,
+                                                                                          high).expand_as(zero_point))
     torch.testing.assert_close(scale, expected.expand_as(scale), rtol=1e-6, atol=0)
     q = ((groups / scale).round() + zero_point).clamp(low, high).reshape(24, 96)
     off = (got.qweight.double() - q).abs()

@@ -1,4 +1,4 @@
-"""Packing: every width and odd length there and back, the layout stated in the docstring, and compressed-tensors' own."""
+"""Packing: every width and odd length there and back, the stated layout, and compressed-tensors' own."""
 
 from __future__ import annotations
 

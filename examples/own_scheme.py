@@ -30,7 +30,8 @@ class Ternary:
 
 
 ternary = qpass.register_scheme(
-    qpass.Scheme(name="ternary", weight=qpass.WeightArgs(bits=2, type="ternary", granularity="per_group", group_size=64),
+    qpass.Scheme(name="ternary",
+                 weight=qpass.WeightArgs(bits=2, type="ternary", granularity="per_group", group_size=64),
                  activation=qpass.ActivationArgs()),
     codec=Ternary(),
 )

@@ -29,7 +29,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def machine_has() -> tuple[str, ...]:
-    """The x86 levels of this machine, best first, capped by the environment variable QPASS_ISA; () on other machines."""
+    """The x86 levels of this machine, best first, capped by the variable QPASS_ISA; () on other machines."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ()
     found, levels = [], list(X86_LEVELS)

@@ -1,4 +1,4 @@
-"""Support matrix: the table of kernels in, one row a kernel out: what it computes, what it needs, whether it runs here."""
+"""Support matrix: the table of kernels in, a row for each out: what it computes, needs, and whether it runs here."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SupportMatrix:
         heads = ("kernel", "scheme", "weights", "activations", "dtypes", "needs", "device", "here")
         table = [heads, *(_cells(row) for row in self.rows)]
         widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 

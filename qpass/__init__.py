@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qpass.kernels.support import support_matrix as support_matrix
     from qpass.load_model import load as load
     from qpass.lowering.pipeline import register_pass as register_pass
-    from qpass.plan_model import make_plan as plan
+    from qpass.plan_model import make_plan
     from qpass.quantize_model import dequantize as dequantize
     from qpass.quantize_model import quantize as quantize
     from qpass.recipe import Recipe as Recipe
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from qpass.scheme import WeightArgs as WeightArgs
     from qpass.scheme import register_scheme as register_scheme
 
+    plan = make_plan
+
 # No module may have the name of a function here: importing it would hide the function.
 _WHERE = {
     "quantize": "quantize_model", "dequantize": "quantize_model", "plan": "plan_model", "explain": "report",
@@ -42,7 +44,7 @@ _WHERE = {
     "register_scheme": "scheme", "Rule": "recipe", "Recipe": "recipe", "register_pass": "lowering.pipeline",
 }
 _ALIASES = {"plan": "make_plan"}
-__all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_WHERE, "__version__"])
 __version__ = "0.1.0"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from qpass import __version__
 from qpass.errors import QPassError
 
+_AsWritten = argparse.RawDescriptionHelpFormatter
 _EXAMPLES = """examples:
   qpass demo                                               watch a small language model become W4A8 and answer
   qpass plan ./Llama-3.2-1B --recipe w4a8                  what would be done, from config.json alone
@@ -21,7 +22,8 @@ _EXAMPLES = """examples:
 
 SRC is a Hugging Face model folder: config.json, safetensors, tokenizer. QPASS_DEBUG=1, 2 or 3 shows more.
 """
-_RECIPE_HELP = "a preset (w4a8, w8a8, w4a16, w8a16, w4a16_asym, w4a8_channel, ...) or a YAML or JSON recipe (default: w4a8)"
+_RECIPE_HELP = ("a preset (w4a8, w8a8, w4a16, w8a16, w4a16_asym, w4a8_channel, ...) or a YAML or JSON recipe "
+                "(default: w4a8)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` and `traceback` are set on every result."""
-    parser = argparse.ArgumentParser(prog="qpass", description="Quantize language models, and see what was done to them.",
-                                     epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="qpass", epilog=_EXAMPLES, formatter_class=_AsWritten,
+                                     description="Quantize language models, and see what was done to them.")
     parser.add_argument("--version", action="version", version=f"qpass {__version__}")
     every = argparse.ArgumentParser(add_help=False)
     every.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -62,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[every],
-                                   epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
+                                   epilog=f"example:\n  {example}", formatter_class=_AsWritten)
 
     quantize = command("quantize", "quantize the model in SRC and save it in DST",
                        "qpass quantize ./model ./model-w4a8 --recipe w4a8 --ignore lm_head '*.o_proj'")
@@ -85,20 +87,20 @@ def build_parser() -> argparse.ArgumentParser:
                        "qpass eval ./model-w4a8 --text book.txt --reference ./model --tokens 16384")
     _source(evaluate)
     evaluate.add_argument("--text", metavar="FILE", required=True, help="a text file in UTF-8")
-    evaluate.add_argument("--reference", metavar="SRC", help="folder of the model to compare with, usually the float one")
+    evaluate.add_argument("--reference", metavar="SRC", help="folder of the model to compare with, often the float one")
     evaluate.add_argument("--window", type=_positive, default=512, metavar="N",
                           help="tokens the model sees at once (default: 512)")
     evaluate.add_argument("--stride", type=_positive, metavar="N", help="new tokens a window scores (default: window)")
     evaluate.add_argument("--tokens", type=_positive, metavar="N", help="score at least this many (default: all)")
 
-    command("kernels", "list the kernels, what each computes, and why those that do not run here do not", "qpass kernels")
+    command("kernels", "list the kernels, what each computes, and why some do not run here", "qpass kernels")
 
     demo = command("demo", "get a small language model, quantize it, compile it, and let it answer",
                    "qpass demo --recipe w8a8 --prompt 'Why is the sky blue?'")
     demo.add_argument("--recipe", default="w4a8", help=_RECIPE_HELP)
     demo.add_argument("--prompt", default="What is the capital of France?", help="what to ask (default: %(default)s)")
-    demo.add_argument("--cache-dir", metavar="DIR", help="where the model is kept (default: $QPASS_CACHE_DIR, or qpass in "
-                                                         "the user's cache folder)")
+    demo.add_argument("--cache-dir", metavar="DIR", help="where the model is kept (default: $QPASS_CACHE_DIR, or qpass "
+                                                         "in the user's cache folder)")
     demo.add_argument("--tokens", type=_positive, default=1024, metavar="N",
                       help="tokens of text on which both models are evaluated (default: %(default)s)")
     return parser

@@ -55,8 +55,8 @@ def run_quantize(options: argparse.Namespace) -> None:
     if destination.is_dir() and any(destination.iterdir()) and not options.overwrite:
         raise CheckpointError(f"{destination} is not empty; choose another folder, or --overwrite")
     if is_quantized(source):
-        raise CheckpointError(f"the model in {source} is quantized already; give the float model, or see what was done to "
-                              f"it: qpass explain {source}")
+        raise CheckpointError(f"the model in {source} is quantized already; give the float model, or see what was done "
+                              f"to it: qpass explain {source}")
     model = qpass.quantize(load_float(source), recipe)
     tokenizer = TokenizerFiles(source)
     qpass.save(model, destination, tokenizer=tokenizer)

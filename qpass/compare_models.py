@@ -49,7 +49,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Every quantized layer of a model against its reference, and the outputs of the two; `str()` is an aligned table."""
+    """Every quantized layer of a model against its reference, and the two outputs; `str()` is an aligned table."""
 
     rows: tuple[ComparisonRow, ...]
     output: LayerError
@@ -90,8 +90,8 @@ def compare(reference: nn.Module, model: nn.Module, inputs: Any, *, threshold_db
     """
     reference, model = getattr(reference, "_orig_mod", reference), getattr(model, "_orig_mod", model)
     if reference is model:
-        raise EvaluationError("reference and model are one object; quantize works in place, so keep the float model with "
-                              "copy.deepcopy(model) before it")
+        raise EvaluationError("reference and model are one object; quantize works in place, so keep the float model "
+                              "with copy.deepcopy(model) before it")
     pairs = pair_layers(reference, model)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         with ExitStack() as hooks:
@@ -118,8 +118,8 @@ class _Sums:
     def add(self, got: Tensor, want: Tensor) -> None:
         got, want = got.detach().float(), want.detach().float().to(got.device)
         if got.shape != want.shape:
-            raise EvaluationError(f"one layer gave {tuple(got.shape)} and its reference {tuple(want.shape)}; are these two "
-                                  "the same model?")
+            raise EvaluationError(f"one layer gave {tuple(got.shape)} and its reference {tuple(want.shape)}; are these "
+                                  "two the same model?")
         self.nonfinite += int((~torch.isfinite(got) & torch.isfinite(want)).sum())
         both = torch.isfinite(got) & torch.isfinite(want)
         got, want = got.where(both, 0), want.where(both, 0)
@@ -183,6 +183,6 @@ def _run(model: nn.Module, inputs: Any) -> Tensor:
         elif isinstance(output, (tuple, list)) and output:
             output = output[0]
         else:
-            raise EvaluationError(f"{type(model).__name__} gave {type(output).__name__}, in which there is no tensor to "
-                                  "compare")
+            raise EvaluationError(f"{type(model).__name__} gave {type(output).__name__}, in which there is no tensor "
+                                  "to compare")
     return output

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import qpass
-from qpass.demo_measure import answer, compile_decoding, measured, results_table, stop_compiling
+from qpass.demo_measure import answer, compile_decoding, give_back_freed, measured, results_table, stop_compiling
 from qpass.demo_model import NAME, cache_folder, demo_model
 from qpass.model_folder import load_float
 from qpass.recipe_files import as_recipe
@@ -72,10 +72,11 @@ def run(recipe: Any = "w4a8", *, prompt: str = "What is the capital of France?",
 def _swap(model: nn.Module, recipe: Any) -> None:
     qpass.quantize(model, recipe)
     gc.collect()
+    give_back_freed()
 
 
 def _reference(folder: Path) -> tuple[nn.Module, str]:
-    """The bf16 model once more, and the arithmetic it computes in: float32 where bf16 has no instructions and crawls."""
+    """The bf16 model once more, and the arithmetic it computes in: float32 where bf16 has no instructions."""
     reference: nn.Module = load_float(folder)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return reference, "bf16"

@@ -1,4 +1,4 @@
-"""Demo measurements: a model and a prompt in, an answer with its times out; and the table that puts models side by side."""
+"""Demo measurements: a model and a prompt in, an answer with its times out; and a table of models side by side."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One model of the table; bytes of its weights, and of the whole process while only it was loaded (None: unknown)."""
+    """One model of the table; bytes of its weights, and of the process while only it was loaded (None: unknown)."""
 
     label: str
     weights: int
@@ -87,7 +87,7 @@ def compile_decoding(model: Any) -> None:
 
     # One shape, one graph: the static cache has a fixed size and a step has one token.
     chosen = CompileConfig(fullgraph=True, dynamic=False, mode="default")
-    chosen._compile_all_devices = True
+    chosen._compile_all_devices = True  # type: ignore[assignment]
     model.generation_config.compile_config = chosen
 
 
@@ -119,6 +119,15 @@ def process_bytes() -> int | None:
     return pages * resource.getpagesize()
 
 
+def give_back_freed() -> None:
+    """Let the C library return freed memory to the system, so that process_bytes does not count it. glibc only."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def results_table(name: str, columns: Sequence[Column], result: Evaluation, arithmetic: str) -> str:
     """One line a fact, one column a model; accuracy stands under the first and the last."""
     accuracy = [("perplexity", f"{result.reference_perplexity:.2f}", f"{result.perplexity:.2f}"),
@@ -133,8 +142,7 @@ def results_table(name: str, columns: Sequence[Column], result: Evaluation, arit
                                   for c in columns)],
             *([label, first, *between, last] for label, first, last in accuracy)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     threads = torch.get_num_threads()
     lines.append(f"{threads} threads; {result.tokens:,} tokens of text, {arithmetic} arithmetic for the bf16 model's "
@@ -145,7 +153,7 @@ def results_table(name: str, columns: Sequence[Column], result: Evaluation, arit
 def _stop_after(length: int) -> Any:
     from transformers import StoppingCriteria
 
-    class Length(StoppingCriteria):  # type: ignore[misc]
+    class Length(StoppingCriteria):
         """Stops at `length` without telling generate(), which would make a smaller cache."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:

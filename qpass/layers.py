@@ -209,6 +209,8 @@ class QuantLinear(PackedWeight):
     `origin` is what it replaced, for `qpass.dequantize`; None gives an nn.Linear back.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, weight: CanonicalWeight, bias: nn.Parameter | None, spec: LinearSpec, dtype: torch.dtype,
                  origin: Origin | None = None) -> None:
         super().__init__(weight, spec, dtype)

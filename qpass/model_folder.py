@@ -1,4 +1,4 @@
-"""Model folder: a Hugging Face folder in, its model out, with its weights or without; safetensors and known classes only."""
+"""Model folder: a Hugging Face folder in, its model out, weights or none; only safetensors, only known classes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_float(folder: Path) -> Any:
 
 
 class TokenizerFiles:
-    """The tokenizer's files of a folder, unread: `qpass.save(model, folder, tokenizer=TokenizerFiles(source))` copies them."""
+    """The tokenizer files of a folder, unread; what `qpass.save(..., tokenizer=TokenizerFiles(source))` copies."""
 
     def __init__(self, source: Path) -> None:
         self.paths = sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})

@@ -23,7 +23,7 @@ _WITH_BIAS = (_aten.addmm.default,)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceLayer:
-    """The reference's side of one packed weight: the module that is the product, or the parameter inside a bigger forward."""
+    """The reference's side of one packed weight: the module that is the product, or a parameter in a bigger forward."""
 
     module: nn.Module | None
     weight: Tensor | None
@@ -73,8 +73,8 @@ def pair_layers(reference: nn.Module, model: nn.Module) -> Pairs:
             else:
                 found = ReferenceLayer(module=reference.get_submodule(name), weight=None, transposed=False)
         except AttributeError as error:
-            raise EvaluationError(f"the reference has nothing at {name!r}, which is quantized in the model; compare needs "
-                                  "the float model that was quantized") from error
+            raise EvaluationError(f"the reference has nothing at {name!r}, which is quantized in the model; compare "
+                                  "needs the float model that was quantized") from error
         pairs[name] = (module, found)
     return pairs
 
@@ -100,7 +100,7 @@ def observe_reference(reference: nn.Module, pairs: Pairs, hooks: ExitStack) -> d
 
 def observe_model(pairs: Pairs, meters: Mapping[str, Meter], kept: Mapping[str, list[Output]],
                   hooks: ExitStack) -> list[str]:
-    """Hand each call of a packed weight to its meter while `hooks` is open. Returns the names, in order of execution."""
+    """Hand each call of a packed weight to its meter while `hooks` is open. Returns the names in order of execution."""
     order: list[str] = []
 
     def watch(name: str, packed: PackedWeight, layer: ReferenceLayer) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -110,8 +110,8 @@ def observe_model(pairs: Pairs, meters: Mapping[str, Meter], kept: Mapping[str, 
             y = multiply(x, bias)
             want = next(queue, None)
             if want is None:
-                raise EvaluationError(f"{name} is called more often in the model than in the reference; are these two the "
-                                      "same model?")
+                raise EvaluationError(f"{name} is called more often in the model than in the reference; are these two "
+                                      "the same model?")
             if name not in order:
                 order.append(name)
             local = layer.product(x, bias)
@@ -135,7 +135,7 @@ class _Products(TorchDispatchMode):
     """Sees every matrix product, and keeps the outputs of those that read one of the watched weights' memory."""
 
     def __init__(self, pointers: Mapping[int, str], kept: dict[str, list[Output]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.pointers, self.kept = pointers, kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -143,6 +143,5 @@ class _Products(TorchDispatchMode):
         for index in _WEIGHT_AT.get(func, ()):
             name = self.pointers.get(args[index].untyped_storage().data_ptr())
             if name is not None:
-                value = output.t() if index < max(_WEIGHT_AT[func]) and func is _aten.mm.default else output
-                self.kept[name].append(Output(value=value.detach().clone(), biased=func in _WITH_BIAS))
+                self.kept[name].append(Output(value=output.detach().clone(), biased=func in _WITH_BIAS))
         return output

@@ -2,11 +2,15 @@
 
 `linear` quantizes its activation as the spec says and multiplies. `linear_q` takes an activation that is already
 integers, so that its quantization can stand in the graph as plain ATen and fuse into whatever came before.
-The `_list` forms multiply one activation with several weights in one call. `dequantize` gives the weight [N, K] back. `packed` holds the tensors of the kernel's
-layout in the layout's order; `spec` is `str(LinearSpec)`. What the ops compute is defined in `kernels/reference`.
+The `_list` forms multiply one activation with several weights in one call. `dequantize` gives the weight [N, K] back.
+`packed` holds the tensors of the kernel's layout in the layout's order; `spec` is `str(LinearSpec)`. What the ops
+compute is defined in `kernels/reference`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,29 +34,31 @@ def _product(x: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-1], parsed.out_features), dtype=dtype)
 
 
-@torch.library.register_fake("qpass::linear", lib=LIBRARY)
 def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     return _product(x, spec, x.dtype)
 
 
-@torch.library.register_fake("qpass::linear_q", lib=LIBRARY)
 def _linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor], bias: Tensor | None,
               spec: str, dtype: torch.dtype) -> Tensor:
     return _product(xq, spec, dtype)
 
 
-@torch.library.register_fake("qpass::linear_list", lib=LIBRARY)
 def _linear_list(x: Tensor, packed: list[Tensor], bias: list[Tensor | None], specs: list[str]) -> list[Tensor]:
     return [_product(x, spec, x.dtype) for spec in specs]
 
 
-@torch.library.register_fake("qpass::linear_q_list", lib=LIBRARY)
 def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor],
                    bias: list[Tensor | None], specs: list[str], dtype: torch.dtype) -> list[Tensor]:
     return [_product(xq, spec, dtype) for spec in specs]
 
 
-@torch.library.register_fake("qpass::dequantize", lib=LIBRARY)
 def _dequantize(packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     parsed = LinearSpec.parse(spec)
     return packed[0].new_empty((parsed.out_features, parsed.in_features), dtype=dtype)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "linear": _linear, "linear_q": _linear_q, "linear_list": _linear_list, "linear_q_list": _linear_q_list,
+    "dequantize": _dequantize}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"qpass::{_name}", _fake, lib=LIBRARY)

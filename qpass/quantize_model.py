@@ -17,6 +17,7 @@ from qpass.refuse_training import allow_training, refuse_training
 from qpass.swap import TRIM_AFTER, give_back_freed_memory, restore, swap_site
 from qpass.weight import check_weight
 
+
 def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, calibration: Iterable[Any] | None = None,
              device: torch.device | str | None = None, progress: bool = True, allow_nonfinite: bool = False) -> Any:
     """Quantize `model` in place by `recipe` and return the same object.

@@ -70,7 +70,7 @@ def _graph_meta(model: Any) -> dict[str, Any]:
 
 
 def _layers(model: Any) -> dict[str, tuple[LinearSpec, int]]:
-    """Path of the layer, or of the parameter where that was replaced -> what it computes, bytes of its packed weight."""
+    """Path of the layer, or of the parameter where that was replaced -> its spec and the bytes of its packed weight."""
     if not isinstance(model, nn.Module):
         return dict(_graph_meta(model).get("qpass_packed", {}))
     return {name: (module.spec, module.nbytes) for name, module in model.named_modules(remove_duplicate=False)

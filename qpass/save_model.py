@@ -17,6 +17,7 @@ from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, w
 from qpass.hf import save_config
 from qpass.layers import PackedWeight
 from qpass.publish_folder import publish_folder
+from qpass.swap import TRIM_AFTER, give_back_freed_memory
 
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -83,7 +84,12 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _maker(layer: PackedWeight, name: str) -> Any:
-    return lambda: layer.tensor_on_disk(name)
+    def make() -> Tensor:
+        if layer.nbytes >= TRIM_AFTER // 4:
+            give_back_freed_memory()
+        return layer.tensor_on_disk(name)
+
+    return make
 
 
 def _write_shards(staging: Path, shards: list[list[Entry]]) -> None:

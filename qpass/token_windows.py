@@ -23,7 +23,7 @@ class Window:
 
 
 def windows_of(streams: list[Tensor], window: int, stride: int, tokens: int | None) -> list[Window]:
-    """Cut streams of ids [T] into windows of at most `window`, each scoring `stride` new tokens (the first all of its own).
+    """Cut streams of ids [T] into windows of at most `window`, each scoring `stride` new tokens, the first all.
 
     With `tokens`, stops with the window that brings the scored tokens to that number; raises EvaluationError if
     there are not as many.
@@ -41,8 +41,8 @@ def windows_of(streams: list[Tensor], window: int, stride: int, tokens: int | No
                 return found
             start += stride
     if tokens is not None:
-        raise EvaluationError(f"the text has {scored:,} tokens to score and {tokens:,} were asked for; give a longer text "
-                              "or a smaller number")
+        raise EvaluationError(f"the text has {scored:,} tokens to score and {tokens:,} were asked for; give a longer "
+                              "text or a smaller number")
     return found
 
 
@@ -62,7 +62,8 @@ def token_streams(source: Any, model: Any, tokenizer: Any) -> list[Tensor]:
                               "a text is given as a string or the path of a file")
     streams = list(ids.long().reshape(-1, ids.shape[-1]))
     if ids.shape[-1] < 2:
-        raise EvaluationError(f"the text has {ids.shape[-1]} tokens; at least 2 are needed, one to read and one to predict")
+        raise EvaluationError(f"the text has {ids.shape[-1]} tokens; at least 2 are needed, one to read and one to "
+                              "predict")
     return streams
 
 
@@ -90,8 +91,8 @@ def _tokenizer(model: Any, tokenizer: Any) -> Any:
     held = getattr(model, "_orig_mod", model)
     where = str(tokenizer or getattr(held, "name_or_path", "") or "")
     if not where:
-        raise EvaluationError(f"{type(held).__name__} does not say where it was loaded from, so its tokenizer is unknown; "
-                              "pass tokenizer=..., or token ids in place of the text")
+        raise EvaluationError(f"{type(held).__name__} does not say where it was loaded from, so its tokenizer is "
+                              "unknown; pass tokenizer=..., or token ids in place of the text")
     from transformers import AutoTokenizer
 
     try:

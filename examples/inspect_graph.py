@@ -7,7 +7,7 @@ from pathlib import Path
 dumps = Path(tempfile.mkdtemp())
 os.environ["QPASS_DEBUG"] = "3"  # 1: a line a layer; 2: refusals, counts and times of passes; 3: dumps as well
 os.environ["QPASS_DEBUG_DIR"] = str(dumps)
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a cached graph runs no pass and shows nothing
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(dumps / "compiled")  # fresh: a cached graph runs no pass and shows nothing
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -38,7 +38,7 @@ qpass.quantize(model, "w4a8", example_inputs=x, progress=False)
 with torch.no_grad():
     _, (code, *_) = run_and_get_code(torch.compile(model), x)
 
-files = sorted(dumps.rglob("*.py"))
+files = sorted(dumps.glob("graph_*/*.py"))
 print("\ndumps:", *[str(file.relative_to(dumps)) for file in files], sep="\n  ")
 print(f"\n{files[-1].name}:\n{files[-1].read_text()}")
 kernels = [line.strip() for line in code.splitlines() if "cpp_fused" in line and "(" in line and "=" not in line]

@@ -75,10 +75,10 @@ def _outcome(codes: fx.Node, mark: Quantization, loops: _Origins, together: _Ori
     source = _computed(x)
     if source.op == "placeholder":
         return "alone: it reads an input of the compiled graph"
-    if source in loops:
-        return f"fused into {_producer_text(source, mark, loops)}"
-    if source in together:
-        return f"fused into {_producer_text(source, mark, together)}, one function with loops of its own"
+    # One generated function is what counts: Inductor keeps some loops apart in it, over a row that is still in cache.
+    for inside in (loops, together):
+        if source in inside:
+            return f"fused into {_producer_text(source, mark, inside)}"
     where = module_path(source)
     return f"alone: it reads the result of {_op_name(source)}{f' in {record.AT}{where}' if where else ''}, " \
            "which is written elsewhere"

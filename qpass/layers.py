@@ -94,7 +94,8 @@ class PackedWeight(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]; an op of the graph when traced, the kernel itself when not."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (
+                x.requires_grad or (bias is not None and bias.requires_grad))):
             return torch.ops.qpass.linear(x, self.packed, bias, self._spec_text)  # type: ignore[no-any-return]
         return self._kernel.forms["linear"](x, self.packed, bias, self.spec)  # type: ignore[no-any-return]
 

@@ -57,6 +57,7 @@ class Timing:
         return 2 * self.m * self.n * self.k / self.median_us / 1e6
 
 
+@torch.inference_mode()
 def time_cell(candidates: Sequence[Candidate], *, m: int, n: int, k: int, seconds: float,
               rotate_bytes: int) -> list[Timing]:
     """Time every candidate at one shape for about `seconds` altogether. Raises AssertionError on a wrong output."""

@@ -21,8 +21,8 @@ WINDOW = 256
 TEXT = Path(__file__).parent / "data" / "persuasion.txt"
 
 
-def run(recipe: Any = "w4a8", *, prompt: str = "What is the capital of France?", cache: str | Path | None = None,
-        tokens: int = 1024, new_tokens: int = 32) -> None:
+def run(recipe: Any = "w4a8", *, prompt: str, cache: str | Path | None = None,
+        tokens: int = 1024, new_tokens: int = 64) -> None:
     """Print each step as it is done; raises what its steps raise. `new_tokens` limits the answers."""
     began = time.perf_counter()
 

@@ -129,18 +129,18 @@ def give_back_freed() -> None:
 
 
 def results_table(name: str, columns: Sequence[Column], result: Evaluation, arithmetic: str) -> str:
-    """One line a fact, one column a model; accuracy stands under the first and the last."""
+    """One line a fact, one column a model; accuracy is that of the two eager columns, which it was measured on."""
     accuracy = [("perplexity", f"{result.reference_perplexity:.2f}", f"{result.perplexity:.2f}"),
                 ("KL from bf16, nats a token", "", f"{result.kl:.3f} ± {result.kl_stderr or 0:.3f}"),
                 ("same top-1 token", "", f"{result.top1_agreement:.1%}")]
-    between = [""] * (len(columns) - 2)
+    rest = [""] * (len(columns) - 2)
     rows = [[name, *(c.label for c in columns)],
             ["weights in memory", *(f"{c.weights / 2**20:.1f} MiB" for c in columns)],
             ["whole process", *("unknown" if c.process is None else f"{c.process / 2**20:.0f} MiB" for c in columns)],
             ["time to first token", *(f"{c.answer.first_token_s:.2f} s" for c in columns)],
             ["tokens a second", *("" if c.answer.tokens_per_s is None else f"{c.answer.tokens_per_s:.1f}"
                                   for c in columns)],
-            *([label, first, *between, last] for label, first, last in accuracy)]
+            *([label, first, second, *rest] for label, first, second in accuracy)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -10,6 +10,7 @@ from torch import nn
 
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
 from qpass.graph_swap import float_graph, is_plain_graph, quantize_graph
+from qpass.kernels.registry import kernel
 from qpass.layers import PackedWeight
 from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipe_files import as_recipe
@@ -88,8 +89,7 @@ def check_model(model: Any) -> None:
                 if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None]
     if compiled:
         raise AlreadyCompiled(f"{compiled[0] or 'this model'} is compiled already; quantize the model first and "
-                              f"compile the "
-                              "result: model = torch.compile(qpass.quantize(model, recipe))")
+                              "compile the result: model = torch.compile(qpass.quantize(model, recipe))")
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     if packed:
         raise AlreadyQuantized(f"{len(packed)} layers are quantized by qpass already, the first is {packed[0]}; "
@@ -127,12 +127,23 @@ def _check_weights(model: nn.Module, targets: list[Decision], allow_nonfinite: b
                           "model.to(device), or load it with a device_map")
 
 
+def _prepare_kernels(targets: list[Decision], bar: Any) -> None:
+    """Build what has to be built once on this machine, and say so: it is the only long silence of a first run."""
+    names = {decision.spec.kernel for decision in targets if decision.spec is not None}
+    ways = {made.prepare for name in names if (made := kernel(name)).prepare is not None}
+    if ways:
+        bar.set_postfix_str("making the kernels ready: built once on a machine, some 15 seconds")
+    for prepare in ways:
+        prepare()
+
+
 def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | None, progress: bool) -> None:
     from tqdm import tqdm
 
     done, freed = 0, 0
     try:
         with tqdm(total=len(targets), desc="quantizing", unit="layer", disable=not progress) as bar:
+            _prepare_kernels(targets, bar)
             for decision in targets:
                 bar.set_postfix_str(decision.site.name, refresh=False)
                 swap_site(model, decision, device)
@@ -143,7 +154,6 @@ def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | 
                 done += 1
                 bar.update()
     except BaseException as error:
-        error.add_note(f"qpass: interrupted after {done} of {len(targets)} layers; each layer is whole, either "
-                       f"packed or "
-                       "float. qpass.dequantize(model) makes all of them float again.")
+        error.add_note(f"qpass: interrupted after {done} of {len(targets)} layers; each layer is whole, either packed "
+                       "or float. qpass.dequantize(model) makes all of them float again.")
         raise

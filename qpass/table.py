@@ -57,7 +57,8 @@ def summary(rows: Sequence[Any], notes: Sequence[str], capture: str) -> list[str
     lines.append(f"{human_bytes(before)} -> {human_bytes(after)} in these parameters" + (
         f"; the quantized ones take {bits_per_weight(done):.2f} bits a weight" if done else ""))
     lines.append(f"layers were found {_FOUND.get(capture, 'by ' + capture)}")
-    return lines + [f"not used: {line}" for line in refusal_lines(rows)] + [f"note: {note}" for note in notes]
+    return lines + [f"not used: {line}" for line in refusal_lines(rows)] + [
+        f"note: {note}" for note in notes if note != f"graph: {capture}"]
 
 
 def bits_per_weight(rows: Sequence[Any]) -> float:

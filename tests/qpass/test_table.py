@@ -48,8 +48,7 @@ n  parameter                 shape  status    rule           runs as   kernel   
 2 kept in float: 1 by recipe w4a8, 1 by ignore <head>
 5.1 MiB -> 2.3 MiB in these parameters; the quantized ones take 4.25 bits a weight
 layers were found in the graph of one traced forward
-not used: linear_amx: needs amx_int8 (6 layers)
-note: graph: trace""")
+not used: linear_amx: needs amx_int8 (6 layers)""")
 
 
 def test_full_table_gives_every_layer_a_line() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as _every_module
 
 _EXPERTS_SETTING = "_experts_implementation"  # a config that has it lets one choose how experts are computed
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.export")
 _MUTABLE = (dict, list, set, deque)
 
 
@@ -42,6 +46,45 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Within, hooks around a forward do not run: they are a user's own, and would see tensors that hold no numbers.
+
+    PyTorch's own stay (`weight_norm` computes the weight in one). The order of hooks is kept.
+    """
+    holders: list[dict[Any, Any]] = [vars(module)[name] for module in model.modules() for name in _HOOKS]
+    holders += [_every_module._global_forward_hooks, _every_module._global_forward_pre_hooks]
+    saved = [(holder, holder.copy()) for holder in holders]
+    try:
+        for holder, content in saved:
+            for key, hook in content.items():
+                if not _is_of_torch(hook):
+                    del holder[key]
+        yield
+    finally:
+        for holder, content in saved:
+            _put_back(holder, content)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    return str(getattr(function, "__module__", "")).startswith("torch.")
+
+
+@contextmanager
+def quiet_loggers() -> Iterator[None]:
+    """Within, PyTorch's loggers are silent: what fails is told by whoever tries it, in a sentence."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    before = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 @contextmanager

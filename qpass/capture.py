@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_map
 
-from qpass.as_found import experts_as, in_eval_mode, left_as_found
+from qpass.as_found import experts_as, in_eval_mode, left_as_found, quiet_loggers, without_hooks
 from qpass.errors import CaptureError
 from qpass.example_inputs import Example, example_of
 from qpass.find_products import buffers_multiplied
@@ -90,6 +90,8 @@ def _capture_module(model: nn.Module, example_inputs: Any, notes: list[str]) -> 
         with ExitStack() as undo:
             undo.enter_context(left_as_found(model))
             undo.enter_context(in_eval_mode(model))
+            undo.enter_context(without_hooks(model))
+            undo.enter_context(quiet_loggers())
             undo.enter_context(warnings.catch_warnings(action="ignore"))
             undo.enter_context(torch.random.fork_rng(devices=[]))
             undo.enter_context(torch.inference_mode(False))

@@ -92,6 +92,9 @@ def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision
         return replace(kept, status="refuse" if aimed else "keep", scheme=scheme if aimed else None, reason=reason)
     if scheme is None:
         return replace(kept, reason=f"tied to {tied_to}: one parameter, counted there" if tied_to else "")
+    if site.role == "router" and not _names_router(found):
+        return replace(kept, reason="a router: its result picks experts, and rounding could pick others; kept in float "
+                                    "unless a rule names it")
     why = _cannot(site, tied_to)
     if why is not None:
         return replace(kept, status="refuse", scheme=scheme, reason=why)
@@ -105,6 +108,11 @@ def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision
     count = site.numel // max(1, site.out_features * site.in_features)
     return replace(kept, status="quantize", scheme=scheme, spec=spec, reason=reason,
                    bytes_after=stored_bytes(spec, count, site.dtype.itemsize))
+
+
+def _names_router(found: Match) -> bool:
+    """Whether a rule means this layer; the recipe's own scheme, a kind, and the class of every other layer do not."""
+    return found.tier <= Tier.REGEX or (found.tier is Tier.CLASS and found.site.owner_class != "Linear")
 
 
 def _cannot(site: Site, tied_to: str | None) -> str | None:

@@ -13,7 +13,8 @@ from qpass.errors import CheckpointError
 from qpass.formats.compressed_tensors import read_weight
 from qpass.formats.safetensors_file import Stored, read_tensors
 from qpass.kernels.registry import LinearCall, choose
-from qpass.layers import Origin, PackedWeight, QuantLinear, QuantWeight
+from qpass.layers import Origin, PackedWeight, QuantLinear
+from qpass.quant_weight import QuantWeight
 from qpass.spec import LinearSpec
 from qpass.swap import TRIM_AFTER, give_back_freed_memory
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass.capture import Capture
 from qpass.find_products import Product, find_products, opaque_readers
-from qpass.graph_facts import consumers, produced_by, shared_inputs
+from qpass.graph_facts import consumers, is_router, produced_by, shared_inputs
 from qpass.site import Site
 from qpass.swap_choice import Calls, choose_swap
 from qpass.unreached import unreached_sites
@@ -58,7 +58,8 @@ def _graph_sites(capture: Capture, graph_module: fx.GraphModule, parameters: Map
             transposed=found[0].transposed, owner=name.rpartition(".")[0],
             owner_class=_class_name(name, modules, found[0]), bias=biases.pop() if len(biases) == 1 else None,
             swap=swap, refusal=refusal, uses=len(found), aliases=tuple(other for other in known if other != name),
-            shared_input=shared.get(name), produced_by=produced_by(found[0]), consumers=consumers(found[0], names)))
+            shared_input=shared.get(name), produced_by=produced_by(found[0]), consumers=consumers(found[0], names),
+            role="router" if found[0].kind == "linear" and any(map(is_router, found)) else None))
     return sites + _inside_opaque(graph_module, parameters, modules, weights, {site.name for site in sites})
 
 

@@ -24,6 +24,7 @@ _OPERANDS: dict[Any, tuple[int, int, int | None]] = {
     aten.addbmm.default: (1, 2, 0),
     aten.addmv.default: (1, 2, 0),
 }
+_PACKETS = frozenset(op.overloadpacket for op in _OPERANDS)
 # Ops that multiply by their parameters inside themselves; an op of somebody's library may do so too.
 _OPAQUE = ("rnn", "lstm", "gru", "trilinear", "attention")
 _LOOK_UPS = (aten.embedding.default, aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
@@ -95,7 +96,10 @@ def opaque_readers(graph_module: fx.GraphModule, parameters: frozenset[str]) -> 
     for node in graph_module.graph.nodes:
         op = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
         custom = getattr(node.target, "namespace", "aten") not in ("aten", "prims", "prim")
-        if node.op == "call_function" and (custom or any(word in op for word in _OPAQUE)):
+        other_form = getattr(node.target, "overloadpacket", None) in _PACKETS and node.target not in _OPERANDS
+        if other_form:
+            op = f"{node.target} (a product into a tensor that is given)"
+        if node.op == "call_function" and (custom or other_form or any(word in op for word in _OPAQUE)):
             for source in node.all_input_nodes:
                 view = view_of_parameter(source, parameters)
                 if view is not None and min(view.root.meta["val"].shape, default=0) > 1 and (

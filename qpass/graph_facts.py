@@ -13,6 +13,11 @@ from qpass.walk import GATHERS, TURNS, aten, is_view
 
 _REARRANGES = (*TURNS, aten.expand.default)
 _SHOWN_CONSUMERS = 4
+# What scores may go through before the largest are picked: each score still stands for the same choice.
+_SCORING = (aten._softmax.default, aten._log_softmax.default, aten.sigmoid.default, aten.softplus.default,
+            aten._to_copy.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_SHIFTS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # by a number, parameter or buffer
+_PICKS_VALUES = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim)  # (values, indices)
 
 
 def input_of(product: Product) -> fx.Node:
@@ -74,6 +79,39 @@ def consumers(product: Product, names: Mapping[fx.Node, str]) -> tuple[str, ...]
         if text not in found:
             found.append(text)
     return tuple(found)
+
+
+def is_router(product: Product) -> bool:
+    """Whether an op picks the largest entries of the result, and what they are decides what the graph computes next."""
+    pending, seen = [product.result], set()
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.target in _PICKS_VALUES:
+                indices = [part for part in user.users if part.args[1:] == (1,)]
+                if any(_is_computed_with(part) for part in indices):
+                    return True
+            elif user.target is aten.argmax.default:
+                if _is_computed_with(user):
+                    return True
+            elif is_view(user) or _is_scoring(user, node):
+                pending.append(user)
+    return False
+
+
+def _is_scoring(user: fx.Node, scores: fx.Node) -> bool:
+    if user.target in _SHIFTS:
+        others = [source for source in user.all_input_nodes if source is not scores]
+        return all(source.op == "get_attr" for source in others)
+    return user.target in _SCORING and user.args[0] is scores
+
+
+def _is_computed_with(node: fx.Node) -> bool:
+    """Whether the graph does more with `node` than hand it out."""
+    return any(_is_computed_with(user) if is_view(user) else user.op != "output" for user in node.users)
 
 
 def op_name(node: fx.Node) -> str:

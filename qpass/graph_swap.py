@@ -18,8 +18,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from qpass.decide import Decision
 from qpass.errors import AlreadyQuantized, LayerRefused
-from qpass.layers import QuantWeight
 from qpass.plan_model import Plan, make_plan
+from qpass.quant_weight import QuantWeight
 from qpass.recipe import Recipe
 from qpass.weight import check_weight, quantize_weight
 

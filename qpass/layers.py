@@ -1,8 +1,8 @@
 """Layers: what swap puts into a model, a packed weight that multiplies, instead of a float parameter.
 
-`QuantLinear` replaces a module that was nothing but the product; `QuantWeight` replaces a parameter inside a bigger
-forward and intercepts the product. Both hold one copy of the weight, in the layout of the kernel that runs it;
-`state_dict()` gives the canonical form, whatever the layout.
+`QuantLinear` replaces a module that was nothing but the product; `QuantWeight` (quant_weight.py) replaces a parameter
+inside a bigger forward and intercepts the product. Both hold one copy of the weight, in the layout of the kernel that
+runs it; `state_dict()` gives the canonical form, whatever the layout.
 """
 
 from __future__ import annotations
@@ -224,11 +224,14 @@ class QuantLinear(PackedWeight):
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
                       "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
             setattr(self, hooks, getattr(origin.module, hooks))
+        # What else a module of somebody's own says of itself, for code that asks it (`layer.scaling`).
+        self.__dict__.update({name: value for name, value in vars(origin.module).items()
+                              if not name.startswith("_") and not hasattr(self, name)})
 
     @property
     def weight(self) -> WeightView:
-        """A stand-in for the float weight: has its dtype, shape and device, and multiplies."""
-        return WeightView(self)
+        """A stand-in for the float weight: has its dtype, shape as the module stored it, and device, and multiplies."""
+        return WeightView(self, transposed=self.origin.transposed)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.bias)
@@ -236,65 +239,3 @@ class QuantLinear(PackedWeight):
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
                 f"{self._spec_text}")
-
-
-class QuantWeight(PackedWeight):
-    """A parameter that is packed: `x @ w`, `F.linear(x, w)`, `addmm` and `einsum` with it run the kernel.
-
-    `transposed` says that the parameter was stored [K, N]. It is a module so that `.to()` and `state_dict()` reach it.
-    """
-
-    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype, *, transposed: bool) -> None:
-        super().__init__(weight, spec, dtype)
-        self.transposed = transposed
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product itself, for graphs that call it by name."""
-        return self.multiply(x, bias)
-
-    def taken_over(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self(x, bias)  # type: ignore[no-any-return]  # as a module, so that a graph knows whose product it is
-
-    def view(self) -> WeightView:
-        """The stand-in that answers as the parameter did."""
-        return WeightView(self, transposed=self.transposed)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.view().shape
-
-    @property
-    def ndim(self) -> int:
-        return 2
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return 2
-
-    @property
-    def T(self) -> WeightView:
-        return self.view().T
-
-    @property
-    def mT(self) -> WeightView:
-        return self.view().T
-
-    def t(self) -> WeightView:
-        return self.view().T
-
-    def transpose(self, dim0: int, dim1: int) -> WeightView:
-        return self.view().transpose(dim0, dim1)
-
-    def permute(self, *dims: int) -> WeightView:
-        return self.view().permute(*dims)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        seen = tuple(a.view() if isinstance(a, QuantWeight) else a for a in args)
-        named = {k: v.view() if isinstance(v, QuantWeight) else v for k, v in (kwargs or {}).items()}
-        return WeightView.__torch_function__(func, types, seen, named)
-
-    def extra_repr(self) -> str:
-        return f"{self._spec_text}, transposed={self.transposed}"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpass.errors import EvaluationError
-from qpass.layers import PackedWeight, QuantWeight
+from qpass.layers import PackedWeight
+from qpass.quant_weight import QuantWeight
 
 _aten = torch.ops.aten
 _WEIGHT_AT = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2), _aten.bmm.default: (0, 1),

@@ -28,6 +28,7 @@ class Site:
     shared_input   sites with the same number read one and the same tensor; None if the site has its input alone
     produced_by    what computes the input: `model.layers.0.input_layernorm (LlamaRMSNorm)`, or the op if no module
     consumers      what reads the output, nearest first
+    role           "router" if the largest entries of the result pick what is computed next, as experts are picked
     """
 
     name: str
@@ -45,6 +46,7 @@ class Site:
     shared_input: int | None = None
     produced_by: str | None = None
     consumers: tuple[str, ...] = ()
+    role: Literal["router"] | None = None
 
     @property
     def out_features(self) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from qpass.errors import WeightError
-from qpass.layers import Origin, PackedWeight, QuantLinear, QuantWeight
+from qpass.layers import Origin, PackedWeight, QuantLinear
 from qpass.plan_model import Decision
+from qpass.quant_weight import QuantWeight
 from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight
 

@@ -17,7 +17,7 @@ Swap = Literal["module", "parameter"]
 
 # What WeightView, which stands in for a swapped parameter, takes over (__torch_function__), and its ways to turn.
 _TAKEN_OVER = ("linear", "matmul", "__matmul__", "mm", "addmm", "einsum")
-_TURNED_BY = ("T", "numpy_T", "mT", "t", "transpose", "permute")
+_TURNED_BY = ("T", "numpy_T", "mT", "t", "transpose", "permute", "data", "detach", "contiguous")
 
 
 class Calls:

@@ -20,13 +20,10 @@ _TRANSPOSES = (torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.p
 class WeightView:
     """`owner`'s weight as [N, K], or as [K, N] if transposed; no copy is made."""
 
-    def __init__(self, owner: PackedWeight, *, transposed: bool = False) -> None:
+    def __init__(self, owner: PackedWeight, *, transposed: bool = False, dtype: torch.dtype | None = None) -> None:
         self.owner = owner
         self.transposed = transposed
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.owner.dtype
+        self.dtype = dtype or owner.dtype
 
     @property
     def device(self) -> torch.device:
@@ -55,8 +52,70 @@ class WeightView:
         return False
 
     @property
+    def grad(self) -> None:
+        return None
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    @property
+    def data(self) -> WeightView:
+        return self
+
+    def detach(self) -> WeightView:
+        return self
+
+    def contiguous(self) -> WeightView:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> WeightView:
+        """As Tensor.to: another dtype is what is answered from then on, while a product has its activation's anyway.
+
+        Raises PackedForInference for another device, to which only the whole layer can go.
+        """
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype)
+        device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+        if device is not None and device.type != self.device.type:
+            raise PackedForInference(f"a packed weight on {self.device} was asked for on {device}; move the model, "
+                                     "model.to(device), and its weights come along")
+        return WeightView(self.owner, transposed=self.transposed, dtype=dtype or self.dtype)
+
+    def type(self, dtype: Any = None) -> Any:
+        if dtype is None:
+            return torch.empty(0, dtype=self.dtype, device=self.device).type()
+        return self.to(torch.empty(0).type(dtype).dtype)
+
+    def type_as(self, other: Tensor) -> WeightView:
+        return self.to(other.dtype)
+
+    def float(self) -> WeightView:
+        return self.to(torch.float32)
+
+    def half(self) -> WeightView:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> WeightView:
+        return self.to(torch.bfloat16)
+
+    @property
     def T(self) -> WeightView:
-        return WeightView(self.owner, transposed=not self.transposed)
+        return WeightView(self.owner, transposed=not self.transposed, dtype=self.dtype)
 
     @property
     def mT(self) -> WeightView:
@@ -74,7 +133,7 @@ class WeightView:
 
     def dequantize(self) -> Tensor:
         """The weight as quantized, as an ordinary float tensor of this shape."""
-        weight = self.owner.dequantize()
+        weight = self.owner.dequantize(self.dtype)
         return weight.t() if self.transposed else weight
 
     def _as_out_in(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:

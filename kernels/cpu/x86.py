@@ -19,6 +19,7 @@ FAMILIES = ("w4a8", "w8a8", "w4a16", "w8a16")
 ISAS = {"amx": ("amx_int8", 40), "vnni": ("avx512_vnni", 30), "avx2": ("avx2", 20), "plain": ("x86_64", 10)}
 
 _LARGEST_GROUP = (1 << 17) - 1  # times 128 * 128, the largest sum of products that int32 holds
+_ROWS_AT_A_TIME = 256
 _ZERO_POINT, _COLSUM, _BIAS = 1, 2, 4
 
 
@@ -47,13 +48,20 @@ def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
     if weight.zero_point is not None:
         packed["zero_point"] = _blocked(weight.zero_point, 0)
     if "colsum" in _names(spec):
-        sums = weight.qweight.view(spec.out_features, spec.groups, -1).sum(-1, dtype=torch.int32).double()
-        if weight.zero_point is not None:
-            sums -= weight.zero_point.double() * spec.group_size
-        whole = torch.zeros(native.padded(spec.out_features, 32))
-        whole[:spec.out_features] = (sums * weight.scale.double()).sum(-1)
-        packed["colsum"] = whole
+        packed["colsum"] = _colsum(weight, spec)
     return packed
+
+
+def _colsum(weight: CanonicalWeight, spec: LinearSpec) -> Tensor:
+    """Sum of each output's weights, float32 [Np]; some rows at a time, for sum() widens all that it reads."""
+    whole = torch.zeros(native.padded(spec.out_features, 32))
+    for start in range(0, spec.out_features, _ROWS_AT_A_TIME):
+        rows = slice(start, min(start + _ROWS_AT_A_TIME, spec.out_features))
+        sums = weight.qweight[rows].unflatten(-1, (spec.groups, -1)).sum(-1, dtype=torch.int32).double()
+        if weight.zero_point is not None:
+            sums -= weight.zero_point[rows].double() * spec.group_size
+        whole[rows] = (sums * weight.scale[rows].double()).sum(-1)
+    return whole
 
 
 def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:

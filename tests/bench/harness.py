@@ -1,8 +1,8 @@
 """Harness: candidates in, timed side by side, a table with medians, spread and ratios out, and JSON beside it.
 
-Every candidate gets its own copies of one weight, enough of them to leave the caches; candidates take turns call by
-call, so that a slow stretch of the machine slows all of them; the output of each candidate is checked against float64
-before its time counts.
+Every candidate gets its own copies of one set of weights, enough of them to leave the caches; candidates take turns
+call by call, so that a slow stretch of the machine slows all of them; the output of each candidate is checked against
+float64 before its time counts.
 """
 
 from __future__ import annotations
@@ -18,29 +18,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+Product = Callable[[Tensor], Sequence[Tensor]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Something to time. `prepare(weight)` [N, K] float32 gives the call x -> y on its own packed copy of the weight.
+    """Something to time: `prepare(weights)`, each float32 [N, K], gives the call x -> [x @ w.T for w in weights].
 
-    `tolerance` bounds |y - x @ w.T| / |x @ w.T| in the Frobenius norm, against the weight as this candidate rounds it
-    if `exact(weight)` is given, else against the float weight.
+    `bits` is what a weight takes, scales included. `tolerance` bounds |y - x @ w.T| / |x @ w.T| in the Frobenius norm.
     """
 
     name: str
-    prepare: Callable[[Tensor], Callable[[Tensor], Tensor]]
+    prepare: Callable[[Sequence[Tensor]], Product]
     bits: float
     tolerance: float
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is timed: M tokens [M, K] times weights [N, K], one for each N."""
+
+    label: str
+    m: int
+    n: tuple[int, ...]
+    k: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One cell: microseconds a call, its quartiles, the bytes of weight read per call, and the measured error."""
+    """One candidate in one cell: microseconds a call with quartiles, and its measured error."""
 
     candidate: str
-    m: int
-    n: int
-    k: int
+    cell: Cell
     median_us: float
     low_us: float
     high_us: float
@@ -52,29 +61,21 @@ class Timing:
         """Half the distance of the quartiles, in percent of the median."""
         return (self.high_us - self.low_us) / 2 / self.median_us * 100
 
-    @property
-    def tops(self) -> float:
-        return 2 * self.m * self.n * self.k / self.median_us / 1e6
-
 
 @torch.inference_mode()
-def time_cell(candidates: Sequence[Candidate], *, m: int, n: int, k: int, seconds: float,
-              rotate_bytes: int) -> list[Timing]:
-    """Time every candidate at one shape for about `seconds` altogether. Raises AssertionError on a wrong output."""
-    draw = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
-    weight = torch.randn(n, k, generator=draw) / k**0.5
-    x = torch.randn(m, k, generator=draw).to(torch.bfloat16)
-    truth = x.double() @ weight.double().t()
-    lanes: list[list[Callable[[Tensor], Tensor]]] = []
+def time_cell(candidates: Sequence[Candidate], cell: Cell, *, seconds: float, rotate_bytes: int) -> list[Timing]:
+    """Time every candidate for about `seconds` altogether. Raises AssertionError on a wrong output."""
+    draw = torch.Generator().manual_seed(cell.m * 7919 + sum(cell.n) * 31 + cell.k)
+    weights = [torch.randn(n, cell.k, generator=draw) / cell.k**0.5 for n in cell.n]
+    x = torch.randn(cell.m, cell.k, generator=draw).to(torch.bfloat16)
+    truth = torch.cat([x.double() @ weight.double().t() for weight in weights], dim=1)
+    lanes: list[list[Product]] = []
     errors: list[float] = []
     for candidate in candidates:
-        copies = max(1, min(64, int(rotate_bytes / (n * k * candidate.bits / 8))))
-        lane = [candidate.prepare(weight) for _ in range(copies)]
-        y = lane[0](x).double()
-        errors.append(float((y - truth).norm() / truth.norm()))
-        assert errors[-1] <= candidate.tolerance, (
-            f"{candidate.name} is wrong at M={m} N={n} K={k}: error {errors[-1]:.3g}")
-        lanes.append(lane)
+        copies = max(1, min(256, int(rotate_bytes / (sum(cell.n) * cell.k * candidate.bits / 8))))
+        lanes.append([candidate.prepare(weights) for _ in range(copies)])
+        errors.append(float((torch.cat(list(lanes[-1][0](x)), dim=1).double() - truth).norm() / truth.norm()))
+        assert errors[-1] <= candidate.tolerance, f"{candidate.name} is wrong in {cell}: error {errors[-1]:.3g}"
     spans: list[list[float]] = [[] for _ in candidates]
     turn, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end or turn < 5:
@@ -84,13 +85,13 @@ def time_cell(candidates: Sequence[Candidate], *, m: int, n: int, k: int, second
             call(x)
             span.append((time.perf_counter() - start) * 1e6)
         turn += 1
-    return [_timing(c, s, e, m, n, k) for c, s, e in zip(candidates, spans, errors, strict=True)]
+    return [_timing(c, s, e, cell) for c, s, e in zip(candidates, spans, errors, strict=True)]
 
 
-def _timing(candidate: Candidate, spans: list[float], error: float, m: int, n: int, k: int) -> Timing:
-    kept = spans[1:] or spans
-    low, median, high = statistics.quantiles(kept, n=4) if len(kept) > 1 else (kept[0],) * 3
-    return Timing(candidate=candidate.name, m=m, n=n, k=k, median_us=median, low_us=low, high_us=high, calls=len(kept),
+def _timing(candidate: Candidate, spans: list[float], error: float, cell: Cell) -> Timing:
+    kept = spans[1:]
+    low, median, high = statistics.quantiles(kept, n=4)
+    return Timing(candidate=candidate.name, cell=cell, median_us=median, low_us=low, high_us=high, calls=len(kept),
                   error=error)
 
 
@@ -117,13 +118,13 @@ def write_json(path: Path, timings: Sequence[Timing], **more: object) -> None:
 
 
 def print_table(timings: Sequence[Timing], *, subject: str, peers: Sequence[str]) -> None:
-    """One line a shape: each candidate's median with its spread, then the speed of `subject` over each peer."""
+    """One line a cell: each candidate's median with its spread, then the speed of `subject` over each peer."""
     names = list(dict.fromkeys(t.candidate for t in timings))
-    print(f"{'M':>5} {'N x K':>13}  " + "  ".join(f"{n:>24}" for n in names) + "  "
-          + "  ".join(f"{'x ' + p:>16}" for p in peers))
-    for shape in dict.fromkeys((t.m, t.n, t.k) for t in timings):
-        row = {t.candidate: t for t in timings if (t.m, t.n, t.k) == shape}
-        cells = [f"{row[n].median_us:>9.0f} us ±{row[n].spread:>3.0f} %" if n in row else "" for n in names]
-        ratios = [f"{row[p].median_us / row[subject].median_us:.2f}" if p in row else "" for p in peers]
-        print(f"{shape[0]:>5} {shape[1]:>6}x{shape[2]:<6}  " + "  ".join(f"{c:>24}" for c in cells) + "  "
-              + "  ".join(f"{r:>16}" for r in ratios))
+    print(f"{'product':>10} {'M':>4} {'N x K':>19}  " + "  ".join(f"{n:>18}" for n in names) + "  "
+          + "  ".join(f"{'x ' + p:>15}" for p in peers))
+    for cell in dict.fromkeys(t.cell for t in timings):
+        row = {t.candidate: t for t in timings if t.cell == cell}
+        shape = f"{'+'.join(map(str, cell.n))}x{cell.k}"
+        print(f"{cell.label:>10} {cell.m:>4} {shape:>19}  "
+              + "  ".join(f"{row[n].median_us:>9.0f} us ±{row[n].spread:>3.0f} %" for n in names) + "  "
+              + "  ".join(f"{row[p].median_us / row[subject].median_us:>15.2f}" for p in peers))

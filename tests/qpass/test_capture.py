@@ -307,3 +307,37 @@ def test_a_buffer_in_a_product_is_noted() -> None:
     model = Frozen()
     captured = capture(model, torch.randn(2, 8))
     assert noted(captured, "table is a buffer") and find(model, captured) == ()
+
+
+def test_hooks_of_the_user_do_not_see_the_capture() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    seen: list[Any] = []
+
+    def record(module: nn.Module, args: Any, output: Any = None) -> None:
+        seen.append(args[0].numpy())
+
+    handles = [model[0].register_forward_hook(record), model.register_forward_pre_hook(record),
+               model[1].register_forward_hook(partial(record), always_call=True),
+               nn.modules.module.register_module_forward_hook(record)]
+    try:
+        assert capture(model, torch.randn(3, 4)).method == "trace"
+        assert seen == []
+        with torch.no_grad():
+            model(torch.randn(3, 4))
+        assert len(seen) == 6  # 1 before the model, 1 on each linear, 1 everywhere for the three modules
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_hook_that_computes_the_weight_is_part_of_the_model() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
+    read = {str(node.target) for node in graph_of(capture(model, torch.randn(3, 4))).nodes if node.op == "get_attr"}
+    assert {"0.weight_g", "0.weight_v"} <= read
+
+
+def test_ways_that_fail_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    captured = capture(nn.Linear(4, 4), torch.randn(3, 5))
+    assert captured.method == "modules" and any("failed" in note for note in captured.notes)
+    assert capfd.readouterr() == ("", "")

@@ -199,3 +199,23 @@ def test_stored_bytes() -> None:
 def test_effective_text() -> None:
     assert [effective_text(spec(name, 8, 128)) for name in ("w4a8", "w8a8", "w4a16_asym", "w4a8_channel")] == [
         "w4a8 g128", "w8a8 channel", "w4a16 g128 asym", "w4a8 channel, x asym"]
+
+
+@pytest.mark.parametrize(("overrides", "status"), [
+    ({}, "keep"), ({"linear": "w8a8"}, "keep"), ({"Linear": "w8a8"}, "keep"), ({"up": "w8a8"}, "keep"),
+    ({"mlp.gate": "w8a8"}, "quantize"), ({"gate": "w8a8"}, "quantize"), ({"*.gate": "w8a8"}, "quantize"),
+    ({"re:.*gate": "w8a8"}, "quantize"), ({"mlp.gate": None}, "keep"),
+], ids=str)
+def test_a_router_stays_float_unless_a_rule_names_it(overrides: dict[str, str | None], status: str) -> None:
+    sites = [site("mlp.gate", 8, 128, role="router"), site("up")]
+    found = decide(sites, Recipe("w4a8", overrides=overrides), device=CPU)[0]
+    assert found.status == status
+    assert ("a router: its result picks experts" in found.reason) == (status == "keep" and "mlp.gate" not in overrides)
+    with pytest.raises(LayerRefused, match=r"mlp\.gate\.weight: a router"):
+        decide([sites[0], site("up")], Recipe("w4a8", strict=True), device=CPU)
+
+
+def test_a_router_of_its_own_class_is_named_by_it() -> None:
+    router = site("mlp.gate", 8, 128, role="router", owner_class="TopRouter")
+    assert one(router, Recipe("w4a8")).status == "keep"
+    assert one(router, Recipe("w4a8", overrides={"TopRouter": "w8a8"})).status == "quantize"

@@ -446,3 +446,59 @@ def test_without_a_graph_only_plain_linears_are_trusted() -> None:
     assert {name: (s.kind, s.swap, s.uses) for name, s in sites.items()} == {
         "w": ("experts", None, 0), "plain.weight": ("linear", "module", 0), "odd.weight": ("linear", None, 0)}
     assert "no graph of the model could be had" in (sites["odd.weight"].refusal or "")
+
+
+class Chooser(nn.Module):
+    """Experts behind `pick`, which gives from logits [T, E] what the experts are chosen by."""
+
+    def __init__(self, pick: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pick = pick
+        self.router, self.out = nn.Linear(K, 4), nn.Linear(K, N)
+        self.correction = nn.Parameter(torch.zeros(4))
+        self.scales = nn.Parameter(torch.randn(4, K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x * self.scales[self.pick(self, self.router(x))])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("pick", [
+    lambda s, y: y.softmax(-1).topk(1).indices[:, 0],
+    lambda s, y: y.topk(1)[1].squeeze(-1),
+    lambda s, y: torch.topk(y.float().sigmoid() + s.correction, 2, sorted=False)[1][:, 0],
+    lambda s, y: (y / 2.0).softmax(-1).argmax(-1),
+    lambda s, y: y.log_softmax(-1).max(-1).indices,
+    lambda s, y: y.sort(-1, descending=True)[1][:, 0],
+    lambda s, y: y.view(-1, 2, 2).masked_fill(torch.zeros(2, 2).bool(), 0.0).view(-1, 4).topk(2)[1][:, 0],
+], ids=["softmax topk", "topk", "sigmoid corrected topk", "argmax", "max", "sort", "groups"])
+def test_a_router_is_known_by_what_its_result_picks(pick: Callable[[Any, Tensor], Tensor]) -> None:
+    sites = sites_of(Chooser(pick), torch.randn(3, K))
+    assert {name: site.role for name, site in sites.items()} == {"router.weight": "router", "out.weight": None}
+
+
+def test_scores_that_are_only_handed_out_make_no_router() -> None:
+    class Sampler(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(K, K), nn.Linear(K, N)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.inner(x)).softmax(-1).topk(2)
+
+    assert {site.role for site in sites_of(Sampler(), torch.randn(3, K)).values()} == {None}
+
+
+def test_a_product_into_a_given_tensor_is_not_passed_over() -> None:
+    class Into(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.out = nn.Parameter(torch.randn(K, K)), nn.Linear(K, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.empty_like(x)
+            torch.mm(x, self.w, out=y)
+            return self.out(y)  # type: ignore[no-any-return]
+
+    sites = sites_of(Into(), torch.randn(3, K))
+    assert set(sites) == {"w", "out.weight"}
+    assert sites["w"].swap is None and "mm.out" in str(sites["w"].refusal)

@@ -35,6 +35,16 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[tuple[str, str | None, bo
     "Mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_MOE, "num_local_experts": 4},
                 {("embedding", "module", False): 1, ("linear", "module", False): 9,
                  ("linear", "parameter", False): 2, ("experts", None, False): 4}),
+    "OLMoE": ("OlmoeConfig", "OlmoeForCausalLM", {**_MOE, "num_experts": 4},
+              {("embedding", "module", False): 1, ("linear", "module", False): 9,
+               ("linear", "parameter", False): 2, ("experts", None, False): 4}),
+    "DeepSeek-V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM",
+                    {**_SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4,
+                     "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 16,
+                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+                     "tie_word_embeddings": False},
+                    {("embedding", "module", False): 1, ("linear", "module", False): 17,
+                     ("linear", "parameter", False): 1, ("experts", None, False): 2}),
     "GPT-OSS": ("GptOssConfig", "GptOssForCausalLM", {**_MOE, "num_local_experts": 4},
                 {("embedding", "module", False): 1, ("linear", "module", False): 9,
                  ("linear", "parameter", False): 2, ("experts", None, True): 4}),
@@ -90,6 +100,16 @@ def test_real_and_meta_weights_give_the_same_sites() -> None:
     for name in ("Llama", "Qwen3-MoE", "GPT-2"):
         on_cpu, on_meta = (build(name, device) for device in ("cpu", "meta"))
         assert find(on_cpu, capture(on_cpu)) == find(on_meta, capture(on_meta))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_routers_are_found_and_nothing_else_is_one(name: str) -> None:
+    model = build(name, "meta")
+    routers = {site.name for site in find(model, capture(model)) if site.role == "router"}
+    leaf = {"Qwen3-MoE": "gate", "Mixtral": "gate", "OLMoE": "gate", "DeepSeek-V3": "gate", "GPT-OSS": "router"}
+    assert routers == {path for path, _ in model.named_parameters()
+                       if path.endswith(f".mlp.{leaf.get(name)}.weight")}
+    assert bool(routers) == (name in leaf)
 
 
 @pytest.mark.parametrize("chosen", ["eager", "batched_mm", "grouped_mm"])

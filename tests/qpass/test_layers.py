@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qpass.errors import PackedForInference
-from qpass.layers import PackedWeight, QuantLinear, QuantWeight
+from qpass.layers import PackedWeight, QuantLinear
+from qpass.quant_weight import QuantWeight
 from qpass.scheme import PRESETS
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight, quantize_weight

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.errors import QPassError
-from qpass.layers import PackedWeight, QuantLinear, QuantWeight
+from qpass.layers import PackedWeight, QuantLinear
+from qpass.quant_weight import QuantWeight
 
 
 class Scaled(nn.Linear):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qpass.errors import CheckpointError
 from qpass.formats.compressed_tensors import describe_weight, names_on_disk, read_weight, write_weight
 from qpass.formats.compressed_tensors_config import read_config, write_config
-from qpass.layers import QuantLinear, QuantWeight
+from qpass.layers import QuantLinear
+from qpass.quant_weight import QuantWeight
 from qpass.scheme import PRESETS, Scheme
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight, quantize_weight

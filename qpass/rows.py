@@ -9,13 +9,20 @@ from qpass.site import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanRow:
-    """One site of a plan; `reason` is a sentence wherever the outcome is not simply what the rule asked."""
+class Row:
+    """What both say. `reason` is a sentence wherever the outcome is not simply what the rule asked.
+
+    name       the parameter's qualified name
+    rule       the text of the rule that matched
+    scheme     as asked; None if nothing asked for one
+    effective  what really runs here, `w4a8 g64`; None for a layer in float
+    refusals   kernel -> the sentence in which it says why not
+    bytes_*    of the weight, scales and zero points included
+    """
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
-    status: Literal["quantize", "keep", "refuse"]
     rule: str
     scheme: str | None = None
     effective: str | None = None
@@ -30,22 +37,15 @@ class PlanRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportRow:
+class PlanRow(Row):
+    """One site of a plan."""
+
+    status: Literal["quantize", "keep", "refuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRow(Row):
     """One site of a report. `activation` begins, after a compile, with `fused into`, `shared with` or `alone:`."""
 
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
     status: Literal["quantized", "kept", "refused"]
-    rule: str
-    scheme: str | None = None
-    effective: str | None = None
-    group_size: int | None = None
-    reason: str = ""
-    kernel: str | None = None
-    refusals: dict[str, str] = field(default_factory=dict)
-    shared_input: int | None = None
-    produced_by: str | None = None
-    bytes_before: int = 0
-    bytes_after: int = 0
     activation: str = ""

@@ -275,3 +275,23 @@ def test_packed_weight_is_one_copy() -> None:
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.buffers()}
     assert sum(held.values()) == layer.nbytes == N * K + 2 * N
     assert not list(layer.parameters())
+
+
+@pytest.mark.parametrize("place", ["linear", "parameter"])
+def test_what_code_asks_a_weight_for(place: str) -> None:
+    w: Any = quant_linear(dtype=torch.bfloat16).weight if place == "linear" else quant_weight(transposed=False)
+    dtype = torch.bfloat16 if place == "linear" else torch.float32
+    assert (w.data.dtype, w.detach().shape, w.itemsize) == (dtype, (N, K), dtype.itemsize)
+    assert w.is_floating_point() and w.element_size() == dtype.itemsize and w.numel() == N * K
+    assert not w.data.is_cuda and not w.data.is_meta and w.data.grad is None and w.data.contiguous().shape == (N, K)
+    x = torch.randn(3, K)
+    same = F.linear(x, w)
+    for cast in (w.to(torch.float32), w.to(x), w.to("cpu", torch.float32), w.float(), w.type(torch.float32),
+                 w.type_as(x), w.data.float()):
+        assert cast.dtype == torch.float32 and cast.T.dtype == torch.float32
+        assert torch.equal(F.linear(x, cast), same)
+        assert torch.equal(x @ cast.T, same)
+    assert w.half().dtype == torch.float16 and w.bfloat16().dtype == torch.bfloat16
+    assert w.dtype == dtype  # as a tensor's, a cast leaves the weight itself alone
+    with pytest.raises(PackedForInference, match=r"model\.to\(device\)"):
+        w.data.to("meta")

@@ -130,3 +130,48 @@ def test_extra_state_of_replaced_modules_survives() -> None:
     original = model[0]
     quantize(model, X)
     assert qpass.dequantize(model)[0] is original and model[0].note == "mine"
+
+
+def test_a_forward_that_casts_its_weight_to_what_it_is() -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 64) / 8)
+            self.out = nn.Linear(32, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(F.linear(x.type(torch.float32), self.w.type(torch.float32)))
+            return self.out(y) @ self.w.data.to(y.dtype).t()  # type: ignore[no-any-return]
+
+    model = Careful()
+    before = model(X)
+    quantize(model, X)
+    assert isinstance(model.w, QuantWeight) and model.w.dtype == torch.float32
+    close(model(X), before)
+
+
+def test_what_else_a_replaced_module_says_of_itself_stays() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scaling = nn.Parameter(torch.randn(64, 48) / 8), 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Lazy()
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.inner.weight.shape == (64, 48)  # as it was stored
+            return self.inner(x) * self.inner.scaling  # type: ignore[no-any-return]
+
+    model = Parent()
+    before = model(X)
+    quantize(model, X)
+    assert isinstance(model.inner, QuantLinear)
+    close(model(X), before)
+    assert torch.equal(X @ model.inner.weight, model.inner(X))  # type: ignore[operator]
+    assert [*qpass.dequantize(model).inner.state_dict()] == ["weight"] and model.inner.scaling == 0.5

@@ -52,10 +52,11 @@ class SiteRecord:
     left: str = ""
 
 
-_records: dict[str, SiteRecord] = {}
+_Records = dict[str, dict[str, SiteRecord]]  # site -> spec -> record, the newest last; models share names, not specs
+_records: _Records = {}
 _seen: dict[str, float] = {}  # module names of graphs that a compile cache was asked for
-_stored: dict[str, SiteRecord] = {}  # what the disk holds, read when first asked for
-_waiting: dict[Quantization, list[str]] = {}
+_stored: _Records = {}  # what the disk holds, read when first asked for
+_waiting: dict[Quantization, list[tuple[str, str]]] = {}  # site and spec
 
 
 def for_site(path: str, spec: str | None = None) -> SiteRecord | None:
@@ -68,7 +69,8 @@ def for_site(path: str, spec: str | None = None) -> SiteRecord | None:
     remark = ""
     if found is None and _longest_name(path, _seen) is not None:
         if not _stored:
-            _stored.update(record_store.read(SiteRecord))
+            for one in sorted(record_store.read(SiteRecord), key=lambda one: one.activation != _PENDING):
+                _put(_stored, one)
         found, remark = _longest(path, _stored, spec), " (from the compile cache)"
     if found is None:
         return None
@@ -86,14 +88,14 @@ def remember_graph(graph: fx.Graph, passes: dict[str, int]) -> None:
         for site, text in zip(sites, product.specs, strict=True):
             made.append(SiteRecord(
                 site=site, spec=text, kernel=product.spec.kernel, op=op, left=node.meta.get(LEFT, ""), passes=passes,
-                activation=_activation(node, product, site, marks), refusals=_refusals(node, text),
+                activation=_activation(node, product, site, text, marks), refusals=_refusals(node, text),
                 merged_with=tuple(other for other in sites if other != site)))
     for one in made:
         debug.say(1, f"{one.site}: {one.spec.partition(' @')[0]}, {one.kernel}"
                      + (f", in one call with {', '.join(one.merged_with)}" if one.merged_with else ""))
         for name, why in one.refusals.items():
             debug.say(2, f"  {name}: {why}")
-        _records[one.site] = one
+        _put(_records, one)
     record_store.write(made)
 
 
@@ -101,10 +103,10 @@ def settle(outcomes: dict[Quantization, str]) -> None:
     """Say of exposed quantizations where the scheduler put them."""
     changed = []
     for mark, text in outcomes.items():
-        for site in _waiting.pop(mark, []):
-            if site in _records:
-                _records[site] = replace(_records[site], activation=text)
-                changed.append(_records[site])
+        for site, spec in _waiting.pop(mark, []):
+            if (one := _records.get(site, {}).get(spec)) is not None:
+                changed.append(replace(one, activation=text))
+                _put(_records, changed[-1])
                 debug.say(2, f"{site}: activation {text.replace(AT, '')}")
     if changed:
         record_store.write(changed)
@@ -125,7 +127,7 @@ def forget() -> None:
     _waiting.clear()
 
 
-def _activation(node: fx.Node, product: Product, site: str, marks: set[Quantization]) -> str:
+def _activation(node: fx.Node, product: Product, site: str, text: str, marks: set[Quantization]) -> str:
     if product.spec.activation is None:
         return "alone: the scheme leaves the activation in float"
     if product.x_scale is None:
@@ -138,7 +140,7 @@ def _activation(node: fx.Node, product: Product, site: str, marks: set[Quantizat
     if mark in marks or mark.site != site:
         return f"shared with {AT}{mark.site}"
     marks.add(mark)
-    _waiting.setdefault(mark, []).append(site)
+    _waiting.setdefault(mark, []).append((site, text))
     return _PENDING
 
 
@@ -152,8 +154,14 @@ def _refusals(node: fx.Node, text: str) -> dict[str, str]:
     return {k.name: why for k in better if (why := k.why_not(call)) is not None}
 
 
-def _longest(path: str, records: dict[str, SiteRecord], spec: str | None) -> SiteRecord | None:
-    fitting = {name: one for name, one in records.items() if spec in (None, one.spec)}
+def _put(records: _Records, one: SiteRecord) -> None:
+    of_site = records.setdefault(one.site, {})
+    of_site.pop(one.spec, None)
+    of_site[one.spec] = one
+
+
+def _longest(path: str, records: _Records, spec: str | None) -> SiteRecord | None:
+    fitting = {name: ones[spec or next(reversed(ones))] for name, ones in records.items() if spec in (None, *ones)}
     name = _longest_name(path, fitting)
     return None if name is None else fitting[name]
 

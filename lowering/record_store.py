@@ -39,19 +39,18 @@ def write(records: Sequence[SiteRecord]) -> None:
         return
 
 
-def read(kind: type[SiteRecord]) -> dict[str, SiteRecord]:
-    """Every record on disk that the pipeline as it stands wrote; of one site, the newest."""
-    found: dict[str, SiteRecord] = {}
+def read(kind: type[SiteRecord]) -> list[SiteRecord]:
+    """Every record on disk that the pipeline as it stands wrote, the oldest first."""
+    found: list[SiteRecord] = []
     try:
         files = sorted(_folder().glob("*.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True)[:_FILES_READ]
     except (OSError, ImportError):
         return found
-    for path in files:
+    for path in reversed(files):
         try:
             for line in path.read_text().splitlines():
                 fields: dict[str, Any] = json.loads(line)
-                one = kind(**{**fields, "merged_with": tuple(fields["merged_with"])})
-                found.setdefault(one.site, one)
+                found.append(kind(**{**fields, "merged_with": tuple(fields["merged_with"])}))
         except (OSError, ValueError, TypeError, KeyError):
             continue  # half written by an older version, or damaged: the rest still counts
     return found

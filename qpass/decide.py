@@ -54,7 +54,8 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
     """
     if not sites:
         raise NothingQuantized("the model has no product of an activation with a parameter, so there is nothing to "
-                               "quantize; if it should have, pass example_inputs that reach its layers")
+                               "quantize; if it should have, pass example_inputs that reach its layers. Parameters of "
+                               "integers and of 8-bit floats do not count: they are quantized already")
     matches = match(sites, recipe)
     tied = _tied_heads(sites)
     decisions = tuple(_draft(found, recipe.on_indivisible, tied.get(found.site.name)) for found in matches)
@@ -107,12 +108,12 @@ def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision
                       out_features=site.out_features, in_features=site.in_features)
     count = site.numel // max(1, site.out_features * site.in_features)
     return replace(kept, status="quantize", scheme=scheme, spec=spec, reason=reason,
-                   bytes_after=stored_bytes(spec, count, site.dtype.itemsize))
+                   bytes_after=stored_bytes(spec, count, min(site.dtype.itemsize, 4)))
 
 
 def _names_router(found: Match) -> bool:
     """Whether a rule means this layer; the recipe's own scheme, a kind, and the class of every other layer do not."""
-    return found.tier <= Tier.REGEX or (found.tier is Tier.CLASS and found.site.owner_class != "Linear")
+    return found.tier <= Tier.REGEX or (found.tier is Tier.CLASS and found.target != "Linear")
 
 
 def _cannot(site: Site, tied_to: str | None) -> str | None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from qpass.capture import Capture
 from qpass.find_products import Product, find_products, opaque_readers
 from qpass.graph_facts import consumers, is_router, produced_by, shared_inputs
-from qpass.site import Site
+from qpass.site import Site, base_names
 from qpass.swap_choice import Calls, choose_swap
 from qpass.unreached import unreached_sites
 
@@ -56,7 +56,9 @@ def _graph_sites(capture: Capture, graph_module: fx.GraphModule, parameters: Map
         sites.append(Site(
             name=name, kind=found[0].kind, shape=tuple(parameters[stored].shape), dtype=parameters[stored].dtype,
             transposed=found[0].transposed, owner=name.rpartition(".")[0],
-            owner_class=_class_name(name, modules, found[0]), bias=biases.pop() if len(biases) == 1 else None,
+            owner_class=_class_name(name, modules, found[0]),
+            owner_bases=base_names(modules.get(name.rpartition(".")[0])),
+            bias=biases.pop() if len(biases) == 1 else None,
             swap=swap, refusal=refusal, uses=len(found), aliases=tuple(other for other in known if other != name),
             shared_input=shared.get(name), produced_by=produced_by(found[0]), consumers=consumers(found[0], names),
             role="router" if found[0].kind == "linear" and any(map(is_router, found)) else None))
@@ -94,7 +96,8 @@ def _inside_opaque(graph_module: fx.GraphModule, parameters: Mapping[str, Tensor
             owner = name.rpartition(".")[0]
             sites.append(Site(
                 name=name, kind="linear", shape=tuple(parameters[name].shape), dtype=parameters[name].dtype,
-                owner=owner, owner_class=type(modules[owner]).__name__ if owner in modules else "", swap=None,
+                owner=owner, owner_class=type(modules[owner]).__name__ if owner in modules else "",
+                owner_bases=base_names(modules.get(owner)), swap=None,
                 refusal=f"{name} is multiplied inside {reader}, which runs as one piece and cannot be opened; write "
                         "the product with torch.nn.functional.linear, or add it to ignore"))
     return sites

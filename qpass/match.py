@@ -2,9 +2,11 @@
 
 How a target is read, first that fits: `re:` starts a regex, `*`, `?` or `[` makes a glob, otherwise a name. A name is
 looked up as the exact path of a module or parameter, then as another name of a tied parameter, then as a class, then
-as a kind, and last as the final component of a path (`lm_head` finds `model.lm_head`, `q_proj` every q_proj).
-Globs and regexes see both the module's path and the parameter's name; a regex matches from the start, as
-compressed-tensors has it. A module's path stands for the parameters that it owns itself, not for modules inside it.
+as a kind, and last as the final component of a path (`lm_head` finds `model.lm_head`, `q_proj` every q_proj). Globs
+and regexes see both the module's path and the parameter's name; a regex matches from the start, as compressed-tensors
+has it. A class stands for those derived from it too, and the nearest of several classes decides: `Linear` finds every
+subclass of nn.Linear that no rule names by a class of its own. A module's path stands for the parameters that it owns
+itself, not for modules inside it.
 
 Of the rules that match a site the lowest Tier wins; rules of that tier must agree.
 """
@@ -55,6 +57,7 @@ class Match:
     scheme: Scheme | None
     rule: str
     tier: Tier
+    target: str = ""
 
     @property
     def ignored(self) -> bool:
@@ -92,10 +95,15 @@ def match(sites: Sequence[Site], recipe: Recipe) -> tuple[Match, ...]:
             continue
         best = min(tier for tier, _ in here)
         winners = [entry for tier, entry in here if tier == best]
+        if best is Tier.CLASS:
+            classes = (site.owner_class, *site.owner_bases)
+            nearest = min(classes.index(entry.target) for entry in winners)
+            winners = [entry for entry in winners if entry.target == classes[nearest]]
         for other in winners[1:]:
             if other.scheme != winners[0].scheme:
                 raise RuleConflict(_conflict(winners[0], other, best, site))
-        matches.append(Match(site=site, scheme=winners[0].scheme, rule=winners[0].text, tier=best))
+        matches.append(Match(site=site, scheme=winners[0].scheme, rule=winners[0].text, tier=best,
+                             target=winners[0].target))
     return tuple(matches)
 
 
@@ -112,7 +120,7 @@ def _resolve(target: str, sites: Sequence[Site]) -> tuple[Tier, frozenset[int]]:
     readings: tuple[tuple[Tier, Callable[[Site], object]], ...] = (
         (Tier.EXACT, lambda s: target in (s.owner, s.name)),
         (Tier.EXACT, lambda s: any(target in (alias, _parent(alias)) for alias in s.aliases)),
-        (Tier.CLASS, lambda s: target == s.owner_class),
+        (Tier.CLASS, lambda s: target in (s.owner_class, *s.owner_bases)),
         (Tier.KIND, lambda s: target == s.kind),
         (Tier.LAST_COMPONENT, lambda s: target in (_last(s.owner), _last(s.name))),
         (Tier.LAST_COMPONENT, lambda s: any(target == _last(_parent(alias)) for alias in s.aliases)),

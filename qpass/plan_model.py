@@ -73,11 +73,13 @@ class Plan:
         return render_html(self, Path(path))
 
 
-def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None) -> Plan:
+def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None,
+              device: torch.device | None = None) -> Plan:
     """What `quantize(model, recipe)` would do, without doing it; weights may be on the meta device.
 
     recipe          a preset name, Scheme, Recipe, dict, torchao config, or path to a YAML or JSON recipe
     example_inputs  what one call of the model takes; by default the model's own `dummy_inputs`
+    device          where the quantized model will run, for the choice of kernels; by default where its weights are
 
     Raises AlreadyQuantized, and what reading the recipe, capturing and deciding raise.
     """
@@ -88,9 +90,10 @@ def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None) -> P
     _check_float(model)
     captured = capture(model, example_inputs)
     sites = find(model, captured)
-    decisions = decide(sites, wanted, device=_device(model))
+    decisions = decide(sites, wanted, device=device or _device(model))
     return Plan(rows=tuple(plan_row(d) for d in decisions), decisions=decisions, recipe=wanted,
-                capture_method=captured.method, notes=(*captured.notes, *_beaten(wanted, decisions)))
+                capture_method=captured.method,
+                notes=(*captured.notes, *_beaten(wanted, decisions), *_not_here(wanted)))
 
 
 def plan_row(decision: Decision) -> PlanRow:
@@ -98,7 +101,8 @@ def plan_row(decision: Decision) -> PlanRow:
     site, spec = decision.site, decision.spec
     return PlanRow(name=site.name, kind=site.kind, shape=site.shape, status=decision.status, rule=decision.rule,
                    scheme=decision.scheme.name if decision.scheme else None,
-                   effective=effective_text(spec) if spec else None, group_size=spec.group_size if spec else None,
+                   effective=effective_text(spec) if spec else None,
+                   group_size=spec.weight.group_size if spec else None,
                    reason=decision.reason, kernel=spec.kernel if spec else None, refusals=decision.refusals,
                    shared_input=site.shared_input, produced_by=site.produced_by,
                    bytes_before=decision.bytes_before, bytes_after=decision.bytes_after)
@@ -109,6 +113,13 @@ def _beaten(recipe: Recipe, decisions: Sequence[Decision]) -> list[str]:
     used = {decision.rule for decision in decisions}
     return [f"rule {entry.text!r} decides no layer: other rules decide each that it matches"
             for entry in entries(recipe) if entry.text not in used and not entry.default]
+
+
+def _not_here(recipe: Recipe) -> list[str]:
+    """What quantize will refuse of a recipe that can be planned."""
+    asked = ", ".join(recipe.algorithms)
+    return [f"the recipe asks for {asked}, and this version rounds to nearest only: quantize will refuse it"
+            ] if asked else []
 
 
 def _check_float(model: Any) -> None:

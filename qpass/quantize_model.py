@@ -41,13 +41,17 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
         raise RecipeError(f"the recipe asks for {asked}, and this version rounds to nearest only; remove algorithms "
                           f"and "
                           "calibration")
+    where = None if device is None else _usable(device)
     if is_plain_graph(model):
-        return quantize_graph(model, chosen, example_inputs=example_inputs, allow_nonfinite=allow_nonfinite)
+        if where is not None and not isinstance(model, nn.Module):
+            raise TypeError("an ExportedProgram stays on the device that it was exported on; quantize it without "
+                            "`device`, or export the model on the other one")
+        quantize_graph(model, chosen, example_inputs=example_inputs, allow_nonfinite=allow_nonfinite)
+        return model if where is None else model.to(where)
     check_model(model)
-    plan = make_plan(model, chosen, example_inputs=example_inputs)
+    plan = make_plan(model, chosen, example_inputs=example_inputs, device=where)
     targets = [d for d in plan.decisions if d.status == "quantize"]
     _check_weights(model, targets, allow_nonfinite)
-    where = None if device is None else torch.device(device)
     remember(model, plan)
     try:
         _swap_all(model, targets, where, progress)
@@ -113,6 +117,19 @@ def finish(model: nn.Module, plan: Plan | None) -> None:
     write_config(model, plan)
     refuse_training(model)
     install()
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """The device, if weights can live there; WeightError before anything is moved."""
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise WeightError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}. Without `device` each "
+                          "layer stays where it is; nothing was changed") from error
+    if where.type == "meta":
+        raise WeightError("device='meta' holds no numbers; qpass.plan needs none, and quantize needs a real device")
+    return where
 
 
 def _check_weights(model: nn.Module, targets: list[Decision], allow_nonfinite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,9 @@ def as_recipe(value: Any) -> Recipe:
     if isinstance(value, (str, Path)):
         if isinstance(value, Path) or value.lower().endswith(_SUFFIXES):
             return read_recipe(Path(value))
+        if "/" in value or os.sep in value:
+            raise RecipeError(f"{value} is no recipe file: a path must end in {', '.join(_SUFFIXES)}; anything else is "
+                              "taken for the name of a preset")
         return Recipe(value)
     if value is None or isinstance(value, Scheme):
         return Recipe(value)

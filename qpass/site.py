@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 Kind = Literal["linear", "experts", "embedding"]
 
@@ -19,6 +20,7 @@ class Site:
     transposed     True if stored [K, N] (GPT-2's Conv1D, `x @ w`), False if stored [N, K]
     owner          path of the module that holds the parameter ("" is the model itself)
     owner_class    that module's class name
+    owner_bases    names of the module classes that it derives from, nearest first
     bias           qualified name of the bias parameter that the product adds, if one does
     swap           "module": the owner's forward is the product and nothing else, replace the owner;
                    "parameter": the product stands in a bigger forward, replace the parameter by one that intercepts it;
@@ -47,6 +49,7 @@ class Site:
     produced_by: str | None = None
     consumers: tuple[str, ...] = ()
     role: Literal["router"] | None = None
+    owner_bases: tuple[str, ...] = ()
 
     @property
     def out_features(self) -> int:
@@ -64,3 +67,9 @@ class Site:
         for size in self.shape:
             count *= size
         return count
+
+
+def base_names(owner: nn.Module | None) -> tuple[str, ...]:
+    """Names of the module classes that `owner`'s class derives from, nearest first; nn.Module itself says nothing."""
+    return tuple(base.__name__ for base in type(owner).__mro__[1:]
+                 if issubclass(base, nn.Module) and base is not nn.Module)

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass.capture import Capture
-from qpass.site import Kind, Site
+from qpass.site import Kind, Site, base_names
 
 _LOOKS_UP = (nn.Embedding, nn.EmbeddingBag)
 
@@ -40,7 +40,7 @@ def unreached_sites(parameters: Mapping[str, Tensor], modules: Mapping[str, nn.M
                        "quantized or spread over devices already; give it a plain tensor first, or add it to ignore")
         sites.append(Site(
             name=name, kind=kind, shape=tuple(tensor.shape), dtype=tensor.dtype, owner=owner_path,
-            owner_class=type(owner).__name__ if owner is not None else "", bias=bias,
+            owner_class=type(owner).__name__ if owner is not None else "", owner_bases=base_names(owner), bias=bias,
             swap="module" if plain else None, refusal=refusal,
             uses=0, aliases=names[1:]))
     return sites

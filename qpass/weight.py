@@ -71,11 +71,12 @@ def check_weight(weight: Tensor, name: str, *, allow_nonfinite: bool = False) ->
 
 
 def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype | None = None) -> CanonicalWeight:
-    """Round `weight` [N, K] to `spec.weight`; scales are stored in `scale_dtype`, by default the weight's own.
+    """Round `weight` [N, K] to `spec.weight`; scales are stored in `scale_dtype`, by default the weight's own
+    (float32 for a float64 weight, for they are computed in float32).
 
     Non-finite values become 0 (callers refuse them first with `check_weight`). Works in blocks of rows.
     """
-    scale_dtype = scale_dtype or weight.dtype
+    scale_dtype = scale_dtype or (torch.float32 if weight.dtype is torch.float64 else weight.dtype)
     codec = codec_of(spec.weight)
     if codec is not None:
         return CanonicalWeight(codec.quantize(weight.detach().float(), spec.group_size))

@@ -1,7 +1,8 @@
 """Build: the C++ sources beside this file in, one shared library out, compiled by one compiler call and cached.
 
 The cache is per user (QPASS_CACHE_DIR, else XDG_CACHE_HOME or ~/.cache, then qpass). A library's name holds a hash of
-all that it was made from. A library that came with the package is preferred if its hash fits the sources.
+all that it was made from, and its last bytes a hash of those before them: loading one that a full disk or a crash cut
+short would end the process. A library that came with the package is preferred if its hash fits the sources.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off")
+_HASH = hashlib.sha256().digest_size
 _HERE = Path(__file__).parent
 _SOURCES = _HERE / "csrc"
 _TORCH = Path(torch.__file__).parent
@@ -62,7 +64,7 @@ def find_library() -> Path | None:
         return shipped
     found = compiler()
     built = _built_path(found) if found else None
-    return built if built is not None and built.exists() else None
+    return built if built is not None and _whole(built) else None
 
 
 def build() -> Path:
@@ -79,7 +81,7 @@ def build() -> Path:
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
-            if not target.exists():
+            if not _whole(target):
                 _compile(command, target)
     except OSError as why:
         raise BuildFailed(f"needs to write the native library to {target.parent}, which failed ({why}); "
@@ -105,6 +107,14 @@ def _built_path(command: list[str]) -> Path:
     return cache_dir() / f"qpass_x86-{digest}.so"
 
 
+def _whole(library: Path) -> bool:
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_HASH]).digest() == content[-_HASH:]
+
+
 def _compile(command: list[str], target: Path) -> None:
     partial = target.with_name(f"{target.stem}.{os.getpid()}.partial")
     line = [*command, *FLAGS, "-I", str(_TORCH / "include"), *map(str, sorted(_SOURCES.glob("*.cpp"))),
@@ -115,6 +125,8 @@ def _compile(command: list[str], target: Path) -> None:
             errors = [text for text in done.stderr.splitlines() if "error" in text] or done.stderr.splitlines()
             raise BuildFailed(f"the native library did not compile: {errors[0] if errors else 'no message'}; "
                               f"run this to see all of it: {shlex.join(line)}")
+        content = partial.read_bytes()
+        partial.write_bytes(content + hashlib.sha256(content).digest())  # the loader does not look behind the sections
         os.replace(partial, target)  # a reader sees no library or a whole one
     finally:
         partial.unlink(missing_ok=True)

@@ -61,7 +61,9 @@ def _load_then_call(name: str) -> Callable[..., Any]:
     """What the op does while the library is not loaded: a graph compiled earlier may be the first to need it."""
 
     def call(*args: Any) -> Any:
-        if native.loaded():  # then the CPU has a kernel, and the call is not for the CPU
+        if native.loaded():  # then dense CPU tensors have a kernel, and these are not
+            if args[0].device.type == "cpu":
+                raise NoKernel(f"qpass_x86::{name} takes dense tensors, got {args[0].layout}; call .to_dense() first")
             raise NoKernel(f"qpass_x86::{name} runs on the CPU, and its tensors are on {args[0].device}; "
                            "move the whole model with .to(device), which packs its weights anew")
         native.library()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from qpass.errors import LoweringError
-from qpass.lowering import record
+from qpass.lowering import record, record_store
 from qpass.lowering.backend import qpass_backend
 from qpass.lowering.install import install, is_installed
 
@@ -72,6 +75,34 @@ def test_a_cached_compile_is_still_explained(small, installed):
     assert again.passes["share_activation_quant"] == 1
     assert record.for_site("b").activation == "shared with a (from the compile cache)"
     assert record.for_site("absent") is None
+
+
+def test_models_of_the_same_names_are_told_apart(quantize_layers, installed):
+    eight, weight_only = quantize_layers(Small()), quantize_layers(Small(), "w4a16")
+    specs = [str(model.a.spec) for model in (eight, weight_only)]
+    told = ["fused into mul", "alone: the scheme leaves the activation in float"]
+    x = torch.randn(2, 3, 32)
+    with fresh_cache(), torch.no_grad():
+        for model in (eight, weight_only):
+            torch.compile(model)(x)
+        assert [record.for_site("a", spec).activation for spec in specs] == told
+        record.forget()
+        torch._dynamo.reset()
+        for model in (eight, weight_only):
+            torch.compile(model)(x)
+    assert [record.for_site("a", spec).activation for spec in specs] == [f"{t} (from the compile cache)" for t in told]
+    assert record.for_site("a", str(eight.a.spec.on("absent"))) is None
+
+
+def test_a_record_that_a_killed_compile_left_hides_none_that_is_whole(small, installed):
+    with fresh_cache(), torch.no_grad():
+        torch.compile(small)(torch.randn(2, 3, 32))
+        whole = record.for_site("a")
+        record_store.write([replace(whole, activation=record._PENDING), replace(whole, site="unrelated")])
+        torch._dynamo.reset()
+        record.forget()
+        torch.compile(small)(torch.randn(2, 3, 32))
+    assert record.for_site("a").activation == "fused into mul (from the compile cache)"
 
 
 def test_the_backend_needs_no_installation(small):

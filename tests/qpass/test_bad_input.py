@@ -262,3 +262,25 @@ def test_what_packed_layers_refuse_leaves_the_model_usable(change: Callable[[nn.
     with pytest.raises(PackedForInference):
         change(model)
     assert torch.equal(model.eval()(X), y)
+
+
+@pytest.mark.parametrize(("device", "said"), [
+    ("meta", "holds no numbers"), ("no_such", r"device='no_such' cannot be used here"),
+    pytest.param("cuda", r"device='cuda' cannot be used here", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="needs a machine without CUDA")),
+])
+def test_a_device_that_cannot_be_used(device: str, said: str) -> None:
+    refused(net(), WeightError, said, device=device)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w8a16", "w4a16_asym"])
+def test_float64_weights(scheme: str) -> None:
+    model = net().double()
+    before = model(X.double())
+    quantize(model, scheme, X.double())
+    after = model(X.double())
+    assert after.dtype == torch.float64
+    assert (after - before).norm() < 0.3 * before.norm()
+    assert all(row.bytes_after < row.bytes_before / 4 for row in qpass.explain(model).rows)
+    qpass.dequantize(model)
+    assert all(p.dtype == torch.float64 for p in model.parameters())

@@ -502,3 +502,11 @@ def test_a_product_into_a_given_tensor_is_not_passed_over() -> None:
     sites = sites_of(Into(), torch.randn(3, K))
     assert set(sites) == {"w", "out.weight"}
     assert sites["w"].swap is None and "mm.out" in str(sites["w"].refusal)
+
+
+def test_the_classes_of_an_owner_are_told() -> None:
+    class Own(nn.Linear):
+        pass
+
+    sites = sites_of(nn.Sequential(Own(K, K), nn.Linear(K, N)), torch.randn(2, K))
+    assert [(site.owner_class, site.owner_bases) for site in sites.values()] == [("Own", ("Linear",)), ("Linear", ())]

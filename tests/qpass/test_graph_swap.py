@@ -130,3 +130,12 @@ def test_a_weight_on_the_left_is_refused_or_reported(x: Tensor) -> None:
     rows = {row.name: row for row in qpass.explain(graph).rows}
     assert rows["w"].status == "refused" and rows["w"].reason
     assert rows["right.weight"].status == "quantized"
+
+
+def test_a_device_is_not_passed_over() -> None:
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(64, 64)))
+    x = torch.randn(2, 64)
+    assert qpass.quantize(graph, "w8a16", example_inputs=x, device="cpu", progress=False) is graph
+    program = torch.export.export(nn.Sequential(nn.Linear(64, 64)), (x,))
+    with pytest.raises(TypeError, match="stays on the device"):
+        qpass.quantize(program, "w8a16", device="cpu", progress=False)

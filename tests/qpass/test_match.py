@@ -155,3 +155,13 @@ def test_a_rule_that_matches_nothing_names_itself_and_what_is_near(recipe: dict[
         decided(Recipe("w4a8", **recipe))
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_class_stands_for_those_derived_from_it_and_the_nearest_decides() -> None:
+    sites = [Site(name=f"{path}.weight", owner=path, kind="linear", shape=(8, 8), dtype=torch.float32,
+                  owner_class=names[0], owner_bases=names[1:])
+             for path, names in {"a": ("Linear",), "b": ("Scaled", "Linear"), "c": ("Conv1D",)}.items()]
+    everywhere = match(sites, Recipe("w8a8", overrides={"Linear": None}))
+    assert [found.rule for found in everywhere] == ["Linear = float", "Linear = float", "recipe w8a8"]
+    nearer = match(sites, Recipe("w8a8", overrides={"Linear": None, "Scaled": "w4a8"}))
+    assert [found.rule for found in nearer] == ["Linear = float", "Scaled = w4a8", "recipe w8a8"]

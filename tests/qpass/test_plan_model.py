@@ -120,3 +120,9 @@ def test_refused_products_are_rows_with_a_sentence() -> None:
     rows = {row.name: row for row in make_plan(Recurrent(), "w8a8", example_inputs=torch.zeros(1, 3, 32)).rows}
     assert rows["up.weight"].status == "quantize"
     assert rows["gru.weight_ih_l0"].status == "refuse" and "gru" in rows["gru.weight_ih_l0"].reason
+
+
+def test_a_plan_says_what_quantize_will_refuse() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    plan = make_plan(model, {"scheme": "w8a8", "algorithms": ["gptq"]})
+    assert any("asks for gptq" in note and "quantize will refuse" in note for note in plan.notes)

@@ -190,6 +190,14 @@ def test_files_that_are_no_recipe(tmp_path: Path, name: str, text: str, message:
         as_recipe(write(tmp_path, name, text))
 
 
+def test_a_path_that_is_no_file_name_of_a_recipe(tmp_path: Path) -> None:
+    for path in (str(tmp_path), write(tmp_path, "r.cfg", "scheme: w4a8")):
+        with pytest.raises(RecipeError, match=r"is no recipe file|must end in \.yaml"):
+            as_recipe(path)
+        with pytest.raises(RecipeError, match=r"must end in \.yaml"):
+            as_recipe(str(path))
+
+
 def test_missing_file_is_named() -> None:
     with pytest.raises(RecipeError, match=r"cannot read the recipe nowhere\.yaml"):
         as_recipe("nowhere.yaml")

@@ -19,26 +19,36 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-void require(bool ok, const std::string& message) {
-  if (!ok) throw std::runtime_error("qpass_x86: " + message);
+[[noreturn]] __attribute__((noinline, cold)) void refuse(const char* what, const std::string& why) {
+  throw std::runtime_error(std::string("qpass_x86: ") + what + why);
+}
+
+// Nothing is put together, and no memory taken, as long as all is well: this stands several times in every call.
+inline void require(bool ok, const char* what, const char* why = "") {
+  if (!ok) refuse(what, why);
+}
+
+int32_t narrow(int64_t value, const char* what) {
+  require(value == (int32_t)value, what, " is out of range");
+  return (int32_t)value;
 }
 
 int32_t number_of(ScalarType dtype, const char* what) {
   if (dtype == ScalarType::Float) return (int32_t)qpass::DType::f32;
   if (dtype == ScalarType::BFloat16) return (int32_t)qpass::DType::bf16;
-  require(dtype == ScalarType::Half, std::string(what) + " must be float32, bfloat16 or float16");
+  require(dtype == ScalarType::Half, what, " must be float32, bfloat16 or float16");
   return (int32_t)qpass::DType::f16;
 }
 
 // A contiguous CPU tensor of one of our dtypes; keeps what it may have copied alive as long as the call lasts.
 Tensor flat(const Tensor& t, const char* what) {
-  require(t.is_cpu(), std::string(what) + " must be on the CPU");
+  require(t.is_cpu(), what, " must be on the CPU");
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 void set(const Tensor& t, ScalarType dtype, const char* what, const void*& data, int64_t& bytes) {
-  require(t.is_cpu() && t.is_contiguous(), std::string(what) + " must be a contiguous CPU tensor");
-  require(t.scalar_type() == dtype, std::string(what) + " has the wrong dtype");
+  require(t.is_cpu() && t.is_contiguous(), what, " must be a contiguous CPU tensor");
+  require(t.scalar_type() == dtype, what, " has the wrong dtype");
   data = t.const_data_ptr();
   bytes = t.numel() * (int64_t)t.element_size();
 }
@@ -59,7 +69,7 @@ qp_weight describe(Parts& p, int64_t n, int64_t bits) {
   if (p.bias) set(*p.bias, p.bias->scalar_type(), "bias", w.bias, w.bias_bytes);
   w.N = n;
   w.groups = p.scale.size(1);
-  w.bits = (int32_t)bits;
+  w.bits = narrow(bits, "bits");
   w.scale_dtype = number_of(p.scale.scalar_type(), "scale");
   w.bias_dtype = p.bias ? number_of(p.bias->scalar_type(), "bias") : 0;
   return w;
@@ -67,6 +77,7 @@ qp_weight describe(Parts& p, int64_t n, int64_t bits) {
 
 Tensor allocate(const Tensor& x, int64_t n, ScalarType dtype, qp_weight& w) {
   require(n > 0, "the number of outputs must be positive");
+  require(n <= w.q_bytes / 32, "qweight is too small for that many outputs");  // 4 bits, 64 inputs: the fewest bytes
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
   Tensor out = torch::stable::new_empty(x, sizes, dtype);
@@ -78,10 +89,10 @@ Tensor allocate(const Tensor& x, int64_t n, ScalarType dtype, qp_weight& w) {
 
 // x as [..., k], contiguous: checked before anything is made from its sizes.
 Tensor rows_of(const Tensor& x, int64_t k, const char* what) {
-  require(x.dim() > 0 && k > 0, std::string(what) + " must be [..., K] with K > 0");
+  require(x.dim() > 0 && k > 0, what, " must be [..., K] with K > 0");
   const int64_t features = x.size(x.dim() - 1);
-  require(features == k, std::string(what) + " has " + std::to_string(features) + " features, the weight takes " +
-                             std::to_string(k));
+  if (features != k)
+    refuse(what, " has " + std::to_string(features) + " features, the weight takes " + std::to_string(k));
   return flat(x, what);
 }
 
@@ -89,8 +100,8 @@ void succeed(int32_t code) { require(code == 0, qp_last_error()); }
 
 void run(const Tensor& x, int64_t k, int64_t activation, int64_t isa, const std::vector<qp_weight>& w) {
   require(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2");
-  succeed(qp_linear((int32_t)isa, x.const_data_ptr(), number_of(x.scalar_type(), "x"), x.numel() / k, k, (int32_t)activation, w.data(),
-                    (int64_t)w.size(), (int32_t)torch::stable::get_num_threads()));
+  succeed(qp_linear(narrow(isa, "isa"), x.const_data_ptr(), number_of(x.scalar_type(), "x"), x.numel() / k, k,
+                    (int32_t)activation, w.data(), (int64_t)w.size(), (int32_t)torch::stable::get_num_threads()));
 }
 
 struct Codes {
@@ -107,7 +118,7 @@ struct Codes {
             "x_zero_point must be float32 [..., 1]");
   }
   void run(int64_t k, int64_t isa, const std::vector<qp_weight>& w) const {
-    succeed(qp_linear_q((int32_t)isa, (const int8_t*)q.const_data_ptr(), (const float*)scale.const_data_ptr(),
+    succeed(qp_linear_q(narrow(isa, "isa"), (const int8_t*)q.const_data_ptr(), (const float*)scale.const_data_ptr(),
                         zero_point ? (const float*)zero_point->const_data_ptr() : nullptr, q.numel() / k, k, w.data(),
                         (int64_t)w.size(), (int32_t)torch::stable::get_num_threads()));
   }

@@ -66,6 +66,20 @@ def test_processes_that_start_together_build_once(tmp_path: Path, stand_in_compi
     assert len(list(cache.glob("*.so"))) == 1 and not list(cache.glob("*.partial"))
 
 
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed"])
+def test_a_damaged_library_is_built_anew(tmp_path: Path, stand_in_compiler: Path, damage: str) -> None:
+    environment = {"QPASS_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(stand_in_compiler)}
+    finished(run(LINEAR, **environment))
+    (library,) = (tmp_path / "cache").glob("*.so")
+    whole = library.read_bytes()
+    middle = len(whole) // 2
+    library.write_bytes({"cut": whole[:middle], "empty": b"",
+                         "changed": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]}[damage])
+    assert finished(run(LINEAR, **environment))[0].split("|")[2] == "True"
+    assert library.read_bytes() == whole and (tmp_path / "calls").read_text() == "xx"
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_fresh_cache_is_filled_by_the_real_compiler(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
             if len(rest) < len(targets):
                 targets = ["Linear", *rest]
                 ignore = [name for name, module in model.named_modules(remove_duplicate=False)
-                          if isinstance(module, nn.Linear)]
+                          if isinstance(module, nn.Linear) or _is_float_matrix(module)]
         groups[f"group_{number}"] = {
             "targets": targets, "format": _format_of(named[0][1].spec), "weights": _weights(weight),
             "input_activations": None if activation is None else _activations(activation), "output_activations": None}
@@ -100,6 +100,12 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
     return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None,
             "global_compression_ratio": None, "qpass": own}
+
+
+def _is_float_matrix(module: nn.Module) -> bool:
+    """Whether other readers may have an nn.Linear where this has a class of its own, as with routers of experts."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:

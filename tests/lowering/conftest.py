@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
 
 from qpass.kernels.reference.linear import linear_q_reference, linear_reference
 from qpass.kernels.registry import KERNELS, Kernel, kernel, register_kernel
@@ -90,6 +93,13 @@ def quantize_layers() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def empty_compile_cache() -> Iterator[None]:
+    """Compiled graphs are cached, in a cache of the test's own."""
+    with fresh_cache(), inductor_config.patch(fx_graph_cache=True), functorch_config.patch(enable_autograd_cache=True):
+        yield
+
+
+@pytest.fixture
 def trace() -> type[Traced]:
     return Traced
 
@@ -102,11 +112,15 @@ def attention() -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def own_pipeline() -> Iterator[None]:
-    """Each test begins with the built-in pipeline, nothing installed and nothing recorded, and leaves it so."""
+    """Each test begins with the built-in pipeline, nothing installed and nothing recorded, and leaves it so.
+
+    Graphs that an earlier run compiled are not taken from the cache, so that every run compiles what it asserts about.
+    """
     before = list(pipeline._passes)
     record.forget()
     uninstall()
-    yield
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
     uninstall()
     pipeline._passes[:] = before
 

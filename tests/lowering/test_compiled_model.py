@@ -10,7 +10,6 @@ import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 
 from qpass.errors import LoweringError
 from qpass.lowering import record, record_store
@@ -56,7 +55,7 @@ def test_no_recompiles_beyond_the_float_models(small, installed):
             torch.testing.assert_close(got, small(torch.ones(*shape, 32)))
 
 
-def test_a_cached_compile_is_still_explained(small, installed):
+def test_a_cached_compile_is_still_explained(small, installed, empty_compile_cache):
     x = torch.randn(2, 3, 32)
     with torch.no_grad():
         cold = torch.compile(small, fullgraph=True)(x)
@@ -66,23 +65,23 @@ def test_a_cached_compile_is_still_explained(small, installed):
         assert record.for_site("a") is None
         counters.clear()
         warm = torch.compile(small, fullgraph=True)(x)
-    assert counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"] >= 1
-    assert torch.equal(cold, warm)
-    again = record.for_site("a")
-    assert told == "fused into mul"
-    assert again.activation == f"{told} (from the compile cache)"
-    assert again.merged_with == ("b",)
-    assert again.passes["share_activation_quant"] == 1
-    assert record.for_site("b").activation == "shared with a (from the compile cache)"
-    assert record.for_site("absent") is None
+        assert counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"] >= 1
+        assert torch.equal(cold, warm)
+        again = record.for_site("a")
+        assert told == "fused into mul"
+        assert again.activation == f"{told} (from the compile cache)"
+        assert again.merged_with == ("b",)
+        assert again.passes["share_activation_quant"] == 1
+        assert record.for_site("b").activation == "shared with a (from the compile cache)"
+        assert record.for_site("absent") is None
 
 
-def test_models_of_the_same_names_are_told_apart(quantize_layers, installed):
+def test_models_of_the_same_names_are_told_apart(quantize_layers, installed, empty_compile_cache):
     eight, weight_only = quantize_layers(Small()), quantize_layers(Small(), "w4a16")
     specs = [str(model.a.spec) for model in (eight, weight_only)]
     told = ["fused into mul", "alone: the scheme leaves the activation in float"]
     x = torch.randn(2, 3, 32)
-    with fresh_cache(), torch.no_grad():
+    with torch.no_grad():
         for model in (eight, weight_only):
             torch.compile(model)(x)
         assert [record.for_site("a", spec).activation for spec in specs] == told
@@ -90,19 +89,20 @@ def test_models_of_the_same_names_are_told_apart(quantize_layers, installed):
         torch._dynamo.reset()
         for model in (eight, weight_only):
             torch.compile(model)(x)
-    assert [record.for_site("a", spec).activation for spec in specs] == [f"{t} (from the compile cache)" for t in told]
+        cached = [record.for_site("a", spec).activation for spec in specs]
+    assert cached == [f"{text} (from the compile cache)" for text in told]
     assert record.for_site("a", str(eight.a.spec.on("absent"))) is None
 
 
-def test_a_record_that_a_killed_compile_left_hides_none_that_is_whole(small, installed):
-    with fresh_cache(), torch.no_grad():
+def test_a_record_left_by_a_killed_compile_hides_no_whole_one(small, installed, empty_compile_cache):
+    with torch.no_grad():
         torch.compile(small)(torch.randn(2, 3, 32))
         whole = record.for_site("a")
         record_store.write([replace(whole, activation=record._PENDING), replace(whole, site="unrelated")])
         torch._dynamo.reset()
         record.forget()
         torch.compile(small)(torch.randn(2, 3, 32))
-    assert record.for_site("a").activation == "fused into mul (from the compile cache)"
+        assert record.for_site("a").activation == "fused into mul (from the compile cache)"
 
 
 def test_the_backend_needs_no_installation(small):

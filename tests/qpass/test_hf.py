@@ -228,3 +228,23 @@ def test_checkpoints_that_cannot_be_read_say_which_format() -> None:
     for folder in others:
         with pytest.raises(CheckpointError, match=r"this version|cannot honour"):
             qpass.load(folder)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_models_of_experts_are_saved_with_their_routers_float(tmp_path: Path, tiny_model: Build, family: str,
+                                                             token_ids: torch.Tensor) -> None:
+    model = tiny_model(family)
+    routers = {name: p.clone() for name, p in model.named_parameters() if name.endswith(".mlp.gate.weight")}
+    qpass.quantize(model, "w8a16", progress=False)
+    qpass.save(model, tmp_path / "one")
+    again = qpass.load(tmp_path / "one")
+    for name, router in routers.items():
+        assert torch.equal(model.get_parameter(name), router) and torch.equal(again.get_parameter(name), router)
+    with torch.no_grad():
+        assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+    # Other readers may have an nn.Linear there, which the target "Linear" would find.
+    config = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
+    assert {name.removesuffix(".weight") for name in routers} <= set(config["ignore"])
+    qpass.save(again, tmp_path / "two")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

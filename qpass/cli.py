@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = command("demo", "get a small language model, quantize it, compile it, and let it answer",
                    "qpass demo --recipe w8a8 --prompt 'Why is the sky blue?'")
     demo.add_argument("--recipe", default="w4a8", help=_RECIPE_HELP)
-    demo.add_argument("--prompt", default="What do bees make?", help="what to ask (default: %(default)s)")
+    demo.add_argument("--prompt", default="What is the capital of France?", help="what to ask (default: %(default)s)")
     demo.add_argument("--cache-dir", metavar="DIR", help="where the model is kept (default: $QPASS_CACHE_DIR, or qpass "
                                                          "in the user's cache folder)")
     demo.add_argument("--tokens", type=_positive, default=1024, metavar="N",

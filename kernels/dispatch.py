@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qpass.experts_spec import ExpertsSpec
 from qpass.kernels.registry import Kernel, kernel
 from qpass.ops import LIBRARY
 from qpass.spec import LinearSpec
@@ -61,6 +62,20 @@ def _dequantize(packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     return dequantize_weight(weight, parsed, dtype)
 
 
+def _experts(x: Tensor, index: Tensor, weight: Tensor, packed: list[Tensor], bias: list[Tensor | None],
+             spec: str) -> Tensor:
+    parsed = ExpertsSpec.parse(spec)
+    return kernel(parsed.kernel).forms["experts"](x, index, weight, packed, bias, parsed)  # type: ignore[no-any-return]
+
+
+def _experts_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, index: Tensor, weight: Tensor,
+               packed: list[Tensor], bias: list[Tensor | None], spec: str, dtype: torch.dtype) -> Tensor:
+    parsed = ExpertsSpec.parse(spec)
+    form = kernel(parsed.kernel).forms["experts_q"]
+    return form(xq, x_scale, x_zero_point, index, weight, packed, bias, parsed, dtype)  # type: ignore[no-any-return]
+
+
 for _name, _fn in {"linear": _linear, "linear_q": _linear_q, "linear_list": _linear_list,
-                   "linear_q_list": _linear_q_list, "dequantize": _dequantize}.items():
+                   "linear_q_list": _linear_q_list, "dequantize": _dequantize, "experts": _experts,
+                   "experts_q": _experts_q}.items():
     LIBRARY.impl(_name, _fn, "CompositeExplicitAutograd")

@@ -11,18 +11,19 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from qpass.errors import DuplicateRegistration, NoKernel
+from qpass.experts_spec import ExpertsSpec
 from qpass.kernels.isa import machine_refuses
 from qpass.kernels.layout import CANONICAL, Layout
 from qpass.spec import LinearSpec
 
-LinearFn = Callable[[Tensor, Sequence[Tensor], "Tensor | None", LinearSpec], Tensor]
-Refuses = Callable[["LinearCall"], "str | None"]
+Call: TypeAlias = "LinearCall | ExpertsCall"
+Refuses = Callable[[Any], "str | None"]
 _Form = TypeVar("_Form", bound=Callable[..., Any])
 Prepare = Callable[[], "str | None"]
 NativeCall = Callable[[str, Sequence[Any]], "tuple[Callable[..., Any], tuple[Any, ...]] | None"]
@@ -32,6 +33,8 @@ _SIGNATURES = {
     "linear_q": ("xq", "x_scale", "x_zero_point", "packed", "bias", "spec", "dtype"),
     "linear_list": ("x", "packed", "bias", "specs"),
     "linear_q_list": ("xq", "x_scale", "x_zero_point", "packed", "bias", "specs", "dtype"),
+    "experts": ("x", "index", "weight", "packed", "bias", "spec"),
+    "experts_q": ("xq", "x_scale", "x_zero_point", "index", "weight", "packed", "bias", "spec", "dtype"),
 }
 
 
@@ -39,9 +42,26 @@ _SIGNATURES = {
 class LinearCall:
     """What is known of a call before it is made; sizes of the batch are not, kernels take any."""
 
+    op: ClassVar[str] = "linear"
     spec: LinearSpec
     device: torch.device
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsCall:
+    """The same of a layer of experts; `bias` says whether they have biases."""
+
+    op: ClassVar[str] = "experts"
+    spec: ExpertsSpec
+    device: torch.device
+    dtype: torch.dtype
+    bias: bool = False
+
+    def parts(self) -> list[LinearCall]:
+        """The calls of its quantized weights, one expert each."""
+        return [LinearCall(spec=part, device=self.device, dtype=self.dtype)
+                for part in self.spec.parts if part is not None]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,6 +78,9 @@ class Kernel:
             node.target, node.args = call
 
     `prepare()` makes the kernel ready to run (compiles it, once a process) and returns None or why that failed.
+
+    `op` is "linear" or "experts". `linear`, of a kernel of experts, names the linear kernel whose layout each expert's
+    blocks have; None if it takes any.
     """
 
     name: str
@@ -70,12 +93,17 @@ class Kernel:
     forms: dict[str, Callable[..., Any]] = field(default_factory=dict)
     native_call: NativeCall | None = None
     prepare: Prepare | None = None
+    op: str = "linear"
+    linear: str | None = None
 
     def form(self, op: str) -> Callable[[_Form], _Form]:
-        """Decorator: the same kernel for `linear_q`, `linear_list` or `linear_q_list`; the signature is checked."""
+        """Decorator: the same kernel for `linear_q`, `linear_list`, `linear_q_list` or `experts_q`; the signature is
+        checked."""
 
         def attach(fn: _Form) -> _Form:
             _check_signature(self.name, op, fn)
+            if not op.startswith(self.op):
+                raise TypeError(f"kernel {self.name!r} is for op {self.op!r} and cannot have a form {op!r}")
             if op in self.forms:
                 raise DuplicateRegistration(f"kernel {self.name!r} has a form for {op} already")
             self.forms[op] = fn
@@ -83,9 +111,11 @@ class Kernel:
 
         return attach
 
-    def why_not(self, call: LinearCall) -> str | None:
+    def why_not(self, call: Call) -> str | None:
         """The first reason not to run `call`, or None."""
         spec = call.spec
+        if self.op != call.op:
+            return f"computes {self.op}, not {call.op}"
         if self.scheme not in ("*", spec.family):
             return f"computes {self.scheme}, not {spec.family}"
         if self.device not in ("*", call.device.type):
@@ -113,30 +143,32 @@ _forced: list[str] = []
 
 def register_kernel(*, scheme: str, device: str, op: str = "linear", isa: str | None = None, name: str | None = None,
                     layout: Layout = CANONICAL, refuses: Refuses | None = None, priority: int = 50,
-                    prepare: Prepare | None = None, native_call: NativeCall | None = None
-                    ) -> Callable[[LinearFn], Kernel]:
-    """Decorator that puts a linear kernel in the table and returns its Kernel, to which other forms can be attached.
+                    prepare: Prepare | None = None, native_call: NativeCall | None = None, linear: str | None = None
+                    ) -> Callable[[Callable[..., Tensor]], Kernel]:
+    """Decorator that puts a kernel in the table and returns its Kernel, to which other forms can be attached.
 
+    op        "linear" or "experts"
     scheme    a family such as "w4a8", or "*"
     device    a torch device type, or "*"
     isa       what the machine must have: "amx_int8", "avx512_vnni", "avx2", "x86_64", ...; None for anything
-    refuses   LinearCall -> None or the sentence that says why not
+    refuses   LinearCall (ExpertsCall for op "experts") -> None or the sentence that says why not
     priority  higher is asked first; the native kernels have 10 to 40, the reference 0
-    prepare, native_call  see Kernel
+    prepare, native_call, linear  see Kernel
 
     Raises DuplicateRegistration for a name in use, TypeError for a signature that is not the op's.
     """
 
-    def put(fn: LinearFn) -> Kernel:
-        if op != "linear":
-            raise TypeError(f"kernels are registered for op 'linear' and get other forms with .form(...); got {op!r}")
+    def put(fn: Callable[..., Tensor]) -> Kernel:
+        if op not in ("linear", "experts"):
+            raise TypeError("kernels are registered for op 'linear' or 'experts' and get other forms with .form(...); "
+                            f"got {op!r}")
         label = name or fn.__name__
         if label in KERNELS:
             raise DuplicateRegistration(f"a kernel named {label!r} is registered already; choose another name")
         _check_signature(label, op, fn)
         made = Kernel(name=label, scheme=scheme, device=device, isa=isa, layout=layout, priority=priority,
                       refuses=refuses or (lambda call: None), forms={op: fn}, prepare=prepare,
-                      native_call=native_call)
+                      native_call=native_call, op=op, linear=linear)
         KERNELS[label] = made
         return made
 
@@ -152,7 +184,7 @@ def kernel(name: str) -> Kernel:
         raise NoKernel(f"no kernel is named {name!r}; registered: {', '.join(sorted(KERNELS))}") from None
 
 
-def choose(call: LinearCall, *, where: str = "", prepare: bool = False) -> Choice:
+def choose(call: Call, *, where: str = "", prepare: bool = False) -> Choice:
     """The best kernel that takes `call`. Raises NoKernel, naming `where`, if a forced kernel refuses.
 
     With `prepare` the kernel is also made ready, which may compile it; one that cannot be made ready refuses with
@@ -160,15 +192,19 @@ def choose(call: LinearCall, *, where: str = "", prepare: bool = False) -> Choic
     """
     load_builtin()
     forced = _forced[-1] if _forced else os.environ.get("QPASS_KERNEL")
-    if forced:
-        wanted = kernel(forced)
+    wanted = kernel(forced) if forced else None
+    if wanted is not None and wanted.op == call.op:
         if (why := _why_not(wanted, call, prepare)) is not None:
             raise NoKernel(f"kernel {forced!r} was forced but refuses {where or 'a layer'} ({call.spec}): {why}\n"
                            "choose another kernel, or add the layer to ignore")
         return Choice(kernel=wanted, refusals={})
     refusals: dict[str, str] = {}
     for candidate in sorted(KERNELS.values(), key=lambda k: -k.priority):
+        if candidate.op != call.op:
+            continue
         why = _why_not(candidate, call, prepare)
+        if why is None and wanted is not None and candidate.linear not in (None, wanted.name):
+            why = f"runs on weights packed for {candidate.linear}, and {wanted.name} was forced"
         if why is None:
             return Choice(kernel=candidate, refusals=refusals)
         if candidate.scheme in ("*", call.spec.family) and candidate.device in ("*", call.device.type):
@@ -191,10 +227,12 @@ def force_kernel(name: str) -> Iterator[None]:
 def load_builtin() -> None:
     """Import the kernels that come with qpass; compiles nothing."""
     import qpass.kernels.cpu.x86
+    import qpass.kernels.experts_loop
+    import qpass.kernels.reference.experts
     import qpass.kernels.reference.linear  # noqa: F401
 
 
-def _why_not(candidate: Kernel, call: LinearCall, prepare: bool) -> str | None:
+def _why_not(candidate: Kernel, call: Call, prepare: bool) -> str | None:
     why = candidate.why_not(call)
     return candidate.prepare() if why is None and prepare and candidate.prepare is not None else why
 

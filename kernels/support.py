@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qpass.experts_spec import ExpertsSpec, Gate
 from qpass.kernels.isa import machine_refuses
-from qpass.kernels.registry import KERNELS, Kernel, LinearCall, load_builtin
+from qpass.kernels.registry import KERNELS, ExpertsCall, Kernel, LinearCall, load_builtin
 from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs
 from qpass.spec import LinearSpec
 
@@ -59,13 +60,14 @@ class SupportMatrix:
 def support_matrix() -> SupportMatrix:
     """What each registered kernel computes and whether it runs on this machine; compiles and runs nothing."""
     load_builtin()
-    return SupportMatrix(rows=tuple(_row(k) for k in sorted(KERNELS.values(), key=lambda k: (-k.priority, k.name))))
+    ordered = sorted(KERNELS.values(), key=lambda k: (-k.priority, k.name))
+    return SupportMatrix(rows=tuple(_row(k) for k in ordered))
 
 
 def _row(kernel: Kernel) -> SupportRow:
     probes = [probe for scheme in _schemes(kernel.scheme) for probe in _probes(scheme)]
     taken = [(label, act, dtype) for label, act, spec in probes for dtype in _DTYPES
-             if kernel.refuses(LinearCall(spec=spec, device=_device(kernel), dtype=dtype)) is None]
+             if kernel.refuses(_call(kernel, spec, dtype)) is None]
     why = _device_refuses(kernel.device) or machine_refuses(kernel.isa) or ""
     return SupportRow(kernel=kernel.name, scheme="every scheme" if kernel.scheme == "*" else kernel.scheme,
                       weights=_merged([label for label, _, _ in taken]),
@@ -95,6 +97,16 @@ def _probes(scheme: Scheme) -> list[tuple[str, str, LinearSpec]]:
                                   in_features=_SIZE)
                 found.append((label if symmetric else f"{label} asym", act_label, spec))
     return found
+
+
+def _call(kernel: Kernel, spec: LinearSpec, dtype: torch.dtype) -> LinearCall | ExpertsCall:
+    """A product with the weight of `spec`, or experts of which both weights have it."""
+    if kernel.op == "linear":
+        return LinearCall(spec=spec, device=_device(kernel), dtype=dtype)
+    part = spec.on(kernel.linear or spec.kernel)
+    up = replace(part, out_features=2 * _SIZE)
+    experts = ExpertsSpec(experts=8, hidden=_SIZE, intermediate=_SIZE, gate=Gate(function="silu"), up=up, down=part)
+    return ExpertsCall(spec=experts, device=_device(kernel), dtype=dtype)
 
 
 def _device(kernel: Kernel) -> torch.device:

@@ -24,7 +24,8 @@ def pipeline_fingerprint() -> str:
     facts: list[str] = [_own_sources(), qpass.__version__]
     facts += [f"{p.name} {p.enabled} {_source(p.fn)}" for p in passes()]
     for k in sorted(KERNELS.values(), key=lambda k: k.name):
-        facts.append(f"{k.name} {k.scheme} {k.device} {k.isa} {k.layout.name} {k.priority} {sorted(k.forms)} "
+        facts.append(f"{k.name} {k.op} {k.linear} {k.scheme} {k.device} {k.isa} {k.layout.name} {k.priority} "
+                     f"{sorted(k.forms)} "
                      f"{'' if k.native_call is None else _source(k.native_call)}")
     facts += [*isa.machine_has(), *(f"{name}={os.environ.get(name)}" for name in _SETTINGS)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
@@ -37,7 +38,8 @@ def _own_sources() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256()
     reference = Path(inspect.getfile(isa)).parent / "reference" / "activation.py"
-    for path in (*sorted(here.glob("*.py")), reference, root / "ops.py", root / "spec.py"):
+    for path in (*sorted(here.glob("*.py")), reference, root / "ops.py", root / "spec.py",
+                 root / "experts_spec.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -149,7 +149,7 @@ def _refusals(node: fx.Node, text: str) -> dict[str, str]:
     value = value[0] if isinstance(value, (list, tuple)) else value
     call = LinearCall(spec=LinearSpec.parse(text), device=value.device, dtype=value.dtype)
     chosen = kernel(call.spec.kernel)
-    better = [k for k in KERNELS.values() if k.priority > chosen.priority
+    better = [k for k in KERNELS.values() if k.priority > chosen.priority and k.op == call.op
               and k.scheme in ("*", call.spec.family) and k.device in ("*", call.device.type)]
     return {k.name: why for k in better if (why := k.why_not(call)) is not None}
 

@@ -5,6 +5,12 @@ integers, so that its quantization can stand in the graph as plain ATen and fuse
 The `_list` forms multiply one activation with several weights in one call. `dequantize` gives the weight [N, K] back.
 `packed` holds the tensors of the kernel's layout in the layout's order; `spec` is `str(LinearSpec)`. What the ops
 compute is defined in `kernels/reference`.
+
+`experts` is a whole layer of experts: x [T, H], index int [T, top_k], weight floating [T, top_k] -> [T, H], and
+`experts_q` takes the activation as integers. An index below 0 or from the number of experts on contributes nothing.
+`packed` holds the tensors of the first weight, then those of the second, each as its LinearSpec's layout has them with
+a leading dimension of experts: expert e's block is `tensor[e]`. A weight that stays float is one tensor [E, N, K].
+`bias` has two entries, [E, N] of the first weight and [E, H] of the second, or None. `spec` is `str(ExpertsSpec)`.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.experts_spec import ExpertsSpec
 from qpass.spec import LinearSpec
 
 LIBRARY = torch.library.Library("qpass", "DEF")
@@ -25,6 +32,9 @@ LIBRARY.define("linear_list(Tensor x, Tensor[] packed, Tensor?[] bias, str[] spe
 LIBRARY.define("linear_q_list(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor?[] bias, "
                "str[] specs, ScalarType dtype) -> Tensor[]")
 LIBRARY.define("dequantize(Tensor[] packed, str spec, ScalarType dtype) -> Tensor")
+LIBRARY.define("experts(Tensor x, Tensor index, Tensor weight, Tensor[] packed, Tensor?[] bias, str spec) -> Tensor")
+LIBRARY.define("experts_q(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor index, Tensor weight, "
+               "Tensor[] packed, Tensor?[] bias, str spec, ScalarType dtype) -> Tensor")
 
 
 def _product(x: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
@@ -57,8 +67,31 @@ def _dequantize(packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     return packed[0].new_empty((parsed.out_features, parsed.in_features), dtype=dtype)
 
 
+def _mixed(x: Tensor, index: Tensor, weight: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    hidden = ExpertsSpec.parse(spec).hidden
+    torch._check(x.dim() == 2 and index.dim() == 2 and weight.dim() == 2,
+                 lambda: f"qpass: experts take x [T, {hidden}], index and weight [T, top_k], got {tuple(x.shape)}, "
+                         f"{tuple(index.shape)} and {tuple(weight.shape)}")
+    torch._check(x.shape[1] == hidden, lambda: f"qpass: input has {x.shape[1]} features, experts take {hidden}")
+    torch._check(index.shape[0] == x.shape[0] and weight.shape[0] == x.shape[0] and index.shape[1] == weight.shape[1],
+                 lambda: f"qpass: index {tuple(index.shape)} and weight {tuple(weight.shape)} must have one row for "
+                         f"each of {x.shape[0]} tokens")
+    torch._check(not index.is_floating_point(), lambda: f"qpass: index must hold integers, got {index.dtype}")
+    return x.new_empty((x.shape[0], hidden), dtype=dtype)
+
+
+def _experts(x: Tensor, index: Tensor, weight: Tensor, packed: list[Tensor], bias: list[Tensor | None],
+             spec: str) -> Tensor:
+    return _mixed(x, index, weight, spec, x.dtype)
+
+
+def _experts_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, index: Tensor, weight: Tensor,
+               packed: list[Tensor], bias: list[Tensor | None], spec: str, dtype: torch.dtype) -> Tensor:
+    return _mixed(xq, index, weight, spec, dtype)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "linear": _linear, "linear_q": _linear_q, "linear_list": _linear_list, "linear_q_list": _linear_q_list,
-    "dequantize": _dequantize}
+    "dequantize": _dequantize, "experts": _experts, "experts_q": _experts_q}
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"qpass::{_name}", _fake, lib=LIBRARY)

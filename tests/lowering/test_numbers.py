@@ -103,7 +103,8 @@ def native_kernels():
     found = []
     for family in ("w4a8", "w8a8", "w4a16", "w8a16"):
         call = LinearCall(spec=spec_of(family, "none"), device=torch.device("cpu"), dtype=torch.bfloat16)
-        able = [k for k in KERNELS.values() if k.scheme == family and k.priority > 0 and k.why_not(call) is None]
+        able = [k for k in KERNELS.values() if k.op == "linear" and k.scheme == family and k.priority > 0
+                and k.why_not(call) is None]
         found += [max(able, key=lambda k: k.priority).name] if able else []
     return found
 

@@ -8,14 +8,16 @@ of vLLM's W4A8 page: int4 per output channel, int8 asymmetric per token.
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from qpass.errors import DuplicateRegistration, RecipeError
 
-Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
+Granularity = Literal["per_tensor", "per_channel", "per_group", "per_block", "per_token"]
 
 
 class Codec(Protocol):
@@ -37,7 +39,8 @@ class Codec(Protocol):
 class WeightArgs:
     """The numbers of a weight [N, K]; groups run along K.
 
-    `type` is "int" or the name of a registered codec. `group_size` is set for per_group only.
+    `type` is "int" or the name of a registered codec. `group_size` is set for per_group, and for per_block, where it
+    is the side of a square block [group_size, group_size] (the last ones of a row or column may be smaller).
     """
 
     bits: int
@@ -51,15 +54,65 @@ class WeightArgs:
             raise RecipeError(f"weight bits must be 1 to 8, got {self.bits}")
         if self.type == "int" and self.bits < 2:
             raise RecipeError("int weights need at least 2 bits; register a codec for 1-bit formats")
-        if self.granularity not in ("per_tensor", "per_channel", "per_group"):
-            raise RecipeError("weight granularity must be per_tensor, per_channel or per_group, "
+        if self.granularity not in ("per_tensor", "per_channel", "per_group", "per_block"):
+            raise RecipeError("weight granularity must be per_tensor, per_channel, per_group or per_block, "
                               f"got {self.granularity!r}")
-        if (self.granularity == "per_group") != (self.group_size is not None):
-            raise RecipeError("group_size goes with granularity='per_group', and only with it; "
+        if self.type == "int" and self.granularity == "per_block":
+            raise RecipeError("int weights have no blocks; use granularity='per_group'")
+        if (self.granularity in ("per_group", "per_block")) != (self.group_size is not None):
+            raise RecipeError("group_size goes with granularity='per_group' or 'per_block', and only with them; "
                               f"got {self.granularity!r} and group_size={self.group_size}")
         if self.group_size is not None and self.group_size < 1:
             raise RecipeError(f"group_size must be positive, got {self.group_size}; "
                               "use granularity='per_channel' for one group a row")
+
+    @property
+    def grouping(self) -> str:
+        """The granularity in short: `g64`, `b128` (blocks), `channel` or `tensor`."""
+        if self.group_size is None:
+            return self.granularity.removeprefix("per_")
+        return f"{'b' if self.granularity == 'per_block' else 'g'}{self.group_size}"
+
+
+class RowCodec(ABC):
+    """A codec that sees all of WeightArgs, says what its tensors look like, and decodes some rows at a time.
+
+    The formats that come with qpass are of this kind (`qpass/codecs`, one a file). `names` are the tensors it makes;
+    the one called `weight` stands in a checkpoint under that name, any other as `weight_<name>`.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
+        """Of each tensor of a weight [N, K]: the dtypes it may have, the first one preferred, and its shape.
+
+        Raises ValueError if no weight of this shape can be stored.
+        """
+
+    @abstractmethod
+    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+        """`weight` float32 [N, K], finite, to the named tensors. Raises RecipeError for what can only be read."""
+
+    @abstractmethod
+    def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
+        """Rows start to stop of the weight [N, K], float32 [stop - start, K]."""
+
+    def check(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int]) -> None:
+        """Raise ValueError, saying which tensor, unless they are what `stored` says."""
+        for name, (dtypes, size) in self.stored(args, shape).items():
+            found = tensors[name]
+            if found.dtype not in dtypes or tuple(found.shape) != size:
+                raise ValueError(f"{tensor_on_disk(name)} is {found.dtype} {list(found.shape)}, and the layer "
+                                 f"{list(shape)} needs {' or '.join(map(str, dtypes))} {list(size)}")
+
+
+Stored = tuple[tuple[torch.dtype, ...], tuple[int, ...]]
+
+
+def tensor_on_disk(name: str) -> str:
+    """The name in a checkpoint of a codec's tensor, without the layer's path."""
+    return name if name == "weight" else f"weight_{name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +167,17 @@ def _group(bits: int, activation: ActivationArgs | None, *, symmetric: bool = Tr
 
 
 PRESETS: dict[str, Scheme] = {}
-_CODECS: dict[str, Codec] = {}
+_CODECS: dict[str, Codec | RowCodec] = {}
 
 
-def register_scheme(scheme: Scheme, *, codec: Codec | None = None) -> Scheme:
+def register_codec(kind: str, codec: Codec | RowCodec) -> None:
+    """Let `WeightArgs.type` be `kind`. Raises DuplicateRegistration if it has a meaning already."""
+    if kind == "int" or kind in _CODECS:
+        raise DuplicateRegistration(f"weight type {kind!r} has a definition already; choose another name")
+    _CODECS[kind] = codec
+
+
+def register_scheme(scheme: Scheme, *, codec: Codec | RowCodec | None = None) -> Scheme:
     """Add a scheme to PRESETS under its name; `codec` defines `scheme.weight.type` when that is not "int".
 
     Raises DuplicateRegistration if the name is taken, RecipeError if the weight type has no codec.
@@ -145,7 +205,7 @@ def scheme_for(weight: WeightArgs, activation: ActivationArgs | None) -> Scheme:
         if (known.weight, known.activation) == (weight, activation):
             return known
     unnamed = Scheme(name="", weight=weight, activation=activation)
-    group = f"g{weight.group_size}" if weight.group_size else weight.granularity.removeprefix("per_")
+    group = weight.grouping
     name = f"{unnamed.family}_{group}" + ("" if weight.symmetric else "_asym")
     if activation is not None and not activation.symmetric:
         name += "_xasym"
@@ -161,7 +221,7 @@ def check_defined(scheme: Scheme) -> None:
                           "register it with qpass.register_scheme(scheme, codec=...)")
 
 
-def codec_of(weight: WeightArgs) -> Codec | None:
+def codec_of(weight: WeightArgs) -> Codec | RowCodec | None:
     """The codec that defines this weight's type; None for the built-in integers."""
     return None if weight.type == "int" else _CODECS[weight.type]
 

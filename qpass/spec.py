@@ -14,7 +14,7 @@ from functools import lru_cache
 from qpass.scheme import ActivationArgs, WeightArgs
 
 _PATTERN = re.compile(
-    r"(?P<family>\S+) (?P<type>\w+?)(?P<bits>\d):(?P<group>g\d+|channel|tensor):(?P<sym>sym|asym)"
+    r"(?P<family>\S+) (?P<type>\w+?)(?P<bits>\d):(?P<group>[gb]\d+|channel|tensor):(?P<sym>sym|asym)"
     r"(?: x int8:token:(?P<asym>sym|asym))? (?P<n>\d+)x(?P<k>\d+) @(?P<kernel>\S+)"
 )
 
@@ -43,7 +43,12 @@ class LinearSpec:
     @property
     def groups(self) -> int:
         """Scales per row."""
-        return max(1, self.in_features // self.group_size)
+        return max(1, -(-self.in_features // self.group_size))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of the weight."""
+        return self.out_features, self.in_features
 
     def on(self, kernel: str) -> LinearSpec:
         """The same product on another kernel."""
@@ -51,8 +56,7 @@ class LinearSpec:
 
     def __str__(self) -> str:
         w, a = self.weight, self.activation
-        group = f"g{w.group_size}" if w.group_size else w.granularity.removeprefix("per_")
-        text = f"{self.family} {w.type}{w.bits}:{group}:{'sym' if w.symmetric else 'asym'}"
+        text = f"{self.family} {w.type}{w.bits}:{w.grouping}:{'sym' if w.symmetric else 'asym'}"
         if a is not None:
             text += f" x int8:token:{'sym' if a.symmetric else 'asym'}"
         return f"{text} {self.out_features}x{self.in_features} @{self.kernel}"
@@ -65,9 +69,10 @@ class LinearSpec:
         if m is None:
             raise ValueError(f"not a linear spec: {text!r}")
         group = m["group"]
-        size = int(group[1:]) if group.startswith("g") else None
+        size = int(group[1:]) if group[1:].isdigit() else None
+        granularity = {"g": "per_group", "b": "per_block"}[group[0]] if size else f"per_{group}"
         weight = WeightArgs(bits=int(m["bits"]), type=m["type"], group_size=size, symmetric=m["sym"] == "sym",
-                            granularity="per_group" if size else f"per_{group}")  # type: ignore[arg-type]
+                            granularity=granularity)  # type: ignore[arg-type]
         activation = ActivationArgs(symmetric=m["asym"] == "sym") if m["asym"] else None
         return LinearSpec(family=m["family"], weight=weight, activation=activation, out_features=int(m["n"]),
                           in_features=int(m["k"]), kernel=m["kernel"])

@@ -9,13 +9,15 @@ with qmin = -2^(bits-1), qmax = 2^(bits-1) - 1. The scale is rounded to its stor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import qpass.codecs  # noqa: F401  (so that every type that a spec can name is known)
 from qpass.errors import WeightError
-from qpass.scheme import codec_of
+from qpass.scheme import RowCodec, codec_of
 from qpass.spec import LinearSpec
 
 _ROWS_AT_ONCE_ELEMENTS = 1 << 18  # float32 work space of 1 MB, so that a layer costs little more than its result
@@ -78,6 +80,8 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
     """
     scale_dtype = scale_dtype or (torch.float32 if weight.dtype is torch.float64 else weight.dtype)
     codec = codec_of(spec.weight)
+    if isinstance(codec, RowCodec):
+        return CanonicalWeight(codec.encode(weight.detach().float().nan_to_num(0.0, 0.0, 0.0), spec.weight))
     if codec is not None:
         return CanonicalWeight(codec.quantize(weight.detach().float(), spec.group_size))
     n, k = weight.shape
@@ -116,12 +120,24 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
 def dequantize_weight(weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight as quantized, [N, K] in `dtype`: (q - zero_point) * scale computed in float32."""
     codec = codec_of(spec.weight)
+    if isinstance(codec, RowCodec):
+        whole = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device=weight.device)
+        for rows in row_blocks(spec):
+            whole[rows] = codec.decode(weight.tensors, spec.weight, spec.shape, rows)
+        return whole
     if codec is not None:
         return codec.dequantize(weight.tensors, spec.group_size).to(dtype)
     q = weight.qweight.view(spec.out_features, spec.groups, -1).float()
     if weight.zero_point is not None:
         q = q - weight.zero_point.unsqueeze(-1)
     return (q * weight.scale.float().unsqueeze(-1)).view(spec.out_features, spec.in_features).to(dtype)
+
+
+def row_blocks(spec: LinearSpec) -> Iterator[slice]:
+    """The rows of a weight in blocks whose float32 values fit a megabyte."""
+    step = max(1, _ROWS_AT_ONCE_ELEMENTS // max(spec.in_features, 1))
+    for start in range(0, spec.out_features, step):
+        yield slice(start, min(start + step, spec.out_features))
 
 
 def _tensor_range(weight: Tensor) -> tuple[Tensor, Tensor]:

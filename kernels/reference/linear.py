@@ -14,8 +14,9 @@ from torch import Tensor
 from qpass.kernels.layout import CANONICAL
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from qpass.kernels.registry import register_kernel
+from qpass.scheme import RowCodec, codec_of
 from qpass.spec import LinearSpec
-from qpass.weight import CanonicalWeight, dequantize_weight
+from qpass.weight import CanonicalWeight, dequantize_weight, row_blocks
 
 
 def unpack(packed: Sequence[Tensor], spec: LinearSpec) -> CanonicalWeight:
@@ -27,8 +28,7 @@ def unpack(packed: Sequence[Tensor], spec: LinearSpec) -> CanonicalWeight:
 def linear_reference(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
     """x [..., K] floating -> [..., N] in x's dtype."""
     if spec.activation is None:
-        weight = dequantize_weight(unpack(packed, spec), spec)
-        y = x.float() @ weight.t()
+        y = _times(x.float(), unpack(packed, spec), spec)
         return (y if bias is None else y + bias.float()).to(x.dtype)
     if spec.activation.symmetric:
         xq, x_scale = quantize_symmetric(x)
@@ -44,7 +44,7 @@ def linear_q_reference(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None,
     weight = unpack(packed, spec)
     x = xq.double() if x_zero_point is None else xq.double() - x_zero_point.double()
     if spec.weight.type != "int":  # a codec's weights are not integers: one float product of the rounded activation
-        y = (x.float() @ dequantize_weight(weight, spec).t()) * x_scale
+        y = _times(x.float(), weight, spec) * x_scale
         return (y if bias is None else y + bias.float()).to(dtype)
     y = torch.zeros(*x.shape[:-1], spec.out_features, dtype=torch.float32, device=x.device)
     size = spec.group_size
@@ -56,3 +56,14 @@ def linear_q_reference(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None,
         y = y + (x[..., columns] @ w.t()).float() * weight.scale[:, g].float()
     y = y * x_scale
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def _times(x: Tensor, weight: CanonicalWeight, spec: LinearSpec) -> Tensor:
+    """x float32 [..., K] @ weight.T, float32; a codec's weight is decoded some rows at a time, never as a whole."""
+    codec = codec_of(spec.weight)
+    if not isinstance(codec, RowCodec):
+        return x @ dequantize_weight(weight, spec).t()
+    y = x.new_empty(*x.shape[:-1], spec.out_features)
+    for rows in row_blocks(spec):
+        y[..., rows] = x @ codec.decode(weight.tensors, spec.weight, spec.shape, rows).t()
+    return y

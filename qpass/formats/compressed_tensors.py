@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qpass.formats.bits import pack_rows, unpack_rows
-from qpass.scheme import codec_of
+from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
@@ -31,7 +31,7 @@ def names_on_disk(spec: LinearSpec, *, packed: bool | None = None) -> tuple[str,
     """The tensor names of one weight, without the layer's path; `packed` overrides is_packed, for reading."""
     codec = codec_of(spec.weight)
     if codec is not None:
-        return tuple(f"weight_{name}" for name in codec.names)
+        return tuple(tensor_on_disk(name) for name in codec.names)
     zero_point = () if spec.weight.symmetric else ("weight_zero_point",)
     if is_packed(spec) if packed is None else packed:
         return ("weight_packed", "weight_scale", "weight_shape", *zero_point)
@@ -48,7 +48,7 @@ def names_found(spec: LinearSpec, present: Callable[[str], bool]) -> tuple[str, 
 def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of what write_weight gives, without packing anything."""
     if codec_of(spec.weight) is not None:
-        return {f"weight_{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in weight.tensors.items()}
+        return {tensor_on_disk(name): (tensor.dtype, tuple(tensor.shape)) for name, tensor in weight.tensors.items()}
     n, k, groups, bits = spec.out_features, spec.in_features, spec.groups, spec.weight.bits
     scale = (1,) if spec.weight.granularity == "per_tensor" else (n, groups)
     zero_point = (-(-n * bits // 32), groups) if is_packed(spec) else (n, groups)
@@ -62,7 +62,7 @@ def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tupl
 def write_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, Tensor]:
     """A canonical weight as named tensors for disk."""
     if codec_of(spec.weight) is not None:
-        return {f"weight_{name}": tensor for name, tensor in weight.tensors.items()}
+        return {tensor_on_disk(name): tensor for name, tensor in weight.tensors.items()}
     bits, scale = spec.weight.bits, weight.scale
     written = {"weight_scale": scale[:1].reshape(1) if spec.weight.granularity == "per_tensor" else scale}
     if is_packed(spec):
@@ -83,7 +83,10 @@ def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight
     """
     codec = codec_of(spec.weight)
     if codec is not None:
-        return CanonicalWeight({name: tensors[f"weight_{name}"] for name in codec.names})
+        named = {name: tensors[tensor_on_disk(name)] for name in codec.names}
+        if isinstance(codec, RowCodec):
+            codec.check(named, spec.weight, spec.shape)
+        return CanonicalWeight(named)
     groups, packed = (spec.out_features, spec.groups), "weight_packed" in tensors
     found = {"qweight": _read_codes(tensors, spec), "scale": _read_scale(tensors["weight_scale"], spec)}
     if not spec.weight.symmetric:

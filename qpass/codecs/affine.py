@@ -1,0 +1,74 @@
+"""Affine: unsigned integers with a float scale and a float offset or zero for each group along K.
+
+`affine`       w = q * scale + offset     (GGUF's Q4_1 and K-quants with minimums, quanto's qint2 and qint4)
+`affine_zero`  w = (q - zero) * scale     (HQQ)
+The two round differently, so both are kept. Codes are packed as compressed-tensors packs them (formats/bits.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpass.formats.bits import pack_rows, unpack_rows
+from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Affine(RowCodec):
+    """`packed` int32 [N, ceil(K bits / 32)], `scale` and `offset` floating [N, G]."""
+
+    names = ("packed", "scale", "offset")
+
+    def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
+        n, k = shape
+        size = args.group_size or k
+        if k % size:
+            raise ValueError(f"groups of {size} do not divide {k} inputs")
+        return {"packed": ((torch.int32,), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (n, k // size)),
+                self.names[2]: (FLOATS, (n, k // size))}
+
+    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+        """scale = (max - min) / (2^bits - 1), offset = min, q = round((w - offset) / scale)."""
+        groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = (high - low) / ((1 << args.bits) - 1)
+        scale = torch.where(scale == 0, 1.0, scale)
+        q = ((groups - low) / scale).round().clamp(0, (1 << args.bits) - 1)
+        offset = low if self.names[2] == "offset" else -low / scale
+        return {"packed": pack_unsigned(q.view(weight.shape).to(torch.uint8), args.bits), "scale": scale.squeeze(-1),
+                self.names[2]: offset.squeeze(-1)}
+
+    def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
+        q = unpack_unsigned(tensors["packed"][rows], args.bits, shape[1]).float()
+        scale = tensors["scale"][rows].float()
+        third = tensors[self.names[2]][rows].float()
+        return self.value(q.unflatten(1, (scale.shape[1], -1)), scale[..., None], third[..., None]).flatten(1)
+
+    def value(self, q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """The formula, in float32."""
+        return q * scale + offset
+
+
+class AffineZero(Affine):
+    """The same with `zero` floating [N, G]."""
+
+    names = ("packed", "scale", "zero")
+
+    def value(self, q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return (q - offset) * scale
+
+
+def pack_unsigned(q: Tensor, bits: int) -> Tensor:
+    """uint8 codes below 2^bits, [N, K] -> int32 [N, ceil(K bits / 32)]."""
+    return pack_rows((q.to(torch.int16) - (1 << bits - 1)).to(torch.int8), bits)
+
+
+def unpack_unsigned(packed: Tensor, bits: int, k: int) -> Tensor:
+    """The inverse of pack_unsigned; int16 [N, K]."""
+    return unpack_rows(packed, bits, k).to(torch.int16) + (1 << bits - 1)
+
+
+register_codec("affine", Affine())
+register_codec("affine_zero", AffineZero())

@@ -1,0 +1,63 @@
+"""Codebook: 4-bit indices into a table of 16 floats, with a scale for each block of the flattened weight.
+
+Source: bitsandbytes 0.50, functional.py. w[i] = code[index[i]] * absmax[i // block], i running over the rows; the even
+element stands in the high nibble. Blocks may run across rows. The table is stored with the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+# bitsandbytes functional.py, create_normal_map(offset=0.9677083) and the FP4 map, both over their largest value.
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+       0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+       -0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25)
+
+
+@dataclass(frozen=True)
+class Codebook(RowCodec):
+    """`packed` uint8 [ceil(N K / 2)], `absmax` float32 [ceil(N K / block)], `code` float32 [16]."""
+
+    table: tuple[float, ...]
+    names = ("packed", "absmax", "code")
+
+    def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
+        count = shape[0] * shape[1]
+        if args.group_size is None:
+            raise ValueError("codebook weights need a block size")
+        return {"packed": ((torch.uint8,), (-(-count // 2),)),
+                "absmax": ((torch.float32,), (-(-count // args.group_size),)), "code": ((torch.float32,), (16,))}
+
+    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+        block = args.group_size or 64
+        flat = weight.reshape(-1)
+        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+        absmax = blocks.abs().amax(1)
+        code = torch.tensor(self.table, device=weight.device)
+        order = torch.argsort(code, stable=True)
+        ordered = code[order]
+        scaled = (blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)[:flat.numel()]
+        index = order[torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)].to(torch.uint8)
+        index = torch.nn.functional.pad(index, (0, flat.numel() % 2))
+        return {"packed": index[0::2] << 4 | index[1::2], "absmax": absmax, "code": code}
+
+    def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
+        assert args.group_size is not None
+        k = shape[1]
+        first, last = rows.start * k, rows.stop * k
+        packed = tensors["packed"][first // 2:-(-last // 2)]
+        index = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1)[first % 2:][:last - first]
+        block = torch.arange(first // args.group_size, -(-last // args.group_size), device=packed.device)
+        absmax = tensors["absmax"][block].repeat_interleave(args.group_size)[first % args.group_size:][:last - first]
+        return (tensors["code"][index.int()] * absmax).view(-1, k)
+
+
+register_codec("nf4", Codebook(NF4))
+register_codec("fp4", Codebook(FP4))

@@ -1,0 +1,72 @@
+"""fp8: 8-bit floats with a float scale for a tensor, a row, a group or a square block; w = weight * scale.
+
+The scales are those of compressed-tensors (calculate_qparams): scale = amax(|w|) / 448, rounded to its stored dtype,
+and the smallest normal number of that dtype in place of zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+LARGEST = 448.0  # of e4m3fn
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+ELEMENTS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Fp8(RowCodec):
+    """`weight` float8 [N, K]; `scale` of any float dtype: [1, 1], [N, 1], [N, ceil(K/G)] or [ceil(N/G), ceil(K/G)]."""
+
+    names = ("weight", "scale")
+
+    def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
+        return {"weight": (ELEMENTS, shape), "scale": (FLOATS, scale_shape(args, shape))}
+
+    def encode(self, weight: Tensor, args: WeightArgs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        scale = largest(weight, args) / LARGEST
+        scale = scale.to(dtype).float()
+        scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+        q = (weight / spread(scale, args, slice(0, weight.shape[0]), weight.shape[1])).clamp(-LARGEST, LARGEST)
+        return {"weight": q.to(torch.float8_e4m3fn), "scale": scale.to(dtype)}
+
+    def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
+        return tensors["weight"][rows].float() * spread(tensors["scale"].float(), args, rows, shape[1])
+
+
+def scale_shape(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of one scale for each tensor, row, group or block."""
+    n, k = shape
+    if args.group_size is None:
+        return (1, 1) if args.granularity == "per_tensor" else (n, 1)
+    columns = -(-k // args.group_size)
+    return (-(-n // args.group_size) if args.granularity == "per_block" else n, columns)
+
+
+def spread(scale: Tensor, args: WeightArgs, rows: slice, k: int) -> Tensor:
+    """Scales of `scale_shape` to what broadcasts with [rows, k]."""
+    if args.granularity == "per_tensor":
+        return scale
+    if args.granularity == "per_block":
+        assert args.group_size is not None
+        scale = scale[torch.arange(rows.start, rows.stop, device=scale.device) // args.group_size]
+    else:
+        scale = scale[rows]
+    return scale if args.group_size is None else scale.repeat_interleave(args.group_size, dim=1)[:, :k]
+
+
+def largest(weight: Tensor, args: WeightArgs) -> Tensor:
+    """amax(|w|) over each tensor, row, group or block, in the shape of the scales."""
+    size = weight.abs()
+    if args.granularity == "per_tensor":
+        return size.amax().reshape(1, 1)
+    if args.group_size is None:
+        return size.amax(1, keepdim=True)
+    g, (n, k) = args.group_size, weight.shape
+    size = torch.nn.functional.pad(size, (0, -k % g, 0, -n % g if args.granularity == "per_block" else 0))
+    found = size.unflatten(1, (-1, g)).amax(-1)
+    return found.unflatten(0, (-1, g)).amax(1) if args.granularity == "per_block" else found
+
+
+register_codec("fp8", Fp8())

@@ -1,0 +1,68 @@
+"""nvfp4: E2M1 in groups of 16 with an e4m3 scale each, and one float32 scale for the tensor.
+
+Two conventions exist, and 1/x is not exact, so both are kept: compressed-tensors divides by its global scale,
+`nvfp4`, w = value * (scale / global_scale); ModelOpt and torchao multiply, `nvfp4_mul`, w = value * (scale * scale_2).
+Source: compressed-tensors 0.20, compressors/nvfp4 and quantization/utils/helpers.py (generate_gparam).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpass.codecs.elements import E2M1, pack_nibbles, to_codes, unpack_nibbles, values
+from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+GROUP = 16
+
+
+class NvFp4(RowCodec):
+    """`packed` uint8 [N, K/2], `scale` float8_e4m3fn [N, K/16], `global_scale` float32 [1], a divisor."""
+
+    names = ("packed", "scale", "global_scale")
+
+    def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
+        n, k = shape
+        if k % GROUP or args.group_size != GROUP:
+            raise ValueError(f"nvfp4 groups are {GROUP} weights; {k} inputs in groups of {args.group_size} are none")
+        return {"packed": ((torch.uint8,), (n, k // 2)), "scale": ((torch.float8_e4m3fn,), (n, k // GROUP)),
+                self.names[2]: ((torch.float32,), (1,))}
+
+    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+        self.stored(args, (weight.shape[0], weight.shape[1]))
+        amax = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        global_scale = (448.0 * 6.0 / amax).clamp_max(torch.finfo(torch.float32).max).reshape(1)
+        scale = global_scale * (weight.unflatten(1, (-1, GROUP)).abs().amax(-1) / 6.0)
+        scale = scale.clamp(max=448.0).to(torch.float8_e4m3fn)
+        scale = torch.where(scale.float() == 0, torch.finfo(torch.float8_e4m3fn).eps, scale.float())
+        scale = scale.to(torch.float8_e4m3fn)
+        tensors = {"packed": torch.empty(0), "scale": scale, self.names[2]: global_scale}
+        tensors["packed"] = pack_nibbles(to_codes(weight / self._spread(tensors, slice(None)), E2M1))
+        return tensors
+
+    def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
+        codes = unpack_nibbles(tensors["packed"][rows]).int()
+        return values(E2M1, codes.device)[codes] * self._spread(tensors, rows)
+
+    def _spread(self, tensors: dict[str, Tensor], rows: slice) -> Tensor:
+        scale = tensors["scale"][rows].float() / tensors["global_scale"]
+        return scale.repeat_interleave(GROUP, dim=1)
+
+
+class NvFp4Multiplied(NvFp4):
+    """The same with `scale_2` float32 [1], a factor."""
+
+    names = ("packed", "scale", "scale_2")
+
+    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+        divided = NvFp4().encode(weight, args)
+        tensors = {"packed": torch.empty(0), "scale": divided["scale"], "scale_2": 1 / divided["global_scale"]}
+        tensors["packed"] = pack_nibbles(to_codes(weight / self._spread(tensors, slice(None)), E2M1))
+        return tensors
+
+    def _spread(self, tensors: dict[str, Tensor], rows: slice) -> Tensor:
+        return (tensors["scale"][rows].float() * tensors["scale_2"]).repeat_interleave(GROUP, dim=1)
+
+
+register_codec("nvfp4", NvFp4())
+register_codec("nvfp4_mul", NvFp4Multiplied())

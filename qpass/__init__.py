@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from qpass.plan_model import make_plan
     from qpass.quantize_model import dequantize as dequantize
     from qpass.quantize_model import quantize as quantize
+    from qpass.recipe import PRESETS as PRESETS
     from qpass.recipe import Recipe as Recipe
     from qpass.recipe import Rule as Rule
     from qpass.report import explain as explain
     from qpass.save_model import save as save
-    from qpass.scheme import PRESETS as PRESETS
     from qpass.scheme import ActivationArgs as ActivationArgs
     from qpass.scheme import Scheme as Scheme
     from qpass.scheme import WeightArgs as WeightArgs
@@ -40,7 +40,7 @@ _WHERE = {
     "quantize": "quantize_model", "dequantize": "quantize_model", "plan": "plan_model", "explain": "report",
     "save": "save_model", "load": "load_model", "compare": "compare_models", "evaluate": "evaluate_model",
     "support_matrix": "kernels.support", "force_kernel": "kernels.registry", "register_kernel": "kernels.registry",
-    "Scheme": "scheme", "WeightArgs": "scheme", "ActivationArgs": "scheme", "PRESETS": "scheme",
+    "Scheme": "scheme", "WeightArgs": "scheme", "ActivationArgs": "scheme", "PRESETS": "recipe",
     "register_scheme": "scheme", "Rule": "recipe", "Recipe": "recipe", "register_pass": "lowering.pipeline",
 }
 _ALIASES = {"plan": "make_plan"}

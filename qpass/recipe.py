@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import qpass.codecs  # noqa: F401  (so that every preset and weight type is known)
 from qpass.errors import RecipeError
 from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs, check_defined, preset
 

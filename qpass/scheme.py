@@ -91,8 +91,11 @@ class RowCodec(ABC):
         """
 
     @abstractmethod
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
-        """`weight` float32 [N, K], finite, to the named tensors. Raises RecipeError for what can only be read."""
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        """`weight` float32 [N, K], finite, to the named tensors; float scales in `scale_dtype` where that is open.
+
+        Raises RecipeError for what can only be read.
+        """
 
     @abstractmethod
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:

@@ -29,16 +29,17 @@ class Affine(RowCodec):
         return {"packed": ((torch.int32,), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (n, k // size)),
                 self.names[2]: (FLOATS, (n, k // size))}
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """scale = (max - min) / (2^bits - 1), offset = min, q = round((w - offset) / scale)."""
         groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scale = (high - low) / ((1 << args.bits) - 1)
+        scale = ((high - low) / ((1 << args.bits) - 1)).to(scale_dtype).float()
         scale = torch.where(scale == 0, 1.0, scale)
+        low = low.to(scale_dtype).float()
         q = ((groups - low) / scale).round().clamp(0, (1 << args.bits) - 1)
         offset = low if self.names[2] == "offset" else -low / scale
-        return {"packed": pack_unsigned(q.view(weight.shape).to(torch.uint8), args.bits), "scale": scale.squeeze(-1),
-                self.names[2]: offset.squeeze(-1)}
+        return {"packed": pack_unsigned(q.view(weight.shape).to(torch.uint8), args.bits),
+                "scale": scale.squeeze(-1).to(scale_dtype), self.names[2]: offset.squeeze(-1).to(scale_dtype)}
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
         q = unpack_unsigned(tensors["packed"][rows], args.bits, shape[1]).float()

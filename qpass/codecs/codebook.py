@@ -35,7 +35,7 @@ class Codebook(RowCodec):
         return {"packed": ((torch.uint8,), (-(-count // 2),)),
                 "absmax": ((torch.float32,), (-(-count // args.group_size),)), "code": ((torch.float32,), (16,))}
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         block = args.group_size or 64
         flat = weight.reshape(-1)
         blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)

@@ -7,6 +7,7 @@ none of these formats has infinities or NaN. Rounding is to nearest, ties to the
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def values(element: tuple[int, int], device: torch.device) -> Tensor:
 def to_codes(x: Tensor, element: tuple[int, int]) -> Tensor:
     """x float32 of any shape -> codes uint8 of the nearest values; -0.0 keeps its sign."""
     table = magnitudes(element)
-    bounds = torch.tensor([(a + b) / 2 for a, b in zip(table, table[1:], strict=False)], device=x.device)
+    bounds = torch.tensor([(a + b) / 2 for a, b in pairwise(table)], device=x.device)
     size = x.abs()
     # right=True takes a tie up; ties between an even code and the odd one above it must go down.
     code = torch.bucketize(size, bounds, right=True)

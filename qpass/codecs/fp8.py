@@ -1,7 +1,7 @@
 """fp8: 8-bit floats with a float scale for a tensor, a row, a group or a square block; w = weight * scale.
 
 The scales are those of compressed-tensors (calculate_qparams): scale = amax(|w|) / 448, rounded to its stored dtype,
-and the smallest normal number of that dtype in place of zero.
+and that dtype's eps in place of zero.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Fp8(RowCodec):
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
         return {"weight": (ELEMENTS, shape), "scale": (FLOATS, scale_shape(args, shape))}
 
-    def encode(self, weight: Tensor, args: WeightArgs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        scale = largest(weight, args) / LARGEST
-        scale = scale.to(dtype).float()
-        scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        info = torch.finfo(scale_dtype)
+        scale = (largest(weight, args) / LARGEST).clamp(max=info.max).to(scale_dtype).float()
+        scale = torch.where(scale == 0, info.eps, scale)
         q = (weight / spread(scale, args, slice(0, weight.shape[0]), weight.shape[1])).clamp(-LARGEST, LARGEST)
-        return {"weight": q.to(torch.float8_e4m3fn), "scale": scale.to(dtype)}
+        return {"weight": q.to(torch.float8_e4m3fn), "scale": scale.to(scale_dtype)}
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
         return tensors["weight"][rows].float() * spread(tensors["scale"].float(), args, rows, shape[1])

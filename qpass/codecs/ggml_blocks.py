@@ -38,7 +38,7 @@ class GgmlBlocks(RowCodec):
             raise ValueError(f"rows of {k} weights are not made of blocks of {self.size}")
         return {"blocks": ((torch.uint8,), (n, k // self.size * self.nbytes))}
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         raise RecipeError(f"{args.type} is read from GGUF files, and cannot be made; llama.cpp's llama-quantize can")
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:

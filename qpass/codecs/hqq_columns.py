@@ -26,7 +26,7 @@ class HqqColumns(RowCodec):
         return {"packed": ((torch.int32,), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (groups,)),
                 "zero": (FLOATS, (groups,))}
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         groups = weight.reshape(args.group_size or 64, -1)
         low, high = groups.amin(0), groups.amax(0)
         scale = (high - low) / ((1 << args.bits) - 1)

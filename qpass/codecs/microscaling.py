@@ -1,4 +1,4 @@
-"""Microscaling: MXFP4, MXFP6 and MXFP8, small floats in groups of 32 that share a power of two; w = value * 2^(s - 127).
+"""Microscaling: MXFP4, MXFP6, MXFP8: small floats in groups of 32 with a power of two; w = value * 2^(s - 127).
 
 Source: OCP Microscaling Formats 1.0; scales as compressed-tensors 0.20 makes them (quantization/utils/mxfp_utils.py):
 amax rounded to a power of two with the element's mantissa in mind, less the exponent of the element's largest value.
@@ -59,7 +59,7 @@ class MxPacked(RowCodec):
         _must_divide(k, args)
         return {"packed": ((torch.uint8,), (n, k * self.bits // 8)), "scale": ((torch.uint8,), (n, k // GROUP))}
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         _must_divide(weight.shape[1], args)
         # The exponent of the largest value: 2 for E2M1's 6 and E2M3's 7.5, 4 for E3M2's 28.
         offset = torch.tensor(magnitudes(self.element)[-1]).log2().floor().int().item()
@@ -83,7 +83,7 @@ class MxFp8(RowCodec):
         return {"weight": ((torch.float8_e4m3fn, torch.float8_e5m2), shape),
                 "scale": ((torch.uint8,), (shape[0], shape[1] // GROUP))}
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         _must_divide(weight.shape[1], args)
         scale = _shared_exponent(weight, GROUP, 8, 1)  # 448 = 1.75 * 2^8; mantissa 1 as compressed-tensors has it
         q = (weight / _spread(scale, args, weight.shape[1])).clamp(-448, 448)

@@ -28,7 +28,7 @@ class NvFp4(RowCodec):
         return {"packed": ((torch.uint8,), (n, k // 2)), "scale": ((torch.float8_e4m3fn,), (n, k // GROUP)),
                 self.names[2]: ((torch.float32,), (1,))}
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         self.stored(args, (weight.shape[0], weight.shape[1]))
         amax = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         global_scale = (448.0 * 6.0 / amax).clamp_max(torch.finfo(torch.float32).max).reshape(1)
@@ -54,8 +54,8 @@ class NvFp4Multiplied(NvFp4):
 
     names = ("packed", "scale", "scale_2")
 
-    def encode(self, weight: Tensor, args: WeightArgs) -> dict[str, Tensor]:
-        divided = NvFp4().encode(weight, args)
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        divided = NvFp4().encode(weight, args, scale_dtype)
         tensors = {"packed": torch.empty(0), "scale": divided["scale"], "scale_2": 1 / divided["global_scale"]}
         tensors["packed"] = pack_nibbles(to_codes(weight / self._spread(tensors, slice(None)), E2M1))
         return tensors

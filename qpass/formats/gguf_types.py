@@ -24,7 +24,7 @@ from qpass.codecs.ggml_blocks import BLOCKS
 from qpass.formats.gguf_file import TYPES
 from qpass.scheme import WeightArgs
 
-_SIZES = {name: (block, nbytes) for name, block, nbytes in TYPES.values()}
+_BYTES = {name: nbytes for name, _, nbytes in TYPES.values()}
 _INT = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "Q6_K": 6}
 _AFFINE = {"Q4_1": 4, "Q5_1": 5, "Q4_K": 4, "Q5_K": 5}
 
@@ -44,7 +44,7 @@ def args_of(kind: str) -> WeightArgs:
 
 def unpack_blocks(raw: Tensor, kind: str) -> dict[str, Tensor]:
     """uint8 [N, row bytes] -> the canonical tensors of `args_of(kind)`. Raises ValueError for non-finite scales."""
-    block, nbytes = _SIZES[kind]
+    nbytes = _BYTES[kind]
     if (split := _SPLIT.get(kind)) is None:
         return {"blocks": raw}
     n = raw.shape[0]

@@ -82,7 +82,7 @@ def test_overrides_as_rules_or_as_a_mapping() -> None:
     ({"scheme": {"name": "x", "weight": 4}}, "must be a mapping"),
     ({"scheme": {"name": "x", "weight": {"bits": 4}, "act": 8}}, "unknown key 'act'"),
     ({"scheme": {"name": "x", "weight": {"bits": 4}, "activation": {"bits": 8, "dyn": True}}}, "unknown key 'dyn'"),
-    ({"scheme": {"name": "x", "weight": {"bits": 4, "type": "nf4"}}}, "nothing defines"),
+    ({"scheme": {"name": "x", "weight": {"bits": 4, "type": "posit"}}}, "nothing defines"),
 ], ids=lambda value: str(value)[:40])
 def test_what_cannot_mean_anything_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):

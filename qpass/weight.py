@@ -81,7 +81,8 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
     scale_dtype = scale_dtype or (torch.float32 if weight.dtype is torch.float64 else weight.dtype)
     codec = codec_of(spec.weight)
     if isinstance(codec, RowCodec):
-        return CanonicalWeight(codec.encode(weight.detach().float().nan_to_num(0.0, 0.0, 0.0), spec.weight, scale_dtype))
+        finite = weight.detach().float().nan_to_num(0.0, 0.0, 0.0)
+        return CanonicalWeight(codec.encode(finite, spec.weight, scale_dtype))
     if codec is not None:
         return CanonicalWeight(codec.quantize(weight.detach().float(), spec.group_size))
     n, k = weight.shape

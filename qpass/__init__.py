@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from qpass.plan_model import make_plan
     from qpass.quantize_model import dequantize as dequantize
     from qpass.quantize_model import quantize as quantize
-    from qpass.recipe import PRESETS as PRESETS
     from qpass.recipe import Recipe as Recipe
     from qpass.recipe import Rule as Rule
     from qpass.report import explain as explain
     from qpass.save_model import save as save
+    from qpass.scheme import PRESETS as PRESETS
     from qpass.scheme import ActivationArgs as ActivationArgs
     from qpass.scheme import Scheme as Scheme
     from qpass.scheme import WeightArgs as WeightArgs

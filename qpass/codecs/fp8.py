@@ -65,8 +65,10 @@ def largest(weight: Tensor, args: WeightArgs) -> Tensor:
         return size.amax(1, keepdim=True)
     g, (n, k) = args.group_size, weight.shape
     size = torch.nn.functional.pad(size, (0, -k % g, 0, -n % g if args.granularity == "per_block" else 0))
-    found = size.unflatten(1, (-1, g)).amax(-1)
-    return found.unflatten(0, (-1, g)).amax(1) if args.granularity == "per_block" else found
+    found: Tensor = size.unflatten(1, (-1, g)).amax(-1)
+    if args.granularity == "per_block":
+        found = found.unflatten(0, (-1, g)).amax(1)
+    return found
 
 
 register_codec("fp8", Fp8())

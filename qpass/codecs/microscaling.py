@@ -43,7 +43,8 @@ def _shared_exponent(weight: Tensor, group: int, offset: int, mantissa: int) -> 
     """E8M0 bytes of each group: floor(log2(round_to_power_2(amax))) - offset + 127, within a byte."""
     amax = weight.unflatten(1, (-1, group)).abs().amax(-1)
     bits = amax.view(torch.int32) + (1 << 23 - mantissa - 1)
-    return ((bits >> 23) - offset).clamp(0, 254).to(torch.uint8)
+    exponent: Tensor = (bits >> 23) - offset
+    return exponent.clamp(0, 254).to(torch.uint8)
 
 
 @dataclass(frozen=True)

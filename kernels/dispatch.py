@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qpass.experts_spec import ExpertsSpec
+from qpass.kernels.reference.activation import quantize_static, static_rows
 from qpass.kernels.registry import Kernel, kernel
 from qpass.ops import LIBRARY
 from qpass.spec import LinearSpec
@@ -24,8 +25,13 @@ def split_packed(packed: Sequence[Tensor], specs: Sequence[LinearSpec], chosen: 
     return parts
 
 
-def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str, input_scale: Tensor | None = None,
+            input_zero_point: Tensor | None = None) -> Tensor:
     parsed = LinearSpec.parse(spec)
+    if input_scale is not None:
+        codes = quantize_static(x, input_scale, input_zero_point)
+        scale, zero_point = static_rows(x, input_scale, input_zero_point)
+        return kernel(parsed.kernel).forms["linear_q"](codes, scale, zero_point, packed, bias, parsed, x.dtype)  # type: ignore[no-any-return]
     return kernel(parsed.kernel).forms["linear"](x, packed, bias, parsed)  # type: ignore[no-any-return]
 
 

@@ -120,7 +120,19 @@ class Kernel:
             return f"computes {self.scheme}, not {spec.family}"
         if self.device not in ("*", call.device.type):
             return f"runs on {self.device}, not {call.device.type}"
-        return machine_refuses(self.isa) or self.refuses(call)
+        return machine_refuses(self.isa) or self.takes(call)
+
+    def takes(self, call: Call) -> str | None:
+        """The first reason not to take these arguments, whatever the machine, or None."""
+        for part in [call] if isinstance(call, LinearCall) else call.parts():
+            activation = part.spec.activation
+            if activation is None or activation.number != "int8" or (self.scheme == "*" and self.op == "linear"):
+                continue
+            if activation.static and "linear_q" not in self.forms:
+                return "rounds activations itself, per token, and these have a static scale"
+            if not activation.static and (activation.granularity, activation.dynamic) != ("per_token", True):
+                return f"rounds activations per token, not {activation.granularity.replace('_', ' ')}"
+        return self.refuses(call)
 
     def __reduce__(self) -> Any:
         return kernel, (self.name,)

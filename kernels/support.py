@@ -67,7 +67,7 @@ def support_matrix() -> SupportMatrix:
 def _row(kernel: Kernel) -> SupportRow:
     probes = [probe for scheme in _schemes(kernel.scheme) for probe in _probes(scheme)]
     taken = [(label, act, dtype) for label, act, spec in probes for dtype in _DTYPES
-             if kernel.refuses(_call(kernel, spec, dtype)) is None]
+             if kernel.takes(_call(kernel, spec, dtype)) is None]
     why = _device_refuses(kernel.device) or machine_refuses(kernel.isa) or ""
     return SupportRow(kernel=kernel.name, scheme="every scheme" if kernel.scheme == "*" else kernel.scheme,
                       weights=_merged([label for label, _, _ in taken]),
@@ -80,14 +80,15 @@ def _row(kernel: Kernel) -> SupportRow:
 def _schemes(family: str) -> list[Scheme]:
     """The registered schemes that a kernel for `family` is about; one of each weight type and width is enough."""
     found = {(s.weight.type, s.weight.bits, s.activation is None): s for s in PRESETS.values()
-             if family in ("*", s.family)}
+             if family in ("*", s.family) and (s.activation is None or s.activation.number == "int8")}
     return list(found.values())
 
 
 def _probes(scheme: Scheme) -> list[tuple[str, str, LinearSpec]]:
     activations: list[tuple[str, ActivationArgs | None]] = [("float", None)]
     if scheme.activation is not None:
-        activations = [("int8", ActivationArgs()), ("int8 asym", ActivationArgs(symmetric=False))]
+        activations = [("int8", ActivationArgs()), ("int8 asym", ActivationArgs(symmetric=False)),
+                       ("int8 static", ActivationArgs(granularity="per_tensor", dynamic=False))]
     found = []
     for label, change in _GRANULARITIES:
         for symmetric in (True, False):
@@ -142,5 +143,6 @@ def _short(dtype: torch.dtype) -> str:
 def _cells(row: SupportRow) -> tuple[str, ...]:
     every = (*(label for label, _ in _GRANULARITIES), "asym")
     return (row.kernel, row.scheme, "all, asym too" if row.weights == every else " ".join(row.weights),
-            ", ".join(row.activations), " ".join(row.dtypes), row.isa or "nothing", row.device,
+            ", ".join(label.removeprefix("int8 ") for label in row.activations), " ".join(row.dtypes),
+            row.isa or "nothing", row.device,
             "yes" if row.runs_here else f"no: {row.why_not}")

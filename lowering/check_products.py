@@ -14,7 +14,12 @@ from torch import Tensor, fx
 from qpass.errors import LoweringError
 from qpass.kernels.dispatch import split_packed
 from qpass.kernels.layout import CANONICAL
-from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from qpass.kernels.reference.activation import (
+    quantize_asymmetric,
+    quantize_static,
+    quantize_symmetric,
+    static_rows,
+)
 from qpass.kernels.reference.linear import linear_q_reference, linear_reference
 from qpass.kernels.registry import kernel
 from qpass.lowering.graph_nodes import add_call, our_nodes, quantized_input, same_rows, sites_of
@@ -22,7 +27,8 @@ from qpass.ops import LIBRARY
 from qpass.spec import LinearSpec
 
 LIBRARY.define("check_linear(Tensor[] got, Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor? source, "
-               "Tensor[] packed, Tensor?[] bias, str[] specs, str[] sites) -> Tensor[]")
+               "Tensor[] packed, Tensor?[] bias, str[] specs, str[] sites, Tensor? input_scale, "
+               "Tensor? input_zero_point) -> Tensor[]")
 
 # Integers accumulate exactly, so only the order of float sums over groups differs; float activations may be rounded
 # to 8 bits of mantissa on the way into a kernel's product.
@@ -40,7 +46,7 @@ def insert_checks(graph: fx.Graph) -> int:
             check = add_call(graph, torch.ops.qpass.check_linear.default, (
                 node if many else [node], product.x, product.x_scale, product.x_zero_point,
                 None if source is None else same_rows(source), list(product.packed), list(product.bias),
-                list(product.specs), list(sites_of(node))), like=node)
+                list(product.specs), list(sites_of(node)), product.input_scale, product.input_zero_point), like=node)
         copy = check
         if not many:
             with graph.inserting_after(check):
@@ -54,17 +60,20 @@ def insert_checks(graph: fx.Graph) -> int:
 @torch.library.register_fake("qpass::check_linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _check_linear_fake(got: list[Tensor], x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None,
                        source: Tensor | None, packed: list[Tensor], bias: list[Tensor | None], specs: list[str],
-                       sites: list[str]) -> list[Tensor]:
+                       sites: list[str], input_scale: Tensor | None, input_zero_point: Tensor | None) -> list[Tensor]:
     return [torch.empty_like(y) for y in got]
 
 
 def _check_linear(got: list[Tensor], x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None,
                   source: Tensor | None, packed: list[Tensor], bias: list[Tensor | None], specs: list[str],
-                  sites: list[str]) -> list[Tensor]:
+                  sites: list[str], input_scale: Tensor | None, input_zero_point: Tensor | None) -> list[Tensor]:
     parsed = [LinearSpec.parse(text) for text in specs]
     chosen = kernel(parsed[0].kernel)
-    if source is not None and x_scale is not None:
-        _check_quantization(x, x_scale, source, x_zero_point is None, sites[0])
+    if source is not None and x_scale is not None and source.numel():
+        _check_quantization(x, x_scale, source, x_zero_point, parsed[0], sites[0])
+    if input_scale is not None:
+        x = quantize_static(x, input_scale, input_zero_point)
+        x_scale, x_zero_point = static_rows(x, input_scale, input_zero_point)
     for y, part, b, spec, site in zip(got, split_packed(packed, parsed, chosen), bias, parsed, sites, strict=True):
         weight = chosen.layout.unpack(dict(zip(chosen.layout.names(spec), part, strict=True)), spec)
         canonical = [weight.tensors[name] for name in CANONICAL.names(spec)] if spec.weight.type == "int" \
@@ -90,8 +99,13 @@ def _compare(got: Tensor, expected: Tensor, spec: LinearSpec, site: str) -> None
                             "QPASS_KERNEL=linear_reference, and report the kernel with this line")
 
 
-def _check_quantization(xq: Tensor, x_scale: Tensor, source: Tensor, symmetric: bool, site: str) -> None:
-    expected = quantize_symmetric(source) if symmetric else quantize_asymmetric(source)
+def _check_quantization(xq: Tensor, x_scale: Tensor, source: Tensor, x_zero_point: Tensor | None, spec: LinearSpec,
+                        site: str) -> None:
+    if spec.activation is not None and spec.activation.static:
+        one = x_scale.flatten()[:1], None if x_zero_point is None else x_zero_point.flatten()[:1]
+        expected: tuple[Tensor, ...] = (quantize_static(source, *one), x_scale)
+    else:
+        expected = quantize_symmetric(source) if x_zero_point is None else quantize_asymmetric(source)
     codes, scale = expected[0].reshape(xq.shape), expected[1].reshape(x_scale.shape)
     finite = source.isfinite().all(-1).reshape(x_scale.shape[:-1])
     apart = (codes.int() - xq.int()).abs()[finite]

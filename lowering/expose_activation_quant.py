@@ -4,8 +4,9 @@ before  y = qpass.linear(x, packed, bias, spec)
 after   xq, x_scale, x_zero_point = the lines of kernels/reference/activation.py
         y = qpass.linear_q(xq, x_scale, x_zero_point, packed, bias, spec, x.dtype)
 
-In plain ATen the compiler fuses it into whatever computed x; inside the op it would stay opaque. Layers without an
-activation scheme, and kernels without a `linear_q` form, are left whole.
+A static scale and zero point, the op's last arguments, are expanded to one a row. In plain ATen the compiler fuses it
+into whatever computed x; inside the op it would stay opaque. Layers without an activation scheme, and kernels without a
+`linear_q` form, are left whole.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_arg
 
-from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from qpass.kernels.reference.activation import quantize_asymmetric, quantize_static, quantize_symmetric
 from qpass.kernels.registry import kernel
 from qpass.lowering.graph_nodes import (
     LINEAR,
     LINEAR_Q,
     QUANTIZES,
     SITES,
+    Product,
     Quantization,
     add_call,
     our_nodes,
     replace,
+    row_sizes,
     sites_of,
 )
+from qpass.scheme import ActivationArgs
 
 
 def expose_activation_quant(graph: fx.Graph) -> int:
@@ -40,7 +44,7 @@ def expose_activation_quant(graph: fx.Graph) -> int:
         if node.target is not LINEAR or activation is None or "linear_q" not in kernel(product.spec.kernel).forms:
             continue
         with graph.inserting_before(node):
-            codes, scale, zero_point = _write_quantization(graph, node, product.x, activation.symmetric)
+            codes, scale, zero_point = _write_quantization(graph, node, product, activation)
             arguments = (codes, scale, zero_point, list(product.packed), product.bias[0], product.specs[0],
                          product.x.meta["val"].dtype)
             new = add_call(graph, LINEAR_Q, arguments, like=node, name="linear_q")
@@ -50,35 +54,47 @@ def expose_activation_quant(graph: fx.Graph) -> int:
     return changed
 
 
-def _write_quantization(graph: fx.Graph, linear: fx.Node, x: fx.Node,
-                        symmetric: bool) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+def _write_quantization(graph: fx.Graph, linear: fx.Node, product: Product,
+                        activation: ActivationArgs) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    given = (product.input_scale, product.input_zero_point) if activation.static else ()
+    inputs = [node for node in (product.x, *given) if node is not None]
     copies: dict[fx.Node, fx.Node] = {}
     results: list[fx.Node] = []
-    mark = Quantization(site=sites_of(linear)[0])
-    lines = _lines(x.meta["val"].dtype, x.meta["val"].device, symmetric)
+    mark = Quantization(site=sites_of(linear)[0], given=given)
+    value = product.x.meta["val"]
+    lines = _lines(tuple(node.meta["val"].dtype for node in inputs), value.device, activation)
     names = dict(zip(lines.output_node().all_input_nodes, ("xq", "x_scale", "x_zero_point"), strict=False))
+    waiting = iter(inputs)
     for line in lines.nodes:
         if line.op == "placeholder":
-            copies[line] = x
+            copies[line] = next(waiting)
         elif line.op == "call_function":
             args, kwargs = map_arg((line.args, line.kwargs), lambda n: copies[n])
             copies[line] = add_call(graph, line.target, args, kwargs, like=linear, name=names.get(line))
             copies[line].meta |= {QUANTIZES: mark, "original_aten": line.target}
         else:
             results = [copies[n] for n in line.all_input_nodes]
+    if activation.static:  # one number for every row; the sizes stand here, for the traced lines name none
+        rows = row_sizes(graph, product.x)
+        results[1:] = [add_call(graph, torch.ops.aten.expand.default, (one, rows), like=linear) for one in results[1:]]
     codes, scale = results[:2]
     return codes, scale, results[2] if len(results) > 2 else None
 
 
 @lru_cache(maxsize=64)
-def _lines(dtype: torch.dtype, device: torch.device, symmetric: bool) -> fx.Graph:
-    """The reference's quantization as ATen ops that Inductor lowers; they name no size, and no dimension but -1."""
+def _lines(dtypes: tuple[torch.dtype, ...], device: torch.device, activation: ActivationArgs) -> fx.Graph:
+    """The reference's quantization as ATen ops that Inductor lowers; they name no size, and no dimension but -1.
+
+    `dtypes` are those of x and of a static scale and zero point.
+    """
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        return quantize_symmetric(x) if symmetric else quantize_asymmetric(x)
+    def run(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        if given:
+            return quantize_static(x, *given), *(one.float() for one in given)
+        return quantize_symmetric(x) if activation.symmetric else quantize_asymmetric(x)
 
     with torch.no_grad(), FakeTensorMode():
-        example = torch.empty(2, 3, dtype=dtype, device=device)
-        return make_fx(run, decomposition_table=select_decomp_table())(example).graph
+        examples = [torch.empty(1 if i else (2, 3), dtype=dtype, device=device) for i, dtype in enumerate(dtypes)]
+        return make_fx(run, decomposition_table=select_decomp_table())(*examples).graph

@@ -37,9 +37,13 @@ _LEADING_ONLY = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, to
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantization:
-    """One exposed activation quantization: `site` is the product it was written for; one object marks all its lines."""
+    """One exposed activation quantization: `site` is the product it was written for; one object marks all its lines.
+
+    `given` are the nodes of a static scale and zero point; () if both are computed.
+    """
 
     site: str
+    given: tuple[fx.Node | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class Product:
     """The arguments of one of the four ops, by name.
 
     `specs` and `bias` have one entry a weight, `packed` the tensors of all of them. `x_scale` and `dtype` are set for
-    the forms that take integers, `x` is then int8.
+    the forms that take integers, `x` is then int8. `input_scale` and `input_zero_point` are a static activation's.
     """
 
     x: fx.Node
@@ -57,6 +61,8 @@ class Product:
     x_scale: fx.Node | None = None
     x_zero_point: fx.Node | None = None
     dtype: torch.dtype | None = None
+    input_scale: fx.Node | None = None
+    input_zero_point: fx.Node | None = None
 
     @property
     def spec(self) -> LinearSpec:
@@ -78,6 +84,7 @@ def product_of(node: fx.Node) -> Product | None:
         bias=tuple(args["bias"]) if many else (args["bias"],),
         specs=tuple(args["specs"]) if many else (args["spec"],),
         x_scale=args.get("x_scale"), x_zero_point=args.get("x_zero_point"), dtype=args.get("dtype"),
+        input_scale=args.get("input_scale"), input_zero_point=args.get("input_zero_point"),
     )
 
 
@@ -115,6 +122,13 @@ def fake_result(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
     mode = detect_fake_mode((values, named))
     with mode or nullcontext():
         return target(*values, **named)
+
+
+def row_sizes(graph: fx.Graph, x: fx.Node) -> list[Any]:
+    """[..., 1], the sizes of one number a row of `x`, symbolic ones as nodes at the graph's insert point."""
+    leading = [size if isinstance(size, int) else add_call(graph, torch.ops.aten.sym_size.int, (x, i), like=x)
+               for i, size in enumerate(x.meta["val"].shape[:-1])]
+    return [*leading, 1]
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

@@ -23,6 +23,9 @@ def lower_to_kernel(graph: fx.Graph) -> int:
             continue
         op, chosen = OPS[node.target], kernel(product.spec.kernel)
         node.meta[OP] = op
+        if product.input_scale is not None:
+            node.meta[LEFT] = "its activation scale is static, and expose_activation_quant has not written it out"
+            continue
         call = chosen.native_call(op, node.args) if chosen.native_call is not None else None
         if call is None:
             node.meta[LEFT] = f"{chosen.name} has no native op for {op}; it is called through torch.ops.qpass.{op}"

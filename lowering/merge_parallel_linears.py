@@ -3,7 +3,8 @@
 before  q = linear_q(xq, s, z, wq, ...);  k = linear_q(xq, s, z, wk, ...);  v = linear_q(xq, s, z, wv, ...)
 after   q, k, v = linear_q_list(xq, s, z, [*wq, *wk, *wv], ...)
 
-No weight is copied: the kernel takes the list. Whole qpass.linear ops of one tensor merge into linear_list likewise.
+No weight is copied: the kernel takes the list. Whole qpass.linear ops of one tensor merge into linear_list likewise,
+unless they hold a static scale, which the list has no place for.
 Invariant: a product joins only if its weights and bias stand before the first product of its group.
 """
 
@@ -33,7 +34,7 @@ def merge_parallel_linears(graph: fx.Graph) -> int:
     place = {node: i for i, node in enumerate(graph.nodes)}
     groups: dict[tuple[Any, ...], list[tuple[fx.Node, Product]]] = {}
     for node, product in our_nodes(graph):
-        if node.target not in (LINEAR, LINEAR_Q):
+        if node.target not in (LINEAR, LINEAR_Q) or product.input_scale is not None:
             continue
         spec = product.spec
         key = (node.target, product.x, product.x_scale, product.x_zero_point, product.dtype, spec.kernel,

@@ -3,26 +3,39 @@
 before  a = linear_q(quantize(x), ...);  b = linear_q(quantize(x), ...)
 after   xq = quantize(x);  a = linear_q(xq, ...);  b = linear_q(xq, ...)
 
-Invariant: two quantizations are one only if they have the same symmetry and read the same rows, that is the same
-tensor up to views that keep its last dimension. The first in the graph stays, so it comes before every use.
+Invariant: two quantizations are one only if they have the same symmetry, the same static scale if any, and read the
+same rows, that is the same tensor up to views that keep its last dimension. The first in the graph stays, so it comes
+before every use.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from qpass.lowering.graph_nodes import LINEAR_Q, Product, add_call, our_nodes, quantized_input, same_rows, shape_text
+from qpass.lowering.graph_nodes import (
+    LINEAR_Q,
+    QUANTIZES,
+    Product,
+    add_call,
+    our_nodes,
+    quantized_input,
+    same_rows,
+    shape_text,
+)
 
 
 def share_activation_quant(graph: fx.Graph) -> int:
     """Let later quantizations of one tensor use the first. Returns the number of quantizations that went away."""
-    first: dict[tuple[fx.Node, bool], Product] = {}
+    first: dict[tuple[Any, ...], Product] = {}
     changed = 0
     for node, product in our_nodes(graph):
         if node.target is not LINEAR_Q or (x := quantized_input(product.x)) is None:
             continue
-        kept = first.setdefault((same_rows(x), product.x_zero_point is None), product)
+        given = same_rows(product.x).meta[QUANTIZES].given
+        kept = first.setdefault((same_rows(x), product.x_zero_point is None, *given), product)
         if kept.x is product.x:
             continue
         for mine, theirs in ((product.x, kept.x), (product.x_scale, kept.x_scale),

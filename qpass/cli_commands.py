@@ -105,7 +105,8 @@ def recipe_of(options: argparse.Namespace) -> Any:
     overrides = {rule.target: rule.scheme for rule in recipe.overrides} | dict(options.override)
     ignore = recipe.ignore if options.ignore is None else options.ignore
     return qpass.Recipe(recipe.scheme, ignore=ignore, overrides=overrides, algorithms=recipe.algorithms,
-                        on_indivisible=recipe.on_indivisible, strict=options.strict or recipe.strict)
+                        on_indivisible=recipe.on_indivisible, strict=options.strict or recipe.strict,
+                        on_unsupported_activation=recipe.on_unsupported_activation)
 
 
 def _load(folder: Path) -> Any:

@@ -11,10 +11,11 @@ import torch
 
 from qpass.bands import pattern, without_indices
 from qpass.errors import LayerRefused, NothingQuantized
+from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
 from qpass.match import Match, Tier, match
-from qpass.recipe import OnIndivisible, Recipe
-from qpass.scheme import Scheme, WeightArgs
+from qpass.recipe import OnIndivisible, OnUnsupportedActivation, Recipe
+from qpass.scheme import Scheme, WeightArgs, activation_words
 from qpass.site import Site
 from qpass.spec import LinearSpec
 
@@ -62,7 +63,7 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
     _raise_refused(matches, decisions, recipe)
     if not any(decision.status == "quantize" for decision in decisions):
         raise NothingQuantized(_nothing(decisions))
-    return tuple(_with_kernel(decision, device) for decision in decisions)
+    return tuple(_with_kernel(decision, device, recipe.on_unsupported_activation) for decision in decisions)
 
 
 def effective_text(spec: LinearSpec) -> str:
@@ -70,7 +71,8 @@ def effective_text(spec: LinearSpec) -> str:
     w, a = spec.weight, spec.activation
     group = f"g{w.group_size}" if w.group_size else w.granularity.removeprefix("per_")
     asym = "" if w.symmetric else " asym"
-    return f"{spec.family} {group}{asym}" + ("" if a is None or a.symmetric else ", x asym")
+    words = () if a is None else activation_words(a)
+    return f"{spec.family} {group}{asym}" + (f", x {' '.join(words)}" if words else "")
 
 
 def stored_bytes(spec: LinearSpec, count: int, itemsize: int) -> int:
@@ -160,12 +162,16 @@ def _resolve_group(weight: WeightArgs, k: int, policy: OnIndivisible) -> tuple[W
     return channel, f"{told}, nor does any power of two from {SMALLEST_GROUP} to {size}: adjusted to one group a row"
 
 
-def _with_kernel(decision: Decision, device: torch.device) -> Decision:
+def _with_kernel(decision: Decision, device: torch.device, policy: OnUnsupportedActivation) -> Decision:
     if decision.spec is None:
         return decision
     call = LinearCall(spec=decision.spec, device=device, dtype=decision.site.dtype)
+    if policy == "keep":
+        spec, kept = computable(call)
+        call = replace(call, spec=spec)
+        decision = replace(decision, reason="; ".join(filter(None, (decision.reason, kept))))
     choice = choose(call, where=decision.site.name)
-    return replace(decision, spec=decision.spec.on(choice.kernel.name), refusals=dict(choice.refusals))
+    return replace(decision, spec=call.spec.on(choice.kernel.name), refusals=dict(choice.refusals))
 
 
 def _tied_heads(sites: Sequence[Site]) -> dict[str, str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from qpass.activation_scale import ActivationScale, scale_of_tensors
 from qpass.checkpoint_layers import Float, Layer
-from qpass.errors import CheckpointError
+from qpass.errors import CheckpointError, WeightError
 from qpass.formats.compressed_tensors import read_weight
 from qpass.formats.safetensors_file import Stored, read_tensors
+from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
 from qpass.layers import Origin, PackedWeight, QuantLinear
 from qpass.quant_weight import QuantWeight
@@ -40,24 +43,26 @@ def fill_layers(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stor
     for layer in layers:
         tensors = read_tensors({full: stored[full] for full in layer.tensors.values()})
         try:
-            canonical = read_weight({name: tensors[full].to(device) for name, full in layer.tensors.items()},
-                                    layer.spec)
-        except ValueError as error:
+            named = {name: tensors[full].to(device) for name, full in layer.tensors.items()}
+            canonical = read_weight(named, layer.spec)
+            scale = scale_of_tensors(named, layer.spec.activation)
+        except (ValueError, WeightError) as error:
             raise CheckpointError(f"{layer.paths[0]} in {stored[next(iter(tensors))].file.parent}: {error}") from error
         freed += sum(tensor.nbytes for tensor in tensors.values())
-        del tensors
+        del tensors, named
         dtype = _weight_of(model, layer, layer.paths[0]).dtype
         call = LinearCall(spec=layer.spec, device=device, dtype=dtype)
-        spec = layer.spec.on(choose(call, where=layer.paths[0], prepare=True).kernel.name)
+        call = replace(call, spec=computable(call)[0])
+        spec = call.spec.on(choose(call, where=layer.paths[0], prepare=True).kernel.name)
         first: PackedWeight | None = None
         for path in layer.paths:
             owner = model.get_submodule(path if layer.module else path.rpartition(".")[0])
             if not layer.module or owner is model:
-                first = first or QuantWeight(canonical, spec, dtype, transposed=layer.transposed)
+                first = first or QuantWeight(canonical, spec, dtype, scale, transposed=layer.transposed)
                 owner._parameters.pop(layer.leaf)
                 owner._modules[layer.leaf] = first
                 continue
-            first = _put_linear(model, path, owner, layer, first, (canonical, spec, dtype))
+            first = _put_linear(model, path, owner, layer, first, (canonical, spec, dtype, scale))
         del canonical
         if freed >= TRIM_AFTER:
             give_back_freed_memory()
@@ -65,14 +70,14 @@ def fill_layers(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stor
 
 
 def _put_linear(model: nn.Module, path: str, owner: nn.Module, layer: Layer, first: PackedWeight | None,
-                parts: tuple[Any, LinearSpec, torch.dtype]) -> PackedWeight:
+                parts: tuple[Any, LinearSpec, torch.dtype, ActivationScale | None]) -> PackedWeight:
     if isinstance(owner, PackedWeight):  # one module under two names
         return owner
-    canonical, spec, dtype = parts
+    canonical, spec, dtype, scale = parts
     bias_leaf = layer.bias if layer.bias and owner._parameters.get(layer.bias) is not None else None
     origin = Origin(module=owner, weight=layer.leaf, bias=bias_leaf, transposed=layer.transposed)
     bias = owner._parameters[bias_leaf] if bias_leaf else None
-    linear = QuantLinear(canonical, bias, spec, dtype, origin)
+    linear = QuantLinear(canonical, bias, spec, dtype, origin, scale)
     if first is not None:
         linear.tie(first)
     shape = (spec.in_features, spec.out_features) if layer.transposed else (spec.out_features, spec.in_features)

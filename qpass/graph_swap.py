@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from qpass.calibrate.static_activation import static_scales
 from qpass.decide import Decision
 from qpass.errors import AlreadyQuantized, LayerRefused
 from qpass.plan_model import Plan, make_plan
@@ -40,6 +41,7 @@ def quantize_graph(model: fx.GraphModule | ExportedProgram, recipe: Recipe, *, e
                                f"{next(iter(done))}; export the float model again")
     plan = make_plan(model, recipe, example_inputs=example_inputs)  # type: ignore[arg-type]
     targets = [decision for decision in plan.decisions if decision.status == "quantize"]
+    static_scales(model, targets, None)
     weights = {d.site.name: _parameter(model, d.site.name) for d in targets}
     products: dict[str, list[fx.Node]] = {}
     problems = []

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import qpass.kernels.dispatch
 import qpass.kernels.gradient  # noqa: F401  (both give the ops below what they do)
-from qpass.errors import PackedForInference
+from qpass.activation_scale import ActivationScale, scale_of_tensors
+from qpass.errors import PackedForInference, WeightError
 from qpass.formats.compressed_tensors import describe_weight, names_found, read_weight, write_weight
 from qpass.kernels.registry import Kernel, LinearCall, choose, kernel
 from qpass.spec import LinearSpec
@@ -27,7 +28,8 @@ from qpass.weight_view import WeightView
 class PackedWeight(nn.Module):
     """One weight [N, K] packed for one kernel, as non-persistent buffers.
 
-    Invariant: the buffers are `kernel.layout.pack(canonical, spec)`, and `spec.kernel == kernel.name`.
+    Invariant: the buffers are `kernel.layout.pack(canonical, spec)`, and `spec.kernel == kernel.name`; beside them, if
+    the activation is static, `input_scale` and `input_zero_point` as a checkpoint holds them.
     """
 
     spec: LinearSpec
@@ -35,13 +37,23 @@ class PackedWeight(nn.Module):
     _spec_text: str
     _kernel: Kernel
 
-    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype) -> None:
-        """`weight` is packed for `spec.kernel`; `dtype` is that of the float weight it came from."""
+    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype,
+                 scale: ActivationScale | None = None) -> None:
+        """`weight` is packed for `spec.kernel`; `dtype` is that of the float weight it came from.
+
+        `scale` must be there exactly if the spec's activation is static; WeightError otherwise.
+        """
+        if (scale is not None) != (spec.activation is not None and spec.activation.static):
+            raise WeightError(f"{spec}: a static activation needs a scale, and only it has one; static scales come "
+                              "with a checkpoint or from qpass.quantize(model, recipe, calibration=...)")
         super().__init__()
         self.dtype = dtype
         self.training = False
         self._names: tuple[str, ...] = ()
         self._tied: list[PackedWeight] = [self]
+        self._scale_names = () if scale is None else tuple(scale.tensors())
+        for name, tensor in ({} if scale is None else scale.tensors()).items():
+            self.register_buffer(name, tensor, persistent=False)
         self._pack(weight, spec)
 
     def _pack(self, weight: CanonicalWeight, spec: LinearSpec) -> None:
@@ -50,18 +62,21 @@ class PackedWeight(nn.Module):
         for name in self._names:
             del self._buffers[name]
         names = tuple("packed_" + name for name in chosen.layout.names(spec))
-        self.on_disk = describe_weight(weight, spec)
+        self.on_disk = describe_weight(weight, spec) | {
+            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._scale_tensors().items()}
         for name in names:
             self.register_buffer(name, packed[name.removeprefix("packed_")], persistent=False)
         for layer in self._tied:  # they read the very same buffers
-            layer._names, layer.on_disk, layer._non_persistent_buffers_set = names, self.on_disk, set(names)
+            layer._names, layer.on_disk = names, self.on_disk
+            layer._non_persistent_buffers_set = {*names, *self._scale_names}
             layer.spec, layer._spec_text, layer._kernel = spec, str(spec), chosen
 
     def tie(self, other: PackedWeight) -> None:
         """Read the packed tensors of `other`, whose weight is this one's, from now on."""
         self._buffers, self._tied = other._buffers, other._tied
         self._tied.append(self)
-        for name in ("_names", "on_disk", "_non_persistent_buffers_set", "spec", "_spec_text", "_kernel"):
+        for name in ("_names", "_scale_names", "on_disk", "_non_persistent_buffers_set", "spec", "_spec_text",
+                     "_kernel"):
             setattr(self, name, getattr(other, name))
 
     @property
@@ -83,6 +98,23 @@ class PackedWeight(nn.Module):
         """Bytes that the packed weight takes in memory."""
         return sum(t.numel() * t.element_size() for t in self.packed)
 
+    @property
+    def activation_scale(self) -> ActivationScale | None:
+        """The static scale of the activation, if it has one."""
+        return scale_of_tensors(self._scale_tensors(), self.spec.activation)
+
+    def share_scale(self, other: PackedWeight) -> bool:
+        """Hold the very scale tensors of `other`, if they are equal: then products of one input round it once."""
+        mine, theirs = self._scale_tensors(), other._scale_tensors()
+        equal = mine.keys() == theirs.keys() and all(
+            torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
+        if equal:
+            self._buffers.update(theirs)
+        return equal
+
+    def _scale_tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._scale_names}
+
     def canonical(self) -> CanonicalWeight:
         """The weight in canonical form: a copy, or the very tensors if the layout is the canonical one."""
         names = (name.removeprefix("packed_") for name in self._names)
@@ -94,9 +126,11 @@ class PackedWeight(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]; an op of the graph when traced, the kernel itself when not."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (
+        names = self._scale_names
+        if names or torch.compiler.is_compiling() or (torch.is_grad_enabled() and (
                 x.requires_grad or (bias is not None and bias.requires_grad))):
-            return torch.ops.qpass.linear(x, self.packed, bias, self._spec_text)  # type: ignore[no-any-return]
+            return torch.ops.qpass.linear(x, self.packed, bias, self._spec_text,  # type: ignore[no-any-return]
+                                          *[getattr(self, name) for name in names])
         return self._kernel.forms["linear"](x, self.packed, bias, self.spec)  # type: ignore[no-any-return]
 
     def taken_over(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -111,20 +145,22 @@ class PackedWeight(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        names, before = self._names, self.packed
+        names = (*self._names, *self._scale_names)
+        before = [getattr(self, name) for name in names]
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         dtype = probe.dtype if probe.dtype.is_floating_point else self.dtype
         spec = self._spec_on(probe.device, dtype)
         canonical = self.canonical() if spec.kernel != self.spec.kernel else None
-        moved = [_moved(fn, tensor) for tensor in before] if canonical is None else []
+        again = self._names if canonical is None else ()
+        moved = {name: _moved(fn, tensor) for name, tensor in zip(names, before, strict=True)
+                 if name in again or name in self._scale_names}
         held = {name: self._buffers.pop(name) for name in names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(held)
-        if canonical is None:
-            self._buffers.update(zip(names, moved, strict=True))
-        else:
+        self._buffers.update(moved)
+        if canonical is not None:
             self._pack(CanonicalWeight({name: _moved(fn, t) for name, t in canonical.tensors.items()}), spec)
         self.dtype = dtype
         return self
@@ -142,12 +178,14 @@ class PackedWeight(nn.Module):
         if self.device.type == "meta":
             return {name: torch.empty(shape, dtype=dtype, device="meta")
                     for name, (dtype, shape) in self.on_disk.items()}
-        return write_weight(self.canonical(), self.spec)
+        return write_weight(self.canonical(), self.spec) | self._scale_tensors()
 
     def tensor_on_disk(self, name: str) -> Tensor:
         """One of them."""
         if name == "weight_shape":
             return torch.tensor([self.spec.out_features, self.spec.in_features], dtype=torch.int64)
+        if name in self._scale_names:
+            return self._scale_tensors()[name]
         return self.tensors_on_disk()[name]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -168,10 +206,13 @@ class PackedWeight(nn.Module):
             return
         try:
             weight = read_weight(found, self.spec)
-        except ValueError as error:
+            scale = scale_of_tensors(found, self.spec.activation)
+        except (ValueError, WeightError) as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
         moved = CanonicalWeight({name: tensor.to(self.device) for name, tensor in weight.tensors.items()})
+        for name, tensor in ({} if scale is None else scale.tensors()).items():
+            self._buffers[name] = tensor.to(self.device)
         self._pack(moved, self.spec)
 
 
@@ -213,8 +254,8 @@ class QuantLinear(PackedWeight):
     bias: nn.Parameter | None
 
     def __init__(self, weight: CanonicalWeight, bias: nn.Parameter | None, spec: LinearSpec, dtype: torch.dtype,
-                 origin: Origin | None = None) -> None:
-        super().__init__(weight, spec, dtype)
+                 origin: Origin | None = None, scale: ActivationScale | None = None) -> None:
+        super().__init__(weight, spec, dtype, scale)
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.register_parameter("bias", bias)
         if origin is None:

@@ -25,7 +25,8 @@ from qpass.experts_spec import ExpertsSpec
 from qpass.spec import LinearSpec
 
 LIBRARY = torch.library.Library("qpass", "DEF")
-LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str spec) -> Tensor")
+LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str spec, Tensor? input_scale=None, "
+               "Tensor? input_zero_point=None) -> Tensor")
 LIBRARY.define("linear_q(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor? bias, str spec, "
                "ScalarType dtype) -> Tensor")
 LIBRARY.define("linear_list(Tensor x, Tensor[] packed, Tensor?[] bias, str[] specs) -> Tensor[]")
@@ -44,7 +45,8 @@ def _product(x: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-1], parsed.out_features), dtype=dtype)
 
 
-def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: str, input_scale: Tensor | None = None,
+            input_zero_point: Tensor | None = None) -> Tensor:
     return _product(x, spec, x.dtype)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.activation_scale import ActivationScale
 from qpass.layers import PackedWeight
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -19,8 +20,9 @@ class QuantWeight(PackedWeight):
     `transposed` says that the parameter was stored [K, N]. It is a module so that `.to()` and `state_dict()` reach it.
     """
 
-    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype, *, transposed: bool) -> None:
-        super().__init__(weight, spec, dtype)
+    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype,
+                 scale: ActivationScale | None = None, *, transposed: bool) -> None:
+        super().__init__(weight, spec, dtype, scale)
         self.transposed = transposed
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

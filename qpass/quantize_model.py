@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from qpass.activation_scale import ActivationScale
+from qpass.calibrate.static_activation import static_scales
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
 from qpass.graph_swap import float_graph, is_plain_graph, quantize_graph
 from qpass.kernels.registry import kernel
@@ -15,7 +17,7 @@ from qpass.layers import PackedWeight
 from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipe_files import as_recipe
 from qpass.refuse_training import allow_training, refuse_training
-from qpass.swap import TRIM_AFTER, give_back_freed_memory, restore, swap_site
+from qpass.swap import TRIM_AFTER, give_back_freed_memory, restore, share_scales, swap_site
 from qpass.weight import check_weight
 
 
@@ -27,7 +29,8 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     recipe          a preset name, Scheme, Recipe, dict, torchao config, or path to a YAML or JSON recipe
     example_inputs  what one call of the model takes: a tensor, a tuple of positional or a dict of keyword arguments;
                     by default the model's own `dummy_inputs`. Only shapes and dtypes are used.
-    calibration     data for algorithms that need some; none of the recipe's algorithms may be missing it
+    calibration     inputs of the model, each as `example_inputs`, for static activation scales: the model runs on
+                    them once, in float, and the range of each layer's input is recorded
     device          where the quantized model should live; by default each layer stays where it is
     progress        show a bar on stderr
     allow_nonfinite quantize NaN and Inf in weights as 0 instead of refusing
@@ -36,25 +39,27 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     still float or packed. Raises a subclass of QPassError that names the layer before anything is changed.
     """
     chosen = as_recipe(recipe)
-    if chosen.algorithms or calibration is not None:
-        asked = ", ".join(chosen.algorithms) or "calibration data"
-        raise RecipeError(f"the recipe asks for {asked}, and this version rounds to nearest only; remove algorithms "
-                          f"and "
-                          "calibration")
+    if chosen.algorithms:
+        raise RecipeError(f"the recipe asks for {', '.join(chosen.algorithms)}, and this version rounds to nearest "
+                          "only; remove algorithms")
     where = None if device is None else _usable(device)
     if is_plain_graph(model):
         if where is not None and not isinstance(model, nn.Module):
             raise TypeError("an ExportedProgram stays on the device that it was exported on; quantize it without "
                             "`device`, or export the model on the other one")
+        if calibration is not None:
+            raise RecipeError("calibration data needs an nn.Module, whose layers can be watched; quantize the module, "
+                              "and export or trace it then")
         quantize_graph(model, chosen, example_inputs=example_inputs, allow_nonfinite=allow_nonfinite)
         return model if where is None else model.to(where)
     check_model(model)
     plan = make_plan(model, chosen, example_inputs=example_inputs, device=where)
     targets = [d for d in plan.decisions if d.status == "quantize"]
     _check_weights(model, targets, allow_nonfinite)
+    scales = static_scales(model, targets, calibration)
     remember(model, plan)
     try:
-        _swap_all(model, targets, where, progress)
+        _swap_all(model, targets, where, progress, scales)
     except BaseException:
         # What was reached is packed and must save, explain and refuse to train as such.
         if any(isinstance(module, PackedWeight) for module in model.modules()):
@@ -114,6 +119,7 @@ def finish(model: nn.Module, plan: Plan | None) -> None:
     from qpass.hf import write_config
     from qpass.lowering.install import install
 
+    share_scales(model)
     write_config(model, plan)
     refuse_training(model)
     install()
@@ -154,7 +160,8 @@ def _prepare_kernels(targets: list[Decision], bar: Any) -> None:
         prepare()
 
 
-def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | None, progress: bool) -> None:
+def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | None, progress: bool,
+              scales: Mapping[str, ActivationScale]) -> None:
     from tqdm import tqdm
 
     done, freed = 0, 0
@@ -163,7 +170,7 @@ def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | 
             _prepare_kernels(targets, bar)
             for decision in targets:
                 bar.set_postfix_str(decision.site.name, refresh=False)
-                swap_site(model, decision, device)
+                swap_site(model, decision, device, scales.get(decision.site.name))
                 freed += decision.site.numel * decision.site.dtype.itemsize
                 if freed >= TRIM_AFTER:
                     give_back_freed_memory()

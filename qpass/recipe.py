@@ -12,8 +12,9 @@ from qpass.errors import RecipeError
 from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs, check_defined, preset
 
 OnIndivisible = Literal["adjust", "skip", "error"]
+OnUnsupportedActivation = Literal["keep", "error"]
 DEFAULT_IGNORE = ("lm_head",)
-RECIPE_KEYS = ("scheme", "ignore", "overrides", "algorithms", "on_indivisible", "strict")
+RECIPE_KEYS = ("scheme", "ignore", "overrides", "algorithms", "on_indivisible", "on_unsupported_activation", "strict")
 
 
 def check_target(target: object) -> None:
@@ -58,6 +59,9 @@ class Recipe:
     algorithms      names of calibration algorithms, in order
     on_indivisible  a group size that does not divide: "adjust" to the largest power of two >= 32 that does,
                     "skip" the layer (it stays float, and the report says so), or "error"
+    on_unsupported_activation
+                    no kernel here rounds activations so: "keep" them in float, weights quantized all the same, and
+                    say so in the report, or "error"
     strict          refuse any layer that stays float without being ignored
 
     Raises RecipeError for anything that cannot mean something, naming what is allowed.
@@ -68,14 +72,18 @@ class Recipe:
     overrides: tuple[Rule, ...]
     algorithms: tuple[str, ...]
     on_indivisible: OnIndivisible
+    on_unsupported_activation: OnUnsupportedActivation
     strict: bool
 
     def __init__(self, scheme: str | Scheme | None, *, ignore: Sequence[str] | None = None,
                  overrides: Mapping[str, str | Scheme | None] | Sequence[Rule] | None = None,
                  algorithms: Sequence[str] = (), on_indivisible: OnIndivisible = "adjust",
-                 strict: bool = False) -> None:
+                 on_unsupported_activation: OnUnsupportedActivation = "keep", strict: bool = False) -> None:
         if on_indivisible not in ("adjust", "skip", "error"):
             raise RecipeError(f"on_indivisible must be 'adjust', 'skip' or 'error', got {on_indivisible!r}")
+        if on_unsupported_activation not in ("keep", "error"):
+            raise RecipeError("on_unsupported_activation must be 'keep' or 'error', got "
+                              f"{on_unsupported_activation!r}")
         if not isinstance(strict, bool):
             raise RecipeError(f"strict must be True or False, got {strict!r}")
         put = object.__setattr__
@@ -84,6 +92,7 @@ class Recipe:
         put(self, "overrides", _rules(overrides))
         put(self, "algorithms", _strings(algorithms, "algorithms"))
         put(self, "on_indivisible", on_indivisible)
+        put(self, "on_unsupported_activation", on_unsupported_activation)
         put(self, "strict", strict)
         for target in self.ignore or ():
             check_target(target)
@@ -96,6 +105,7 @@ class Recipe:
             "overrides": {rule.target: scheme_to_data(rule.scheme) for rule in self.overrides},
             "algorithms": list(self.algorithms),
             "on_indivisible": self.on_indivisible,
+            "on_unsupported_activation": self.on_unsupported_activation,
             "strict": self.strict,
         }
 

@@ -16,7 +16,7 @@ from qpass.errors import RecipeError
 from qpass.recipe import Recipe, Rule
 from qpass.scheme import PRESETS, ActivationArgs, Granularity, Scheme, WeightArgs, preset, scheme_for
 
-_HAVE = "integers of 2 to 8 bits per tensor, channel or group, with float or int8 per-token activations (qpass.PRESETS)"
+_HAVE = "integers of 2 to 8 bits per tensor, channel or group, with float or int8 activations (qpass.PRESETS)"
 _NO_NUMBERS = frozenset({"bypass_divisibility_checks", "requires_calibration_data", "index", "group", "start", "end",
                          "update", "initialized_", "finalized_", "started_", "ended_"})
 _SCHEME_FIELDS = frozenset({"targets", "scheme", "ignore", "config_groups"})
@@ -188,9 +188,20 @@ def _weight_args(data: Mapping[str, Any], where: str) -> WeightArgs:
 
 
 def _activation_args(data: Mapping[str, Any], where: str) -> ActivationArgs:
-    _refuse(where, "input_activations", data, {"num_bits": (8,), "type": ("int",), "strategy": ("token",),
-                                               "dynamic": (True,), "actorder": (None,), "scale_dtype": (None,)})
-    return ActivationArgs(symmetric=bool(data.get("symmetric", True)))
+    kinds: dict[object, Granularity] = {"token": "per_token", "tensor": "per_tensor", "group": "per_group",
+                                        "tensor_group": "per_group"}
+    size, strategy = data.get("group_size"), data.get("strategy")
+    strategy = getattr(strategy, "value", strategy) or ("group" if size else "tensor")
+    _refuse(where, "input_activations", {**data, "strategy": strategy},
+            {"num_bits": (8, 4), "type": ("int", "float"), "strategy": tuple(kinds), "dynamic": (True, False, "local"),
+             "actorder": (None,)})
+    granularity = kinds[strategy]
+    try:
+        return ActivationArgs(bits=data.get("num_bits", 8), type=data.get("type", "int"), granularity=granularity,
+                              symmetric=bool(data.get("symmetric", True)), dynamic=data.get("dynamic", False),
+                              group_size=size if granularity == "per_group" else None)
+    except RecipeError as error:
+        raise RecipeError(f"{where} has input_activations that cannot be expressed here: {error}") from None
 
 
 _DEFAULTS = {"num_bits": 8, "type": "int", "dynamic": False}

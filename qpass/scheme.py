@@ -2,7 +2,8 @@
 
 A preset has exactly the types, granularity and symmetry of the compressed-tensors preset of that name
 (compressed-tensors 0.20, `quantization/quant_scheme.py`), in lower case. `w4a8_channel` is the channelwise recipe
-of vLLM's W4A8 page: int4 per output channel, int8 asymmetric per token.
+of vLLM's W4A8 page: int4 per output channel, int8 asymmetric per token. The `_static` ones are those with activations
+int8 per tensor whose scale is calibrated: vLLM's CompressedTensorsW8A8Int8 with a static input scheme.
 """
 
 from __future__ import annotations
@@ -120,18 +121,51 @@ def tensor_on_disk(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationArgs:
-    """The numbers an activation is rounded to just before the product, one scale a token."""
+    """The numbers an activation is rounded to just before the product.
+
+    type         "int", or "float": 8 bits are e4m3, 4 bits e2m1
+    granularity  per_token: a scale for each row; per_group: one for each `group_size` inputs of a row; per_tensor: one
+    dynamic      True: scales are computed from the activation itself. False: they are tensors of the layer, loaded or
+                 calibrated. "local": those of the groups are computed, below one of the layer (NVFP4)
+
+    Not all that can be said is computed on every machine: a kernel refuses, and the recipe's policy decides.
+    """
 
     bits: int = 8
-    type: str = "int"
+    type: Literal["int", "float"] = "int"
     granularity: Granularity = "per_token"
+    group_size: int | None = None
     symmetric: bool = True
-    dynamic: bool = True
+    dynamic: bool | Literal["local"] = True
 
     def __post_init__(self) -> None:
-        if (self.bits, self.type, self.granularity, self.dynamic) != (8, "int", "per_token", True):
-            raise RecipeError("activations can be int8, dynamic, per token; got "
-                              f"{self.type}{self.bits}, {self.granularity}, dynamic={self.dynamic}")
+        if self.type not in ("int", "float") or self.bits not in (4, 8):
+            raise RecipeError(f"activations can be of type int or float with 4 or 8 bits, got {self.type!r} with "
+                              f"{self.bits}")
+        if self.granularity not in ("per_token", "per_tensor", "per_group"):
+            raise RecipeError("activation granularity must be per_token, per_tensor or per_group, "
+                              f"got {self.granularity!r}")
+        if (self.granularity == "per_group") != (self.group_size is not None) or (self.group_size or 1) < 1:
+            raise RecipeError("the group_size of an activation goes with granularity='per_group', and only with it; "
+                              f"got {self.granularity!r} and group_size={self.group_size}")
+        if self.type == "float" and not self.symmetric:
+            raise RecipeError("float activations have no zero point: symmetric must be True")
+        if self.dynamic is False and self.granularity != "per_tensor":
+            raise RecipeError("static activation scales are one for the tensor: granularity='per_tensor' goes with "
+                              f"dynamic=False, got {self.granularity!r}")
+        if self.dynamic not in (True, False, "local") or (self.dynamic == "local" and self.granularity != "per_group"):
+            raise RecipeError("dynamic must be True, False, or 'local' with granularity='per_group'; got "
+                              f"{self.dynamic!r} with {self.granularity!r}")
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale is a tensor of the layer."""
+        return self.dynamic is False
+
+    @property
+    def number(self) -> str:
+        """`int8`, `int4`, `fp8` or `fp4`."""
+        return f"{'int' if self.type == 'int' else 'fp'}{self.bits}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +184,7 @@ class Scheme:
     @property
     def family(self) -> str:
         """What kernels are written for: `w4a8`, `w8a16`, ..., whatever the granularity and symmetry."""
-        prefix = "w" if self.weight.type == "int" else self.weight.type + "_w"
-        return f"{prefix}{self.weight.bits}a{self.activation.bits if self.activation else 16}"
+        return family_of(self.weight, self.activation)
 
     def bits_per_weight(self, in_features: int, group_size: int, scale_bits: int = 16) -> float:
         """Stored bits per weight, scales and zero points included, for rows of `in_features` weights."""
@@ -160,7 +193,15 @@ class Scheme:
         return self.weight.bits + groups * extra / max(in_features, 1)
 
 
+def family_of(weight: WeightArgs, activation: ActivationArgs | None) -> str:
+    """`w4a8`, `w8a16`, `w4afp8`: the types and widths of both."""
+    prefix = "w" if weight.type == "int" else weight.type + "_w"
+    return f"{prefix}{weight.bits}a{activation.number.removeprefix('int') if activation else 16}"
+
+
 _INT8_TOKEN = ActivationArgs()
+_STATIC = ActivationArgs(granularity="per_tensor", dynamic=False)
+_STATIC_ASYM = replace(_STATIC, symmetric=False)
 
 
 def _group(bits: int, activation: ActivationArgs | None, *, symmetric: bool = True,
@@ -202,7 +243,7 @@ def register_scheme(scheme: Scheme, *, codec: Codec | RowCodec | None = None) ->
 def scheme_for(weight: WeightArgs, activation: ActivationArgs | None) -> Scheme:
     """The preset with exactly these numbers, or a Scheme named after them: `w4a8_g64`, `w4a16_channel_asym`.
 
-    A trailing `_xasym` says that the activation is asymmetric where the name does not.
+    What of the activation the name does not say follows: `_xg32`, `_xtensor`, `_xstatic`, `_xlocal`, `_xasym`.
     """
     for known in PRESETS.values():
         if (known.weight, known.activation) == (weight, activation):
@@ -210,9 +251,17 @@ def scheme_for(weight: WeightArgs, activation: ActivationArgs | None) -> Scheme:
     unnamed = Scheme(name="", weight=weight, activation=activation)
     group = weight.grouping
     name = f"{unnamed.family}_{group}" + ("" if weight.symmetric else "_asym")
-    if activation is not None and not activation.symmetric:
-        name += "_xasym"
+    if activation is not None:
+        name += "".join(f"_x{word}" for word in activation_words(activation))
     return replace(unnamed, name=name)
+
+
+def activation_words(activation: ActivationArgs) -> tuple[str, ...]:
+    """How an activation differs from dynamic, per token and symmetric: `("static", "asym")`, `("g32",)`."""
+    group = f"g{activation.group_size}" if activation.group_size else activation.granularity.removeprefix("per_")
+    when = "static" if activation.static else "local" if activation.dynamic == "local" else ""
+    return tuple(word for word in ("" if group == "token" or when == "static" else group, when,
+                                   "" if activation.symmetric else "asym") if word)
 
 
 def check_defined(scheme: Scheme) -> None:
@@ -241,8 +290,14 @@ def preset(name: str) -> Scheme:
 for _bits in (2, 3, 4, 5, 6, 7):
     register_scheme(Scheme(name=f"w{_bits}a16", **_group(_bits, None)))
     register_scheme(Scheme(name=f"w{_bits}a8", **_group(_bits, _INT8_TOKEN)))
+for _bits in (2, 3, 4):
+    register_scheme(Scheme(name=f"w{_bits}a4", **_group(_bits, ActivationArgs(bits=4))))
 register_scheme(Scheme(name="w8a16", **_group(8, None)))
+register_scheme(Scheme(name="w4afp8", **_group(4, ActivationArgs(type="float"))))
 register_scheme(Scheme(name="w4a16_asym", **_group(4, None, symmetric=False)))
 register_scheme(Scheme(name="w8a8", weight=WeightArgs(bits=8), activation=_INT8_TOKEN))
 register_scheme(Scheme(name="int8", weight=WeightArgs(bits=8), activation=_INT8_TOKEN))
 register_scheme(Scheme(name="w4a8_channel", weight=WeightArgs(bits=4), activation=ActivationArgs(symmetric=False)))
+register_scheme(Scheme(name="w8a8_static", weight=WeightArgs(bits=8), activation=_STATIC))
+register_scheme(Scheme(name="w8a8_static_asym", weight=WeightArgs(bits=8), activation=_STATIC_ASYM))
+register_scheme(Scheme(name="w4a8_static", **_group(4, _STATIC)))

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
-from qpass.scheme import ActivationArgs, WeightArgs
+from qpass.scheme import ActivationArgs, WeightArgs, family_of
 
 _PATTERN = re.compile(
     r"(?P<family>\S+) (?P<type>\w+?)(?P<bits>\d):(?P<group>[gb]\d+|channel|tensor):(?P<sym>sym|asym)"
-    r"(?: x int8:token:(?P<asym>sym|asym))? (?P<n>\d+)x(?P<k>\d+) @(?P<kernel>\S+)"
+    r"(?: x (?P<xtype>int|fp)(?P<xbits>\d):(?P<xgroup>g\d+|token|tensor):(?P<xsym>sym|asym)"
+    r"(?::(?P<when>static|local))?)? (?P<n>\d+)x(?P<k>\d+) @(?P<kernel>\S+)"
 )
 
 
@@ -50,6 +52,10 @@ class LinearSpec:
         """[N, K] of the weight."""
         return self.out_features, self.in_features
 
+    def weight_only(self) -> LinearSpec:
+        """The same product with the activation left in its own dtype."""
+        return replace(self, activation=None, family=family_of(self.weight, None))
+
     def on(self, kernel: str) -> LinearSpec:
         """The same product on another kernel."""
         return replace(self, kernel=kernel)
@@ -58,7 +64,9 @@ class LinearSpec:
         w, a = self.weight, self.activation
         text = f"{self.family} {w.type}{w.bits}:{w.grouping}:{'sym' if w.symmetric else 'asym'}"
         if a is not None:
-            text += f" x int8:token:{'sym' if a.symmetric else 'asym'}"
+            shared = f"g{a.group_size}" if a.group_size else a.granularity.removeprefix("per_")
+            when = ":static" if a.static else ":local" if a.dynamic == "local" else ""
+            text += f" x {a.number}:{shared}:{'sym' if a.symmetric else 'asym'}{when}"
         return f"{text} {self.out_features}x{self.in_features} @{self.kernel}"
 
     @staticmethod
@@ -73,6 +81,15 @@ class LinearSpec:
         granularity = {"g": "per_group", "b": "per_block"}[group[0]] if size else f"per_{group}"
         weight = WeightArgs(bits=int(m["bits"]), type=m["type"], group_size=size, symmetric=m["sym"] == "sym",
                             granularity=granularity)  # type: ignore[arg-type]
-        activation = ActivationArgs(symmetric=m["asym"] == "sym") if m["asym"] else None
+        activation = _activation(m) if m["xtype"] else None
         return LinearSpec(family=m["family"], weight=weight, activation=activation, out_features=int(m["n"]),
                           in_features=int(m["k"]), kernel=m["kernel"])
+
+
+def _activation(m: re.Match[str]) -> ActivationArgs:
+    group = m["xgroup"]
+    when: dict[str | None, Any] = {None: True, "static": False, "local": "local"}
+    size = int(group[1:]) if group.startswith("g") else None
+    return ActivationArgs(bits=int(m["xbits"]), type="int" if m["xtype"] == "int" else "float", group_size=size,
+                          granularity="per_group" if size else f"per_{group}",  # type: ignore[arg-type]
+                          symmetric=m["xsym"] == "sym", dynamic=when[m["when"]])

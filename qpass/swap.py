@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import nn
 
+from qpass.activation_scale import ActivationScale
 from qpass.errors import WeightError
 from qpass.layers import Origin, PackedWeight, QuantLinear
 from qpass.plan_model import Decision
@@ -17,8 +18,11 @@ from qpass.weight import quantize_weight
 TRIM_AFTER = 4 << 20  # bytes freed; for less, give_back_freed_memory is not worth the call
 
 
-def swap_site(model: nn.Module, decision: Decision, device: torch.device | None = None) -> PackedWeight:
+def swap_site(model: nn.Module, decision: Decision, device: torch.device | None = None,
+              scale: ActivationScale | None = None) -> PackedWeight:
     """Quantize, pack and replace the parameter of one site, on `device` (by default where it is).
+
+    `scale` is the static scale of its activation, where the decision's spec has one.
 
     Until the packed layer is whole the model is untouched; then one assignment per place puts it in. Peak memory
     beyond the model is one layer of int8 codes and one packed layer.
@@ -31,18 +35,18 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     parameter = owner._parameters[leaf]
     if parameter is None:
         raise WeightError(f"{site.name} is gone from the model since the plan was made; plan again")
-    return _replace(model, owner, leaf, parameter, decision, spec, device)
+    return _replace(model, owner, leaf, parameter, decision, spec, device, scale)
 
 
 def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, decision: Decision,
-             spec: LinearSpec, device: torch.device | None) -> PackedWeight:
+             spec: LinearSpec, device: torch.device | None, scale: ActivationScale | None) -> PackedWeight:
     site = decision.site
     weight = parameter.detach() if device is None else parameter.detach().to(device)
     canonical = quantize_weight(weight.t() if site.transposed else weight, spec)
     del weight
     holders = _holders(model, parameter)
     if site.swap == "parameter" or owner is model or any(type(holder) is not type(owner) for holder, _ in holders):
-        packed: PackedWeight = QuantWeight(canonical, spec, site.dtype, transposed=site.transposed)
+        packed: PackedWeight = QuantWeight(canonical, spec, site.dtype, scale, transposed=site.transposed)
         del canonical
         for holder, name in holders:
             # The parameter hides the module until it goes, so that the layer is whole at every moment.
@@ -56,7 +60,7 @@ def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parame
         if bias is not None and device is not None:
             bias = nn.Parameter(bias.detach().to(device), requires_grad=bias.requires_grad)
         origin = Origin(module=holder, weight=name, bias=bias_leaf, transposed=site.transposed)
-        linear = QuantLinear(canonical, bias, spec, site.dtype, origin)
+        linear = QuantLinear(canonical, bias, spec, site.dtype, origin, scale)
         if first is not None:  # a tied weight: the second holder reads the same packed tensors
             linear.tie(first)
         first = linear if first is None else first
@@ -83,6 +87,17 @@ def _put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+
+
+def share_scales(model: nn.Module) -> int:
+    """Let neighbours whose static activation scales are equal hold one tensor, so that the compiler sees one input
+    rounded once. Returns how many then read another's."""
+    shared = 0
+    for parent in model.modules():
+        packed = [child for child in parent.children() if isinstance(child, PackedWeight) and child.activation_scale]
+        for i, layer in enumerate(packed):
+            shared += any(layer.share_scale(before) for before in packed[:i])
+    return shared
 
 
 def give_back_freed_memory() -> None:

@@ -1,12 +1,14 @@
-"""Activation quantization: one float tensor in, int8 codes with one scale a token out, written in plain torch.
+"""Activation quantization: one float tensor in, int8 codes with their scales out, written in plain torch.
 
 Inductor fuses these lines into whatever produced `x`; nothing here may become a custom op.
 
 symmetric   (vLLM's dynamic int8)        scale = max(amax(|x|), EPS) / 127,  q = clamp(round(x / scale), -127, 127)
 asymmetric  (compressed-tensors' token)  low = min(x, 0), high = max(x, 0), scale = max(high - low, EPS) / 255,
             zero_point = -128 - round(low / scale),  q = clamp(round(x / scale) + zero_point, -128, 127)
+static      (vLLM's static int8)         q = clamp(round(x / scale) + zero_point, -128, 127), scale and zero point given
 All in float32, rounding half to even. A code that is not a number is 0: float NaN to int8 is not the same on every
-path of a machine. A token with NaN or Inf has such a scale, which carries it into the product.
+path of a machine. A token with NaN or Inf has such a scale, which carries it into the product; a static scale knows
+nothing of the token, so there Inf is the largest code and NaN is lost.
 """
 
 from __future__ import annotations
@@ -32,6 +34,20 @@ def quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = (high - low).clamp_min(EPS) / 255
     zero_point = -128 - (low / scale).round()
     return _codes(((x / scale).round() + zero_point).clamp(-128, 127)), scale, zero_point
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """x [..., K] floating, scale floating [1], zero point int8 [1] or None -> codes int8 [..., K]."""
+    q = (x.float() / scale.float()).round()
+    if zero_point is not None:
+        q = q + zero_point.float()
+    return _codes(q.clamp(-128, 127))
+
+
+def static_rows(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A static scale as a product takes it, the same for each row of x [..., K]: float32 [..., 1], no copies."""
+    rows = (*x.shape[:-1], 1)
+    return scale.float().expand(rows), None if zero_point is None else zero_point.float().expand(rows)
 
 
 def _codes(q: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qpass.kernels.layout import CANONICAL
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
-from qpass.kernels.registry import register_kernel
+from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.scheme import RowCodec, codec_of
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight, row_blocks
@@ -24,7 +24,16 @@ def unpack(packed: Sequence[Tensor], spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(dict(zip(CANONICAL.names(spec), packed, strict=True)))
 
 
-@register_kernel(scheme="*", device="*", priority=0)
+def _refuses(call: LinearCall) -> str | None:
+    activation = call.spec.activation
+    if activation is None or (activation.number == "int8" and (
+            activation.static or (activation.dynamic is True and activation.granularity == "per_token"))):
+        return None
+    words = " ".join((activation.granularity.replace("_", " "), *(("static",) if activation.static else ())))
+    return f"activation rounding to {activation.number} {words} is not computed on {call.device.type}"
+
+
+@register_kernel(scheme="*", device="*", priority=0, refuses=_refuses)
 def linear_reference(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
     """x [..., K] floating -> [..., N] in x's dtype."""
     if spec.activation is None:

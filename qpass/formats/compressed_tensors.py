@@ -5,6 +5,8 @@ pack-quantized  `weight_packed` int32 (dense words along K), `weight_scale` [N, 
                 asymmetric weights `weight_zero_point` int32, packed along N
 int-quantized   `weight` int8 [N, K], `weight_scale` [N, 1] or [N, G], `weight_zero_point` int8 [N, G] if asymmetric
 
+A static activation scale stands beside either: `input_scale` [1], and `input_zero_point` int8 [1] if asymmetric.
+
 8-bit weights whose activations are quantized too are written int-quantized, everything else pack-quantized; either is
 read for any scheme, for the tools disagree over it (LLM Compressor 0.14 writes W4A8 int-quantized).
 """
@@ -16,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qpass.activation_scale import scale_names
 from qpass.formats.bits import pack_rows, unpack_rows
 from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
@@ -28,14 +31,17 @@ def is_packed(spec: LinearSpec) -> bool:
 
 
 def names_on_disk(spec: LinearSpec, *, packed: bool | None = None) -> tuple[str, ...]:
-    """The tensor names of one weight, without the layer's path; `packed` overrides is_packed, for reading."""
-    codec = codec_of(spec.weight)
+    """The tensor names of one layer, without its path: the weight's, then those of a static activation scale.
+
+    `packed` overrides is_packed, for reading.
+    """
+    codec, static = codec_of(spec.weight), scale_names(spec.activation)
     if codec is not None:
-        return tuple(tensor_on_disk(name) for name in codec.names)
+        return (*(tensor_on_disk(name) for name in codec.names), *static)
     zero_point = () if spec.weight.symmetric else ("weight_zero_point",)
     if is_packed(spec) if packed is None else packed:
-        return ("weight_packed", "weight_scale", "weight_shape", *zero_point)
-    return ("weight", "weight_scale", *zero_point)
+        return ("weight_packed", "weight_scale", "weight_shape", *zero_point, *static)
+    return ("weight", "weight_scale", *zero_point, *static)
 
 
 def names_found(spec: LinearSpec, present: Callable[[str], bool]) -> tuple[str, ...]:
@@ -46,7 +52,7 @@ def names_found(spec: LinearSpec, present: Callable[[str], bool]) -> tuple[str, 
 
 
 def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of what write_weight gives, without packing anything."""
+    """Dtype and shape of what write_weight gives, without packing anything: the weight's tensors only."""
     if codec_of(spec.weight) is not None:
         return {tensor_on_disk(name): (tensor.dtype, tuple(tensor.shape)) for name, tensor in weight.tensors.items()}
     n, k, groups, bits = spec.out_features, spec.in_features, spec.groups, spec.weight.bits
@@ -56,7 +62,7 @@ def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tupl
         "weight": (torch.int8, (n, k)), "weight_packed": (torch.int32, (n, -(-k * bits // 32))),
         "weight_scale": (weight.scale.dtype, scale), "weight_shape": (torch.int64, (2,)),
         "weight_zero_point": (torch.int32 if is_packed(spec) else torch.int8, zero_point)}
-    return {name: every[name] for name in names_on_disk(spec)}
+    return {name: every[name] for name in names_on_disk(spec) if name in every}
 
 
 def write_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, Tensor]:
@@ -73,7 +79,7 @@ def write_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, Tensor]
     if weight.zero_point is not None:
         packed = pack_rows(weight.zero_point.t().contiguous(), bits).t().contiguous() if is_packed(spec) else None
         written["weight_zero_point"] = weight.zero_point if packed is None else packed
-    return {name: written[name] for name in names_on_disk(spec)}
+    return {name: written[name] for name in names_on_disk(spec) if name in written}
 
 
 def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:

@@ -173,10 +173,14 @@ def _weight_args(raw: Mapping[str, Any], where: str) -> WeightArgs:
 
 
 def _activation_args(raw: Mapping[str, Any], where: str) -> ActivationArgs:
-    strategy = _GRANULARITY.get(raw.get("strategy") or "tensor", raw.get("strategy"))
+    size = raw.get("group_size")
+    size = size if isinstance(size, int) and size > 0 else None
+    strategy = raw.get("strategy") or ("group" if size else "tensor")
+    granularity: Any = "per_group" if strategy == "tensor_group" else _GRANULARITY.get(strategy, strategy)
     try:
         return ActivationArgs(bits=raw["num_bits"], type=raw.get("type", "int"), symmetric=raw.get("symmetric", True),
-                              granularity=strategy, dynamic=raw.get("dynamic", False))  # type: ignore[arg-type]
+                              granularity=granularity, dynamic=raw.get("dynamic", False),
+                              group_size=size if granularity == "per_group" else None)
     except (RecipeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{where}: cannot honour input_activations: {error}") from error
 
@@ -188,7 +192,8 @@ def _weights(args: WeightArgs) -> dict[str, Any]:
 
 def _activations(args: ActivationArgs) -> dict[str, Any]:
     return {"num_bits": args.bits, "type": args.type, "symmetric": args.symmetric, "dynamic": args.dynamic,
-            "actorder": None, "strategy": _STRATEGY[args.granularity], "group_size": None, "observer": None}
+            "actorder": None, "group_size": args.group_size, "observer": None,
+            "strategy": "tensor_group" if args.dynamic == "local" else _STRATEGY[args.granularity]}
 
 
 def _format_of(spec: LinearSpec) -> str:

@@ -43,7 +43,7 @@ def test_the_reference_computes_everything_everywhere() -> None:
     found = row("linear_reference")
     assert (found.scheme, found.device, found.isa, found.runs_here) == ("every scheme", "every device", None, True)
     assert found.weights == ("g32", "g64", "g128", "channel", "tensor", "asym")
-    assert set(found.activations) == {"float", "int8", "int8 asym"}
+    assert set(found.activations) == {"float", "int8", "int8 asym", "int8 static"}
     assert found.dtypes == ("fp32", "bf16", "fp16")
 
 

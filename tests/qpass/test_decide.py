@@ -76,7 +76,8 @@ def test_adjusted_groups_always_divide(k: int, size: int, name: str) -> None:
     powers = [p for p in (32, 64, 128, 256, 512) if p <= size and k % p == 0]
     expected = size if k % size == 0 else max(powers, default=k)
     assert found.spec.group_size == expected
-    assert bool(found.reason) == (expected != size)
+    assert ("adjusted to" in found.reason) == (expected != size)
+    assert ("activation kept in" in found.reason) == name.endswith(("a4", "afp8"))
     assert LinearSpec.parse(str(found.spec)) == found.spec
 
 
@@ -199,6 +200,8 @@ def test_stored_bytes() -> None:
 def test_effective_text() -> None:
     assert [effective_text(spec(name, 8, 128)) for name in ("w4a8", "w8a8", "w4a16_asym", "w4a8_channel")] == [
         "w4a8 g128", "w8a8 channel", "w4a16 g128 asym", "w4a8 channel, x asym"]
+    assert [effective_text(spec(name, 8, 128)) for name in ("w8a8_static_asym", "w4afp8")] == [
+        "w8a8 channel, x static asym", "w4afp8 g128"]
 
 
 @pytest.mark.parametrize(("overrides", "status"), [

@@ -49,7 +49,8 @@ def test_presets_are_written_by_name_and_everything_else_in_full() -> None:
 
 def test_defaults() -> None:
     assert Recipe("w4a8").to_dict() == {"scheme": "w4a8", "ignore": None, "overrides": {}, "algorithms": [],
-                                        "on_indivisible": "adjust", "strict": False}
+                                        "on_indivisible": "adjust", "on_unsupported_activation": "keep",
+                                        "strict": False}
     assert Recipe.from_dict({"scheme": "W4A8"}) == Recipe("w4a8")
 
 

@@ -126,7 +126,7 @@ def test_every_compressed_tensors_preset_is_read_back_or_refused_by_name() -> No
             assert "group_0" in str(error)
     assert read == {(n, n) for n in (
         "w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w7a8", "w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w7a16", "w8a16",
-        "w4a16_asym", "w8a8")} | {("int8", "w8a8")}
+        "w4a16_asym", "w8a8", "w2a4", "w3a4", "w4a4", "w4afp8")} | {("int8", "w8a8")}
 
 
 def test_vllm_online_dict() -> None:
@@ -162,9 +162,9 @@ def test_vllm_online_dict() -> None:
     ({"config_groups": {"g": {"targets": ["L"], "weights": {**W4, "actorder": "static"}}}}, "actorder='static'"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": {**W4, "observer": "mse"}}}}, "observer='mse'"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": W4, "input_activations": {**A8, "dynamic": False}}}},
-     "input_activations with dynamic=False"),
-    ({"config_groups": {"g": {"targets": ["L"], "weights": W4, "input_activations": {**A8, "num_bits": 4}}}},
-     "num_bits=4"),
+     "one for the tensor"),
+    ({"config_groups": {"g": {"targets": ["L"], "weights": W4, "input_activations": {**A8, "num_bits": 6}}}},
+     "num_bits=6"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": W4, "output_activations": A8}}}, "output activations"),
     ({"linear": "fp8_per_channel"}, "linear asks for 'fp8_per_channel'.*int8_per_channel_static"),
     ({"linear": {"weight": "int8_per_channel_static", "activation": "fp8"}}, "cannot be expressed"),

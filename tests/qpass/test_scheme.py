@@ -23,6 +23,7 @@ from qpass.scheme import (
 )
 
 BUILT_IN = sorted(PRESETS)
+OWN = {"w4a8_channel", "w8a8_static", "w8a8_static_asym", "w4a8_static"}  # recipes, no presets of compressed-tensors
 _STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
 
 
@@ -38,7 +39,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         table.update(kept)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [n for n in BUILT_IN if n != "w4a8_channel"])
+@pytest.mark.parametrize("name", [n for n in BUILT_IN if n not in OWN])
 def test_preset_is_that_of_compressed_tensors(name: str) -> None:
     quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     theirs, ours = quant_scheme.PRESET_SCHEMES[name.upper()], PRESETS[name]
@@ -51,17 +52,15 @@ def test_preset_is_that_of_compressed_tensors(name: str) -> None:
         assert activations is None
     else:
         assert (activations.num_bits, activations.type, activations.symmetric, activations.dynamic,
-                activations.strategy, activations.group_size) == (8, "int", ours.activation.symmetric, True,
-                                                                        "token", None)
+                activations.strategy, activations.group_size) == (
+                    ours.activation.bits, ours.activation.type, ours.activation.symmetric, True, "token", None)
 
 
-def test_every_integer_preset_with_8_or_16_bit_activations_is_here() -> None:
+def test_every_preset_with_integer_weights_is_here() -> None:
     quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     expressible = {name.lower() for name, parts in quant_scheme.PRESET_SCHEMES.items() if "weights" in parts
-                   and parts["weights"].type == "int"
-                   and ("input_activations" not in parts or (parts["input_activations"].type,
-                                                             parts["input_activations"].num_bits) == ("int", 8))}
-    assert expressible | {"w4a8_channel"} == set(BUILT_IN)
+                   and parts["weights"].type == "int"}
+    assert expressible | OWN == set(BUILT_IN)
 
 
 def test_w4a8_channel_is_int4_rows_and_asymmetric_tokens() -> None:
@@ -80,11 +79,29 @@ def test_impossible_weights_cannot_be_made(fields: dict[str, Any]) -> None:
         WeightArgs(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"bits": 4}, {"type": "float"}, {"granularity": "per_tensor"}, {"dynamic": False}],
-                         ids=str)
-def test_impossible_activations_cannot_be_made(fields: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="int8, dynamic, per token"):
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"bits": 16}, "4 or 8 bits"), ({"type": "complex"}, "int or float"), ({"granularity": "per_channel"}, "per_token"),
+    ({"granularity": "per_group"}, "group_size"), ({"group_size": 32}, "group_size"),
+    ({"granularity": "per_group", "group_size": -1}, "group_size"), ({"dynamic": False}, "one for the tensor"),
+    ({"type": "float", "symmetric": False}, "no zero point"), ({"dynamic": "local"}, "'local' with"),
+    ({"dynamic": "sometimes"}, "dynamic must be"),
+], ids=str)
+def test_impossible_activations_cannot_be_made(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
         ActivationArgs(**fields)
+
+
+def test_activations_of_every_kind_have_a_name_of_their_own() -> None:
+    kinds = {
+        "w4a8_g32_xstatic": ActivationArgs(granularity="per_tensor", dynamic=False),
+        "w4a8_g32_xstatic_xasym": ActivationArgs(granularity="per_tensor", dynamic=False, symmetric=False),
+        "w4a8_g32_xtensor": ActivationArgs(granularity="per_tensor"), "w4a4_g32": ActivationArgs(bits=4),
+        "w4afp8_g32": ActivationArgs(type="float"),
+        "w4afp8_g32_xg128": ActivationArgs(type="float", granularity="per_group", group_size=128),
+        "w4afp4_g32_xg16_xlocal": ActivationArgs(bits=4, type="float", granularity="per_group", group_size=16,
+                                                 dynamic="local")}
+    weight = WeightArgs(bits=4, granularity="per_group", group_size=32)
+    assert {scheme_for(weight, kind).name: kind for kind in kinds.values()} == kinds
 
 
 def test_preset_names_have_any_case_and_errors_name_the_closest() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
+from qpass.formats import compressed_tensors_config
 from qpass.formats.compressed_tensors import describe_weight, names_on_disk, read_weight, write_weight
 from qpass.formats.compressed_tensors_config import read_config, write_config
 from qpass.layers import QuantLinear
@@ -154,6 +155,25 @@ def test_targets_match_as_in_compressed_tensors() -> None:
     assert read.group_of("b", nn.Embedding(1, 1)) is None
 
 
+@pytest.mark.parametrize("fields", [
+    {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True},
+    {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
+    {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True, "symmetric": True},
+    {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local",
+     "symmetric": True},
+], ids=["static", "fp8 token", "fp8 group", "nvfp4"])
+def test_activations_of_every_kind_are_read_and_written_back(fields: dict[str, Any]) -> None:
+    config = write_config(nn.Sequential(layer("w4a8")))
+    assert config is not None
+    group = {**config["config_groups"]["group_0"], "input_activations": fields}
+    (read,) = read_config({**config, "config_groups": {"group_0": group}}, "config.json").groups
+    assert read.activation is not None
+    written = compressed_tensors_config._activations(read.activation)
+    assert {key: written[key] for key in fields} == fields
+    spec = read.spec(8, 128)
+    assert LinearSpec.parse(str(spec)) == spec
+
+
 @pytest.mark.parametrize(("change", "said"), [
     ({"quant_method": "gptq"}, "'gptq'"),
     ({"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
@@ -164,9 +184,9 @@ def test_targets_match_as_in_compressed_tensors() -> None:
     ({"weights": {"strategy": "block"}}, "'block'"),
     ({"weights": {"actorder": "group"}}, "actorder"),
     ({"weights": {"num_bits": 11}}, "1 to 8"),
-    ({"input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}}, "float8"),
-    ({"input_activations": {"num_bits": 8, "strategy": "tensor", "dynamic": False}}, "per_tensor"),
-], ids=["gptq", "nvfp4", "kv cache", "no groups", "sparse", "float8", "block", "actorder", "bits", "fp8 x", "static x"])
+    ({"input_activations": {"num_bits": 16, "type": "float", "strategy": "token", "dynamic": True}}, "4 or 8 bits"),
+    ({"input_activations": {"num_bits": 8, "strategy": "token", "dynamic": False}}, "one for the tensor"),
+], ids=["gptq", "nvfp4", "kv cache", "no groups", "sparse", "float8", "block", "actorder", "bits", "16 x", "static x"])
 def test_what_cannot_be_read_is_named(change: dict[str, Any], said: str) -> None:
     config = write_config(nn.Sequential(layer("w4a8")))
     assert config is not None

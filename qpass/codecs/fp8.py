@@ -17,7 +17,7 @@ ELEMENTS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Fp8(RowCodec):
-    """`weight` float8 [N, K]; `scale` of any float dtype: [1, 1], [N, 1], [N, ceil(K/G)] or [ceil(N/G), ceil(K/G)]."""
+    """`weight` float8 [N, K]; `scale` of any float dtype: [1], [N, 1], [N, ceil(K/G)] or [ceil(N/G), ceil(K/G)]."""
 
     names = ("weight", "scale")
 
@@ -35,11 +35,11 @@ class Fp8(RowCodec):
         return tensors["weight"][rows].float() * spread(tensors["scale"].float(), args, rows, shape[1])
 
 
-def scale_shape(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, int]:
+def scale_shape(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, ...]:
     """The shape of one scale for each tensor, row, group or block."""
     n, k = shape
     if args.group_size is None:
-        return (1, 1) if args.granularity == "per_tensor" else (n, 1)
+        return (1,) if args.granularity == "per_tensor" else (n, 1)
     columns = -(-k // args.group_size)
     return (-(-n // args.group_size) if args.granularity == "per_block" else n, columns)
 
@@ -60,7 +60,7 @@ def largest(weight: Tensor, args: WeightArgs) -> Tensor:
     """amax(|w|) over each tensor, row, group or block, in the shape of the scales."""
     size = weight.abs()
     if args.granularity == "per_tensor":
-        return size.amax().reshape(1, 1)
+        return size.amax().reshape(1)
     if args.group_size is None:
         return size.amax(1, keepdim=True)
     g, (n, k) = args.group_size, weight.shape

@@ -1,4 +1,4 @@
-"""GGML blocks: llama.cpp's types that are neither plain integers nor affine, kept as the bytes that a GGUF file holds.
+"""GGML blocks: the types of GGUF files that are neither plain integers nor affine, kept as the bytes that stand there.
 
 Each row is a run of blocks of `group_size` weights. Their meaning is taken from the gguf package (gguf/quants.py), the
 tool's own Python reference, so reading one of these needs that package.
@@ -39,7 +39,7 @@ class GgmlBlocks(RowCodec):
         return {"blocks": ((torch.uint8,), (n, k // self.size * self.nbytes))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-        raise RecipeError(f"{args.type} is read from GGUF files, and cannot be made; llama.cpp's llama-quantize can")
+        raise RecipeError(f"{args.type} is read from GGUF files, and cannot be made here")
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
         try:

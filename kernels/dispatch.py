@@ -81,6 +81,16 @@ def _experts_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, index: 
     return form(xq, x_scale, x_zero_point, index, weight, packed, bias, parsed, dtype)  # type: ignore[no-any-return]
 
 
+def _embedding(ids: Tensor, packed: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
+    parsed = LinearSpec.parse(spec)
+    layout = kernel(parsed.kernel).layout
+    assert layout.rows is not None, f"{layout.name} gives no single rows; the planner refuses it for a table"
+    rows = layout.rows(dict(zip(layout.names(parsed), packed, strict=True)), parsed, ids.reshape(-1))
+    return dequantize_weight(rows, parsed, dtype).view(*ids.shape, parsed.in_features)
+
+
+# Composite: a trace holds the lines of it, so that a compiler fuses the look-up into what reads it.
+LIBRARY.impl("embedding", _embedding, "CompositeImplicitAutograd")
 for _name, _fn in {"linear": _linear, "linear_q": _linear_q, "linear_list": _linear_list,
                    "linear_q_list": _linear_q_list, "dequantize": _dequantize, "experts": _experts,
                    "experts_q": _experts_q}.items():

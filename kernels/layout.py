@@ -18,6 +18,10 @@ Packed = dict[str, Tensor]
 class Layout:
     """A named arrangement. Invariant: unpack(pack(w, spec), spec) equals w, bit for bit.
 
+    `rows(packed, spec, ids)` gives the rows `ids` [M] of the weight and reads no others; a layout without it cannot
+    serve as the table of an embedding. `quantize(weight, spec)` is a faster qpass.weight.quantize_weight, with the same
+    result bit for bit; it gives None for a weight that it does not take.
+
     `names(spec)` are the tensors of a packed weight in the order in which ops receive them.
     """
 
@@ -25,6 +29,8 @@ class Layout:
     names: Callable[[LinearSpec], tuple[str, ...]]
     pack: Callable[[CanonicalWeight, LinearSpec], Packed]
     unpack: Callable[[Packed, LinearSpec], CanonicalWeight]
+    rows: Callable[[Packed, LinearSpec, Tensor], CanonicalWeight] | None = None
+    quantize: Callable[[Tensor, LinearSpec], CanonicalWeight | None] | None = None
 
 
 def _canonical_names(spec: LinearSpec) -> tuple[str, ...]:
@@ -42,5 +48,9 @@ def _back(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(dict(packed))
 
 
-CANONICAL = Layout(name="canonical", names=_canonical_names, pack=_same, unpack=_back)
+def _rows(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
+    return CanonicalWeight({name: tensor[ids] for name, tensor in packed.items()})
+
+
+CANONICAL = Layout(name="canonical", names=_canonical_names, pack=_same, unpack=_back, rows=_rows)
 """Integers one a byte, as quantization gives them: what the reference reads."""

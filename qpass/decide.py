@@ -12,7 +12,7 @@ import torch
 from qpass.bands import pattern, without_indices
 from qpass.errors import LayerRefused, NothingQuantized
 from qpass.kernels.keep_activation import computable
-from qpass.kernels.registry import LinearCall, choose
+from qpass.kernels.registry import LinearCall, choose, kernel
 from qpass.match import Match, Tier, match
 from qpass.recipe import OnIndivisible, OnUnsupportedActivation, Recipe
 from qpass.scheme import Scheme, WeightArgs, activation_words
@@ -31,8 +31,9 @@ class Decision:
     scheme    as asked; None if nothing asked for one
     spec      set exactly if status is "quantize": group size resolved, `kernel` the one chosen
     reason    "" where the outcome is simply what the rule asked
-    bytes_*   of the weight as stored on disk, scales and zero points included; 0 for a head tied to a table of
-              embeddings, which is counted there
+    bytes_*   of the weight as stored, scales and zero points included. What a tied head and its table of embeddings
+              share is counted once: at the table in float, at the head when it is packed
+    bytes_a_token   what decoding one token reads of it: one row of a table, all of anything else
     """
 
     site: Site
@@ -44,6 +45,7 @@ class Decision:
     refusals: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    bytes_a_token: int = 0
 
 
 def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tuple[Decision, ...]:
@@ -63,7 +65,10 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
     _raise_refused(matches, decisions, recipe)
     if not any(decision.status == "quantize" for decision in decisions):
         raise NothingQuantized(_nothing(decisions))
-    return tuple(_with_kernel(decision, device, recipe.on_unsupported_activation) for decision in decisions)
+    decided = [_with_kernel(decision, device, recipe.on_unsupported_activation) for decision in decisions]
+    decided = [_unless_no_rows(d, tied.get(d.site.name)) for d in decided]
+    heads = {tied[d.site.name]: d for d in decided if d.status == "quantize" and d.site.name in tied}
+    return tuple(_reading_rows(d, heads[d.site.name]) if d.site.name in heads else d for d in decided)
 
 
 def effective_text(spec: LinearSpec) -> str:
@@ -86,7 +91,9 @@ def stored_bytes(spec: LinearSpec, count: int, itemsize: int) -> int:
 def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision:
     site, scheme = found.site, found.scheme
     size = 0 if tied_to else site.numel * site.dtype.itemsize
-    kept = Decision(site=site, status="keep", rule=found.rule, bytes_before=size, bytes_after=size)
+    stored = site.numel * site.dtype.itemsize
+    read = stored // max(site.shape[0], 1) if site.kind == "embedding" else stored
+    kept = Decision(site=site, status="keep", rule=found.rule, bytes_before=size, bytes_after=size, bytes_a_token=read)
     if site.kind == "embedding":
         aimed = scheme is not None and found.tier in (Tier.EXACT, Tier.LAST_COMPONENT, Tier.CLASS, Tier.KIND)
         reason = "embeddings are looked up, not multiplied; kept in float"
@@ -109,8 +116,9 @@ def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision
     spec = LinearSpec(family=scheme.family, weight=weight, activation=scheme.activation,
                       out_features=site.out_features, in_features=site.in_features)
     count = site.numel // max(1, site.out_features * site.in_features)
-    return replace(kept, status="quantize", scheme=scheme, spec=spec, reason=reason,
-                   bytes_after=stored_bytes(spec, count, min(site.dtype.itemsize, 4)))
+    stored = stored_bytes(spec, count, min(site.dtype.itemsize, 4))
+    return replace(kept, status="quantize", scheme=scheme, spec=spec, reason=reason, bytes_after=stored,
+                   bytes_a_token=stored)
 
 
 def _names_router(found: Match) -> bool:
@@ -120,9 +128,9 @@ def _names_router(found: Match) -> bool:
 
 def _cannot(site: Site, tied_to: str | None) -> str | None:
     """Why no scheme can be given to this site; None if one can."""
-    if tied_to:
-        return (f"tied to {tied_to}: quantizing the head would keep a second copy of the table, so it stays float; "
-                "add it to ignore, or untie the two parameters")
+    if tied_to and site.swap != "module":
+        return (f"tied to {tied_to}, which could not read its rows from a packed head: {_told(site)}; add it to "
+                "ignore, or untie the two parameters")
     if site.swap is None:
         return _told(site) or f"a product inside {site.owner_class} cannot be replaced; add it to ignore"
     if site.kind == "experts":
@@ -172,6 +180,28 @@ def _with_kernel(decision: Decision, device: torch.device, policy: OnUnsupported
         decision = replace(decision, reason="; ".join(filter(None, (decision.reason, kept))))
     choice = choose(call, where=decision.site.name)
     return replace(decision, spec=call.spec.on(choice.kernel.name), refusals=dict(choice.refusals))
+
+
+def _unless_no_rows(head: Decision, table: str | None) -> Decision:
+    """A packed head, or its refusal if it is tied to a table and the kernel's layout gives no single rows."""
+    if table is None or head.spec is None:
+        return head
+    chosen = kernel(head.spec.kernel)
+    if head.spec.weight.type == "int" and chosen.layout.rows is not None:
+        return head
+    stored = head.site.numel * head.site.dtype.itemsize
+    return replace(head, status="refuse", spec=None, bytes_after=0, bytes_a_token=stored,
+                   reason=f"tied to {table}, and {chosen.name} packs it in a way that gives no single rows; add it to "
+                          "ignore, choose another scheme, or untie the two parameters")
+
+
+def _reading_rows(table: Decision, head: Decision) -> Decision:
+    """What becomes of a table whose tied head is packed."""
+    assert head.spec is not None
+    rows = max(table.site.shape[0], 1)
+    return replace(table, status="quantize", rule=head.rule, scheme=head.scheme, spec=head.spec, bytes_after=0,
+                   bytes_a_token=head.bytes_after // rows,
+                   reason=f"tied to {head.site.name}: its rows are read from the packed head")
 
 
 def _tied_heads(sites: Sequence[Site]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qpass.kernels.registry import LinearCall, choose
 from qpass.layers import Origin, PackedWeight, QuantLinear
 from qpass.quant_weight import QuantWeight
 from qpass.spec import LinearSpec
-from qpass.swap import TRIM_AFTER, give_back_freed_memory
+from qpass.swap import TRIM_AFTER, give_back_freed_memory, tie_table
 
 
 def fill_floats(floats: list[Float], stored: Mapping[str, Stored], device: torch.device) -> None:
@@ -94,3 +95,18 @@ def _weight_of(model: nn.Module, layer: Layer, path: str) -> torch.Tensor:
     weight = owner._parameters[layer.leaf]
     assert weight is not None
     return weight
+
+
+def tie_tables(model: nn.Module, tied: Mapping[str, str], folder: Path) -> None:
+    """Let each table of embeddings read the rows of its packed head, by name. CheckpointError if one is not there."""
+    for table, head in tied.items():
+        path, _, leaf = table.rpartition(".")
+        modules = dict(model.named_modules())
+        holder, packed = modules.get(path), modules.get(head)
+        if not isinstance(holder, nn.Embedding) or not isinstance(packed, PackedWeight):
+            raise CheckpointError(f"{folder}: config.json ties {table} to {head}, and the model has no such embedding "
+                                  "or no such packed layer")
+        shape, there = (packed.spec.out_features, packed.spec.in_features), tuple(holder._parameters[leaf].shape)  # type: ignore[union-attr]
+        if shape != there:
+            raise CheckpointError(f"{folder}: config.json ties {table} {list(there)} to {head} {list(shape)}")
+        tie_table(holder, leaf, packed)

@@ -40,7 +40,7 @@ def quantize_graph(model: fx.GraphModule | ExportedProgram, recipe: Recipe, *, e
         raise AlreadyQuantized(f"{len(done)} products of this program are quantized by qpass already, the first is of "
                                f"{next(iter(done))}; export the float model again")
     plan = make_plan(model, recipe, example_inputs=example_inputs)  # type: ignore[arg-type]
-    targets = [decision for decision in plan.decisions if decision.status == "quantize"]
+    targets = [d for d in plan.decisions if d.status == "quantize" and d.site.kind != "embedding"]
     static_scales(model, targets, None)
     weights = {d.site.name: _parameter(model, d.site.name) for d in targets}
     products: dict[str, list[fx.Node]] = {}

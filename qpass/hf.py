@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
 from qpass.formats import compressed_tensors_config
+from qpass.tied_table import TiedTable
 
 if TYPE_CHECKING:
     from qpass.plan_model import Plan
@@ -37,12 +38,25 @@ def write_config(model: nn.Module, plan: Plan | None) -> None:
         config: Any = model.config
         config.quantization_config = compressed_tensors_config.write_config(
             model, None if plan is None else plan.recipe.to_dict())
+        if any(isinstance(module, TiedTable) for module in model.modules()):
+            _say_tied(config, False)  # in the files the two are apart, and Transformers must not tie them again
 
 
 def forget_config(model: nn.Module) -> None:
     """Take it out again."""
     if is_transformers(model):
-        model.config.__dict__.pop("quantization_config", None)
+        config: Any = model.config
+        config.__dict__.pop("quantization_config", None)
+        head, table = (getattr(one(), "weight", None)  # type: ignore[operator]
+                       for one in (model.get_output_embeddings, model.get_input_embeddings))
+        if head is not None and head is table:
+            _say_tied(config, True)
+
+
+def _say_tied(config: Any, tied: bool) -> None:
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = tied
 
 
 def save_config(model: Any, folder: Path, quantization: Mapping[str, Any] | None) -> None:

@@ -229,17 +229,16 @@ def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The module that a QuantLinear replaced, its weight gone, and how to give it a weight again."""
+    """The module that a QuantLinear replaced, its weight gone, and how to give it one again."""
 
     module: nn.Module
     weight: str
     bias: str | None
     transposed: bool
 
-    def with_weight(self, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
-        """The module again, holding `weight` [N, K] as it stores it, and `bias`."""
-        stored = weight.t().contiguous() if self.transposed else weight
-        self.module._parameters[self.weight] = nn.Parameter(stored, requires_grad=False)
+    def holding(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+        """The module again, with `weight` as it stores it, [K, N] if transposed, and `bias`."""
+        self.module._parameters[self.weight] = weight
         if self.bias is not None:
             self.module._parameters[self.bias] = bias
         return self.module

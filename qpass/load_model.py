@@ -12,7 +12,7 @@ from torch import nn
 
 from qpass.checkpoint_layers import find_floats, find_layers
 from qpass.errors import CheckpointError, QPassError
-from qpass.fill_model import fill_floats, fill_layers
+from qpass.fill_model import fill_floats, fill_layers, tie_tables
 from qpass.formats.compressed_tensors_config import LayerConfig, read_config
 from qpass.formats.safetensors_file import read_folder
 
@@ -56,8 +56,10 @@ def _load_packed(path: Path, config: dict[str, Any], layers: LayerConfig, quanti
     packed = find_layers(model, layers, stored, path)
     floats = find_floats(model, packed, stored, path)
     plan = _plan(model, layers, quantization)
-    fill_floats(floats, stored, device)
+    # A table that reads a packed head's rows is in the files for others; here it would be a second copy.
+    fill_floats([item for item in floats if item.tensor not in layers.tied], stored, device)
     fill_layers(model, packed, stored, device)
+    tie_tables(model, layers.tied, path)
     model.to(device)
     model.eval()
     if plan is not None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qpass.errors import EvaluationError
 from qpass.layers import PackedWeight
 from qpass.quant_weight import QuantWeight
+from qpass.tied_table import TiedTable
 
 _aten = torch.ops.aten
 _WEIGHT_AT = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2), _aten.bmm.default: (0, 1),
@@ -59,7 +60,8 @@ Pairs = Mapping[str, tuple[PackedWeight, ReferenceLayer]]
 
 def pair_layers(reference: nn.Module, model: nn.Module) -> Pairs:
     """Each packed weight of `model`, by name, with its place in `reference`; EvaluationError if there is none."""
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    packed = {name: module for name, module in model.named_modules()
+              if isinstance(module, PackedWeight) and not isinstance(module, TiedTable)}
     if not packed:
         raise EvaluationError(f"nothing in this {type(model).__name__} is quantized by qpass; the order is "
                               "compare(reference, model, inputs)")

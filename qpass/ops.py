@@ -2,7 +2,8 @@
 
 `linear` quantizes its activation as the spec says and multiplies. `linear_q` takes an activation that is already
 integers, so that its quantization can stand in the graph as plain ATen and fuse into whatever came before.
-The `_list` forms multiply one activation with several weights in one call. `dequantize` gives the weight [N, K] back.
+The `_list` forms multiply one activation with several weights in one call. `dequantize` gives the weight [N, K] back,
+`embedding` those of its rows that `ids` names: plain torch, which a compiler sees through.
 `packed` holds the tensors of the kernel's layout in the layout's order; `spec` is `str(LinearSpec)`. What the ops
 compute is defined in `kernels/reference`.
 
@@ -32,6 +33,7 @@ LIBRARY.define("linear_q(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor
 LIBRARY.define("linear_list(Tensor x, Tensor[] packed, Tensor?[] bias, str[] specs) -> Tensor[]")
 LIBRARY.define("linear_q_list(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor?[] bias, "
                "str[] specs, ScalarType dtype) -> Tensor[]")
+LIBRARY.define("embedding(Tensor ids, Tensor[] packed, str spec, ScalarType dtype) -> Tensor")
 LIBRARY.define("dequantize(Tensor[] packed, str spec, ScalarType dtype) -> Tensor")
 LIBRARY.define("experts(Tensor x, Tensor index, Tensor weight, Tensor[] packed, Tensor?[] bias, str spec) -> Tensor")
 LIBRARY.define("experts_q(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor index, Tensor weight, "

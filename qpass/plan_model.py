@@ -6,33 +6,41 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qpass.decide import Decision, decide, effective_text
+from qpass.decide import Decision, decide, effective_text, stored_bytes
 from qpass.errors import AlreadyQuantized
 from qpass.match import entries
 from qpass.recipe import Recipe
 from qpass.recipe_files import as_recipe
 from qpass.rows import PlanRow
+from qpass.scheme import PRESETS
+from qpass.spec import LinearSpec
 from qpass.table import bits_per_weight, render_html, render_plan
+from qpass.text_table import human_bytes
 
 __all__ = ["Decision", "Plan", "Totals", "decide", "make_plan", "plan_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums over a plan's rows; `bits_per_weight` is over the quantized ones, scales and zero points included."""
+    """Sums over a plan's rows; `bits_per_weight` is over the quantized ones, scales and zero points included.
+
+    `bytes_a_token` is what decoding reads for one token: every matrix once (of experts all, though fewer are used), and
+    one row of each table.
+    """
 
     quantized: int
     kept: int
     refused: int
     bytes_before: int
     bytes_after: int
+    bytes_a_token: int
     bits_per_weight: float
 
 
@@ -53,6 +61,7 @@ class Plan:
         return Totals(quantized=status["quantize"], kept=status["keep"], refused=status["refuse"],
                       bytes_before=sum(row.bytes_before for row in self.rows),
                       bytes_after=sum(row.bytes_after for row in self.rows),
+                      bytes_a_token=sum(row.bytes_a_token for row in self.rows),
                       bits_per_weight=bits_per_weight([row for row in self.rows if row.status == "quantize"]))
 
     def table(self, *, full: bool = False, width: int = 160) -> str:
@@ -93,7 +102,7 @@ def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None,
     decisions = decide(sites, wanted, device=device or _device(model))
     return Plan(rows=tuple(plan_row(d) for d in decisions), decisions=decisions, recipe=wanted,
                 capture_method=captured.method,
-                notes=(*captured.notes, *_beaten(wanted, decisions), *_not_here(wanted)))
+                notes=(*captured.notes, *_beaten(wanted, decisions), *_not_here(wanted), *_float_heads(decisions)))
 
 
 def plan_row(decision: Decision) -> PlanRow:
@@ -105,7 +114,8 @@ def plan_row(decision: Decision) -> PlanRow:
                    group_size=spec.weight.group_size if spec else None,
                    reason=decision.reason, kernel=spec.kernel if spec else None, refusals=decision.refusals,
                    shared_input=site.shared_input, produced_by=site.produced_by,
-                   bytes_before=decision.bytes_before, bytes_after=decision.bytes_after)
+                   bytes_before=decision.bytes_before, bytes_after=decision.bytes_after,
+                   bytes_a_token=decision.bytes_a_token)
 
 
 def _beaten(recipe: Recipe, decisions: Sequence[Decision]) -> list[str]:
@@ -113,6 +123,29 @@ def _beaten(recipe: Recipe, decisions: Sequence[Decision]) -> list[str]:
     used = {decision.rule for decision in decisions}
     return [f"rule {entry.text!r} decides no layer: other rules decide each that it matches"
             for entry in entries(recipe) if entry.text not in used and not entry.default]
+
+
+def _float_heads(decisions: Sequence[Decision]) -> list[str]:
+    """What a head that stays in float costs: where it is more than a tenth of what decoding reads."""
+    total = sum(d.bytes_a_token for d in decisions)
+    told = []
+    for d in decisions:
+        head = d.status != "quantize" and d.site.kind == "linear" and set(d.site.consumers) <= {"output"}
+        if head and any(o.status == "quantize" for o in decisions) and d.bytes_a_token * 10 > total:
+            packed = stored_bytes(_int8(d), 1, min(d.site.dtype.itemsize, 4))
+            rule = d.site.owner.rpartition(".")[2] or d.site.name
+            told.append(f"{d.site.name} in float is {human_bytes(d.bytes_a_token)} of the {human_bytes(total)} that "
+                        f"decoding reads a token ({d.bytes_a_token / total:.0%}); a rule {rule} = w8a16 would make it "
+                        f"{human_bytes(packed)}")
+    return told
+
+
+def _int8(decision: Decision) -> LinearSpec:
+    site, scheme = decision.site, PRESETS["w8a16"]
+    weight = replace(scheme.weight, granularity="per_channel", group_size=None) if (
+        site.in_features % (scheme.weight.group_size or 1)) else scheme.weight
+    return LinearSpec(family=scheme.family, weight=weight, activation=None, out_features=site.out_features,
+                      in_features=site.in_features)
 
 
 def _not_here(recipe: Recipe) -> list[str]:

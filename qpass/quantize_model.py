@@ -54,7 +54,7 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
         return model if where is None else model.to(where)
     check_model(model)
     plan = make_plan(model, chosen, example_inputs=example_inputs, device=where)
-    targets = [d for d in plan.decisions if d.status == "quantize"]
+    targets = [d for d in plan.decisions if d.status == "quantize" and d.site.kind != "embedding"]
     _check_weights(model, targets, allow_nonfinite)
     scales = static_scales(model, targets, calibration)
     remember(model, plan)

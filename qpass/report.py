@@ -87,7 +87,10 @@ def _row(row: PlanRow, layers: dict[str, tuple[LinearSpec, int]]) -> ReportRow:
             facts.update(reason="still float: quantize was interrupted before this layer", kernel=None, effective=None)
         return ReportRow(**facts)
     spec, nbytes = layers[path]
-    facts.update(status="quantized", kernel=spec.kernel, bytes_after=nbytes, activation=_activation(path, spec))
+    if row.kind == "embedding":  # its rows are read from the head, where they are counted
+        return ReportRow(**{**facts, "status": "quantized", "kernel": None})
+    facts.update(status="quantized", kernel=spec.kernel, bytes_after=nbytes, bytes_a_token=nbytes,
+                 activation=_activation(path, spec))
     return ReportRow(**facts)
 
 

@@ -17,7 +17,7 @@ class Row:
     scheme     as asked; None if nothing asked for one
     effective  what really runs here, `w4a8 g64`; None for a layer in float
     refusals   kernel -> the sentence in which it says why not
-    bytes_*    of the weight, scales and zero points included
+    bytes_*    of the weight, scales and zero points included; bytes_a_token is what decoding one token reads of it
     """
 
     name: str
@@ -34,6 +34,7 @@ class Row:
     produced_by: str | None = None
     bytes_before: int = 0
     bytes_after: int = 0
+    bytes_a_token: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from qpass.hf import save_config
 from qpass.layers import PackedWeight
 from qpass.publish_folder import publish_folder
 from qpass.swap import TRIM_AFTER, give_back_freed_memory
+from qpass.tied_table import TiedTable
 
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -55,6 +56,9 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
+        if isinstance(module, TiedTable):
+            yield Entry(name=path, dtype=module.dtype, shape=tuple(module.shape), make=module.dequantize)
+            continue
         if isinstance(module, PackedWeight):
             if id(module._buffers) in seen:  # tied: another layer reads the very same packed tensors
                 described = {}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qpass.activation_scale import ActivationScale
 from qpass.errors import WeightError
+from qpass.kernels.registry import kernel
 from qpass.layers import Origin, PackedWeight, QuantLinear
 from qpass.plan_model import Decision
 from qpass.quant_weight import QuantWeight
 from qpass.spec import LinearSpec
-from qpass.weight import quantize_weight
+from qpass.tied_table import TiedTable
+from qpass.weight import CanonicalWeight, quantize_weight
 
 TRIM_AFTER = 4 << 20  # bytes freed; for less, give_back_freed_memory is not worth the call
 
@@ -38,13 +40,21 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     return _replace(model, owner, leaf, parameter, decision, spec, device, scale)
 
 
+def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight:
+    """`weight` [N, K] rounded to nearest, by the kernel's own code for that if its layout has some."""
+    faster = kernel(spec.kernel).layout.quantize
+    return (None if faster is None else faster(weight, spec)) or quantize_weight(weight, spec)
+
+
 def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, decision: Decision,
              spec: LinearSpec, device: torch.device | None, scale: ActivationScale | None) -> PackedWeight:
     site = decision.site
     weight = parameter.detach() if device is None else parameter.detach().to(device)
-    canonical = quantize_weight(weight.t() if site.transposed else weight, spec)
+    canonical = quantized(weight.t() if site.transposed else weight, spec)
     del weight
     holders = _holders(model, parameter)
+    tables = [(holder, name) for holder, name in holders if isinstance(holder, nn.Embedding)]
+    holders = [held for held in holders if held not in tables]
     if site.swap == "parameter" or owner is model or any(type(holder) is not type(owner) for holder, _ in holders):
         packed: PackedWeight = QuantWeight(canonical, spec, site.dtype, scale, transposed=site.transposed)
         del canonical
@@ -67,7 +77,15 @@ def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parame
         _put_everywhere(model, holder, linear)
         holder._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     assert first is not None, f"{site.name} has no holder"
+    for holder, name in tables:
+        tie_table(holder, name, first)
     return first
+
+
+def tie_table(table: nn.Module, name: str, head: PackedWeight) -> None:
+    """Let the embedding `table` read the rows of a packed head in place of its parameter `name`."""
+    table._modules[name] = TiedTable(head)
+    del table._parameters[name]
 
 
 def _bias_of(holder: nn.Module, named: str | None) -> str | None:
@@ -114,13 +132,14 @@ def give_back_freed_memory() -> None:
 def restore(model: nn.Module) -> int:
     """Replace every packed weight by an ordinary float parameter with the weight as quantized. Returns the number."""
     restored: dict[nn.Module, nn.Module | nn.Parameter] = {}
+    weights: dict[int, nn.Parameter] = {}  # by packed tensors: what was tied is tied again
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if not isinstance(child, PackedWeight):
                 continue
             back = restored.get(child)
             if back is None:
-                back = restored[child] = _float_again(child)
+                back = restored[child] = _float_again(child, weights)
             if isinstance(back, nn.Parameter):
                 del parent._modules[name]
                 parent.register_parameter(name, back)
@@ -129,9 +148,13 @@ def restore(model: nn.Module) -> int:
     return len(restored)
 
 
-def _float_again(packed: PackedWeight) -> nn.Module | nn.Parameter:
-    weight = packed.dequantize()
-    if isinstance(packed, QuantWeight):
-        return nn.Parameter(weight.t().contiguous() if packed.transposed else weight, requires_grad=False)
-    assert isinstance(packed, QuantLinear)
-    return packed.origin.with_weight(weight, packed.bias)
+def _float_again(packed: PackedWeight, weights: dict[int, nn.Parameter]) -> nn.Module | nn.Parameter:
+    transposed = packed.transposed if isinstance(packed, QuantWeight) else (
+        isinstance(packed, QuantLinear) and packed.origin.transposed)
+    parameter = None if transposed else weights.get(id(packed._buffers))
+    if parameter is None:
+        weight = packed.dequantize()
+        parameter = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
+    if not transposed:
+        weights[id(packed._buffers)] = parameter
+    return packed.origin.holding(parameter, packed.bias) if isinstance(packed, QuantLinear) else parameter

@@ -44,8 +44,9 @@ def choose_swap(name: str, products: Sequence[Product], owners: Mapping[str, nn.
         return None, refusal
     kinds = {product.kind for product in products}
     if "embedding" in kinds and len(kinds) > 1:
-        return None, (f"{name} is tied: it is looked up as an embedding and multiplied as a weight; to quantize the "
-                      "product alone, give it a parameter of its own (a clone) first, or add it to ignore")
+        return ("module", None) if _is_head_of_table(name, products, owners, calls) else (None, (
+            f"{name} is tied: it is looked up as an embedding and multiplied as a weight; to quantize the "
+            "product alone, give it a parameter of its own (a clone) first, or add it to ignore"))
     if "experts" in kinds:
         return None, f"{name}: experts are kept in float: this version has no kernel for them; add them to ignore"
     if refusal := _read_by_others(name, products):
@@ -114,6 +115,19 @@ def _read_by_others(name: str, products: Sequence[Product]) -> str | None:
             return (f"{name} is also read by {aten_name(user)}, not only multiplied, and a packed weight has no float "
                     "numbers to give; compute that once beforehand, or add it to ignore")
     return None
+
+
+def _is_head_of_table(name: str, products: Sequence[Product], owners: Mapping[str, nn.Module | None],
+                      calls: Calls) -> bool:
+    """Whether `name` is the head's name of a parameter that modules multiply whole and nn.Embedding looks up: then the
+    head can be packed, and the embedding reads its rows."""
+    heads = [product for product in products if product.kind == "linear"]
+    tables = [owners.get(p.scope[-1].path) if p.scope else None for p in products if p.kind == "embedding"]
+    paths = {product.scope[-1].path for product in heads if product.scope}
+    return (len(heads) + len(tables) == len(products) and name.rpartition(".")[0] in paths
+            and all(isinstance(table, nn.Embedding) and table.max_norm is None for table in tables)
+            and all(not product.transposed and _is_whole_call(product, owners, calls) for product in heads)
+            and _read_by_others(name, products) is None)
 
 
 def _is_whole_call(product: Product, owners: Mapping[str, nn.Module | None], calls: Calls) -> bool:

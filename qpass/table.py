@@ -13,7 +13,8 @@ from qpass.bands import bands, pattern
 from qpass.text_table import Column, human_bytes, text_table
 
 _PLAN: tuple[Column, ...] = (("n", ">"), ("parameter", "<"), ("shape", ">"), ("status", "<"), ("rule", "<"),
-                             ("runs as", "<"), ("kernel", "<"), ("before", ">"), ("after", ">"), ("why", "<"))
+                             ("runs as", "<"), ("kernel", "<"), ("before", ">"), ("after", ">"), ("a token", ">"),
+                             ("why", "<"))
 _REPORT: tuple[Column, ...] = (*_PLAN, ("activation", "<"))
 _STATUS = {"quantize": "to quantize", "quantized": "quantized", "keep": "kept in float", "kept": "kept in float",
            "refuse": "refused", "refused": "refused"}
@@ -56,6 +57,8 @@ def summary(rows: Sequence[Any], notes: Sequence[str], capture: str) -> list[str
     before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
     lines.append(f"{human_bytes(before)} -> {human_bytes(after)} in these parameters" + (
         f"; the quantized ones take {bits_per_weight(done):.2f} bits a weight" if done else ""))
+    if read := sum(row.bytes_a_token for row in rows):
+        lines.append(f"decoding reads {human_bytes(read)} of them a token")
     lines.append(f"layers were found {_FOUND.get(capture, 'by ' + capture)}")
     return lines + [f"not used: {line}" for line in refusal_lines(rows)] + [
         f"note: {note}" for note in notes if note != f"graph: {capture}"]
@@ -99,7 +102,8 @@ def _cells(rows: Sequence[Any], columns: Sequence[Column], full: bool, footnotes
         row = group[0]
         line = [str(len(group)), name, "x".join(map(str, row.shape)), row.status, row.rule, row.effective or "float",
                 row.kernel or "", human_bytes(sum(r.bytes_before for r in group)),
-                human_bytes(sum(r.bytes_after for r in group)), noted(pattern([r.reason for r in group]))]
+                human_bytes(sum(r.bytes_after for r in group)), human_bytes(sum(r.bytes_a_token for r in group)),
+                noted(pattern([r.reason for r in group]))]
         if columns is _REPORT:
             text = pattern([r.activation for r in group])
             head = re.split(r"\W", text, maxsplit=1)[0]

@@ -119,7 +119,7 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
 
 
 def dequantize_weight(weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight as quantized, [N, K] in `dtype`: (q - zero_point) * scale computed in float32."""
+    """The weight as quantized, [N, K] in `dtype`, or any number of its rows: (q - zero_point) * scale in float32."""
     codec = codec_of(spec.weight)
     if isinstance(codec, RowCodec):
         whole = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device=weight.device)
@@ -128,10 +128,10 @@ def dequantize_weight(weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dt
         return whole
     if codec is not None:
         return codec.dequantize(weight.tensors, spec.group_size).to(dtype)
-    q = weight.qweight.view(spec.out_features, spec.groups, -1).float()
+    q = weight.qweight.view(-1, spec.groups, spec.in_features // spec.groups).float()
     if weight.zero_point is not None:
         q = q - weight.zero_point.unsqueeze(-1)
-    return (q * weight.scale.float().unsqueeze(-1)).view(spec.out_features, spec.in_features).to(dtype)
+    return (q * weight.scale.float().unsqueeze(-1)).view(-1, spec.in_features).to(dtype)
 
 
 def row_blocks(spec: LinearSpec) -> Iterator[slice]:

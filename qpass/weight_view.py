@@ -150,6 +150,8 @@ class WeightView:
             y = _product(*args, **kwargs)
         elif func in (torch.addmm, torch.Tensor.addmm):
             y = _addmm(*args, **kwargs)
+        elif func is F.embedding:
+            y = _rows(*args, **kwargs)
         elif func is torch.einsum:
             y = _einsum(args)
         elif func in _TRANSPOSES:
@@ -164,6 +166,13 @@ class WeightView:
 
 def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     return weight.T._as_out_in(input, bias) if isinstance(weight, WeightView) else None
+
+
+def _rows(input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None,
+          *unused: Any, **named: Any) -> Tensor | None:
+    """The look-up of an embedding; padding and scaled gradients change nothing of what it gives, max_norm would."""
+    rows = getattr(weight.owner, "rows", None) if isinstance(weight, WeightView) and not weight.transposed else None
+    return None if rows is None or max_norm is not None else rows(input)
 
 
 def _product(input: Any, other: Any = None, *, mat2: Any = None) -> Tensor | None:

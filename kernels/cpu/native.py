@@ -24,6 +24,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_isa_available": (_I32,),
     "qp_pack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
     "qp_unpack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
+    "qp_quantize_weight": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _POINTER, _POINTER, _I32),
     "qp_quantize": (_I32, _POINTER, _I32, _I64, _I64, _POINTER, _POINTER, _POINTER),
 }
 _lock = threading.Lock()
@@ -107,6 +108,21 @@ def unpack(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
     _succeed(library().qp_unpack(packed.data_ptr(), packed.numel(), n, k, bits, q.data_ptr(), q.numel(),
                                  torch.get_num_threads()))
     return q
+
+
+def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bool) -> CanonicalWeight:
+    """weight [N, K] -> what qpass.weight.quantize_weight gives for it, bit for bit; groups of `group_size` along K."""
+    weight = weight.detach().contiguous()
+    n, k = weight.shape
+    tensors = {"qweight": torch.empty(n, k, dtype=torch.int8),
+               "scale": torch.empty(n, k // group_size, dtype=weight.dtype)}
+    if not symmetric:
+        tensors["zero_point"] = torch.empty(n, k // group_size, dtype=torch.int8)
+    _succeed(library().qp_quantize_weight(
+        weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
+        tensors["qweight"].data_ptr(), tensors["scale"].data_ptr(),
+        None if symmetric else tensors["zero_point"].data_ptr(), torch.get_num_threads()))
+    return CanonicalWeight(tensors)
 
 
 def quantize(x: Tensor, isa: str, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:

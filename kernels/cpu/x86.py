@@ -72,7 +72,30 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(tensors)
 
 
-X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack)
+def _quantize(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | None:
+    # A transposed weight would be copied whole first; plain torch reads it some rows at a time.
+    if (weight.device.type != "cpu" or weight.dtype not in native.DTYPE_INDEX or not weight.is_contiguous()
+            or spec.weight.type != "int" or spec.weight.granularity == "per_tensor" or weight.numel() == 0):
+        return None
+    return native.quantize_weight(weight, spec.group_size, spec.weight.bits, symmetric=spec.weight.symmetric)
+
+
+def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
+    """The rows `ids` alone, in plain torch: of each block (csrc/product.h) the 4 bytes a line that are a row's."""
+    block, row = ids // 16, ids % 16
+    lines = 2 * spec.weight.bits
+    blocks = packed["qweight"].view(-1, native.padded(spec.in_features, 64) // 64, lines, 16, 4)
+    codes = blocks[block, :, :, row]
+    if spec.weight.bits == 4:  # low nibbles are the first 32 inputs of a block, high nibbles the others
+        codes = torch.cat((codes & 15, codes >> 4), dim=2)
+    q = (codes.to(torch.int16) - (1 << spec.weight.bits - 1)).to(torch.int8).flatten(1)
+    tensors = {"qweight": q[:, :spec.in_features], "scale": packed["scale"][block, :, row]}
+    if not spec.weight.symmetric:
+        tensors["zero_point"] = packed["zero_point"][block, :, row]
+    return CanonicalWeight({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize)
 """Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
 
 

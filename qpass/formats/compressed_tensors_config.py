@@ -7,7 +7,7 @@ matched by its exact name, then by `re:` regex, then by class name; `ignore` com
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from qpass.formats.compressed_tensors import is_packed
 from qpass.layers import PackedWeight, QuantLinear
 from qpass.scheme import ActivationArgs, Scheme, WeightArgs, codec_of
 from qpass.spec import LinearSpec
+from qpass.tied_table import TiedTable
 
 METHOD = "compressed-tensors"
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "qpass")
@@ -49,12 +50,14 @@ class LayerConfig:
     """A `quantization_config` as read: groups in order, the targets that stay float, and what only qpass writes.
 
     `storage` maps layers that are no nn.Linear to {"weight", "bias", "transposed"}; weight is None for a parameter.
+    `tied` maps a table of embeddings, which the files hold in float too, to the packed head whose rows it reads.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def group_of(self, name: str, module: nn.Module | None) -> Group | None:
         """The group that holds the module of this name, or (module None) the parameter of this name."""
@@ -75,7 +78,7 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
     their weight.
     """
     layers = [(name, module) for name, module in model.named_modules(remove_duplicate=False)
-              if isinstance(module, PackedWeight)]
+              if isinstance(module, PackedWeight) and not isinstance(module, TiedTable)]
     if not layers:
         return None
     members: dict[tuple[WeightArgs, ActivationArgs | None], list[tuple[str, PackedWeight]]] = {}
@@ -96,10 +99,18 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
             "input_activations": None if activation is None else _activations(activation), "output_activations": None}
     formats = {group["format"] for group in groups.values()}
     own = {"recipe": None if recipe is None else dict(recipe),
-           "layers": {name: _storage(layer) for name, layer in layers if not _was_linear(layer)}}
+           "layers": {name: _storage(layer) for name, layer in layers if not _was_linear(layer)},
+           "tied": _tied(model, layers)}
     return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None,
             "global_compression_ratio": None, "qpass": own}
+
+
+def _tied(model: nn.Module, layers: Sequence[tuple[str, PackedWeight]]) -> dict[str, str]:
+    """Tables of embeddings that read the rows of a packed head -> the head."""
+    heads = {id(layer._buffers): name for name, layer in layers}
+    return {name: heads[id(module._buffers)] for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, TiedTable)}
 
 
 def _is_float_matrix(module: nn.Module) -> bool:
@@ -133,7 +144,7 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
     groups = tuple(_group(name, group, f"{where}: {name}") for name, group in raw.items())
     own = config.get("qpass") or {}
     return LayerConfig(groups=groups, ignore=tuple(config.get("ignore") or ()), storage=own.get("layers") or {},
-                       recipe=own.get("recipe"))
+                       recipe=own.get("recipe"), tied=own.get("tied") or {})
 
 
 def _group(name: str, raw: Any, where: str) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,10 +116,17 @@ def test_a_tied_head_is_said_to_be_tied(told_by: str) -> None:
     assert (kept[1].status, kept[1].rule) == ("keep", "default ignore lm_head")
     assert kept[1].reason == "tied to embed.weight: one parameter, counted there"
     assert sum(d.bytes_before for d in kept) == (100 * 64 + 64 * 128) * 2
-    asked = decide([embed, head, site("up")], Recipe("w4a8", ignore=[]), device=CPU)[1]
-    assert asked.status == "refuse" and "add it to ignore, or untie" in asked.reason
+    asked = decide([embed, head, site("up")], Recipe("w4a8", ignore=[]), device=CPU)
+    assert [d.status for d in asked] == ["quantize"] * 3
+    assert (asked[0].spec, asked[0].bytes_after) == (asked[1].spec, 0) and asked[0].rule == asked[1].rule
+    assert asked[0].reason == "tied to lm_head.weight: its rows are read from the packed head"
+    assert (asked[0].bytes_before, asked[1].bytes_before) == (100 * 64 * 2, 0)
+    assert (asked[0].bytes_a_token, asked[1].bytes_a_token) == (asked[1].bytes_after // 100, asked[1].bytes_after)
+    stuck = replace(head, swap=None, refusal="lm_head.weight is tied")
+    left = decide([embed, stuck, site("up")], Recipe("w4a8", ignore=[]), device=CPU)[1]
+    assert left.status == "refuse" and "add it to ignore, or untie" in left.reason
     with pytest.raises(LayerRefused, match=r"tied to embed\.weight"):
-        decide([embed, head, site("up")], Recipe("w4a8", overrides={"lm_head": "w8a8"}), device=CPU)
+        decide([embed, stuck, site("up")], Recipe("w4a8", overrides={"lm_head": "w8a8"}), device=CPU)
 
 
 def test_two_linears_that_share_a_weight_are_not_a_tied_head() -> None:

@@ -229,7 +229,10 @@ def test_tied_head_and_embedding() -> None:
     assert [(s.name, s.kind, s.aliases, s.uses) for s in sites.values()] == [
         ("0.weight", "embedding", ("1.weight",), 1), ("1.weight", "linear", ("0.weight",), 1)]
     assert sites["1.weight"].owner_class == "Linear"
-    assert all(site.swap is None and "tied" in (site.refusal or "") for site in sites.values())
+    assert sites["0.weight"].swap is None and "tied" in (sites["0.weight"].refusal or "")
+    assert sites["1.weight"].swap == "module"  # it can be packed, and the embedding reads its rows
+    model[0].max_norm = 1.0
+    assert all(site.swap is None and "tied" in (site.refusal or "") for site in sites_of(model).values())
 
 
 def test_modules_never_called() -> None:

@@ -18,35 +18,38 @@ from qpass.text_table import human_bytes, text_table
 def row(name: str, **fields: object) -> PlanRow:
     facts = {"kind": "linear", "shape": (576, 576), "status": "quantize", "rule": "recipe w4a8", "scheme": "w4a8",
              "effective": "w4a8 g64", "group_size": 64, "kernel": "linear_k", "bytes_before": 663552,
-             "bytes_after": 176256, "reason": "group 128 does not divide 576: adjusted to 64", **fields}
+             "bytes_after": 176256, "bytes_a_token": 176256,
+             "reason": "group 128 does not divide 576: adjusted to 64", **fields}
     return PlanRow(name=name, **facts)  # type: ignore[arg-type]
 
 
 ROWS = [
     row("embed.weight", kind="embedding", status="keep", effective=None, kernel=None, bytes_after=663552,
+        bytes_a_token=1152,
         reason="embeddings are looked up"),
     *(row(f"layers.{i}.{leaf}.weight", shared_input=i, produced_by=f"layers.{i}.norm (Norm)",
           refusals={"linear_amx": "needs amx_int8"}) for i in range(3) for leaf in ("q", "k")),
     row("head.weight", status="keep", rule="ignore <head>", effective=None, kernel=None, bytes_after=663552,
-        reason=""),
+        bytes_a_token=663552, reason=""),
 ]
 
 
 def test_plan_table() -> None:
     plan = SimpleNamespace(rows=ROWS, notes=("graph: trace",), capture_method="trace")
     assert_expected_inline(render_plan(plan), """\
-n  parameter                 shape  status    rule           runs as   kernel       before      after  why
--  ----------------------  -------  --------  -------------  --------  --------  ---------  ---------  ---
-1  embed.weight            576x576  keep      recipe w4a8    float               648.0 KiB  648.0 KiB  [1]
-3  layers.{0..2}.q.weight  576x576  quantize  recipe w4a8    w4a8 g64  linear_k    1.9 MiB  516.4 KiB  [2]
-3  layers.{0..2}.k.weight  576x576  quantize  recipe w4a8    w4a8 g64  linear_k    1.9 MiB  516.4 KiB  [2]
-1  head.weight             576x576  keep      ignore <head>  float               648.0 KiB  648.0 KiB
+n  parameter                 shape  status    rule           runs as   kernel       before      after    a token  why
+-  ----------------------  -------  --------  -------------  --------  --------  ---------  ---------  ---------  ---
+1  embed.weight            576x576  keep      recipe w4a8    float               648.0 KiB  648.0 KiB    1.1 KiB  [1]
+3  layers.{0..2}.q.weight  576x576  quantize  recipe w4a8    w4a8 g64  linear_k    1.9 MiB  516.4 KiB  516.4 KiB  [2]
+3  layers.{0..2}.k.weight  576x576  quantize  recipe w4a8    w4a8 g64  linear_k    1.9 MiB  516.4 KiB  516.4 KiB  [2]
+1  head.weight             576x576  keep      ignore <head>  float               648.0 KiB  648.0 KiB  648.0 KiB
 [1] embeddings are looked up
 [2] group 128 does not divide 576: adjusted to 64
 
 6 to quantize: 6 by recipe w4a8
 2 kept in float: 1 by recipe w4a8, 1 by ignore <head>
 5.1 MiB -> 2.3 MiB in these parameters; the quantized ones take 4.25 bits a weight
+decoding reads 1.6 MiB of them a token
 layers were found in the graph of one traced forward
 not used: linear_amx: needs amx_int8 (6 layers)""")
 

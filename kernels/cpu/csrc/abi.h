@@ -40,6 +40,11 @@ int32_t qp_pack(const int8_t* q, int64_t q_bytes, int64_t N, int64_t K, int32_t 
 int32_t qp_unpack(const uint8_t* packed, int64_t packed_bytes, int64_t N, int64_t K, int32_t bits, int8_t* q,
                   int64_t q_bytes, int32_t threads);
 
+// A float weight [N, K] -> integers q [N, K], scale [N, K / group_size] in its dtype, zero_point likewise in int8 (null if
+// symmetric), rounded to nearest as qpass/weight.py says.
+int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size,
+                           int32_t bits, int32_t symmetric, int8_t* q, void* scale, int8_t* zero_point, int32_t threads);
+
 }  // extern "C"
 
 namespace qpass {

@@ -1,0 +1,91 @@
+"""Native weight quantization gives what the formulas of qpass/weight.py give in plain torch, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpass.kernels.cpu import native
+from qpass.kernels.cpu.x86 import X86_TILE64
+from qpass.scheme import WeightArgs
+from qpass.spec import LinearSpec
+from qpass.weight import quantize_weight
+
+pytestmark = pytest.mark.skipif(native.refuses() is not None, reason=str(native.refuses()))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def spec_of(n: int, k: int, group: int | None, bits: int, *, symmetric: bool) -> LinearSpec:
+    weight = WeightArgs(bits=bits, group_size=group, granularity="per_group" if group else "per_channel",
+                        symmetric=symmetric)
+    return LinearSpec(family=f"w{bits}a16", weight=weight, activation=None, out_features=n, in_features=k)
+
+
+def adversarial(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Rows of zeros, ties, one sign only, huge, subnormal, NaN and Inf among ordinary ones."""
+    w = torch.randn(n, k)
+    w[0] = 0
+    w[1] = torch.arange(k) % 16 - 8  # with scale 1 and halves: exact ties
+    w[1, 1::2] += 0.5
+    w[2] = w[2].abs() + 1
+    w[3] = -w[3].abs() - 1
+    w[4] *= torch.finfo(dtype).max / 8
+    w[5] *= torch.finfo(dtype).tiny / 4
+    w[6, ::3], w[6, 1::3], w[6, 2::3] = float("nan"), float("inf"), float("-inf")
+    w[7] = -0.0
+    w[8, 1:] = 1e-30
+    return w.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("k", "group"), [(96, 32), (77, None), (1, None), (384, 128)])
+def test_equals_the_formulas_bit_for_bit(dtype: torch.dtype, symmetric: bool, bits: int, k: int,
+                                         group: int | None) -> None:
+    for weight in (adversarial(41, k, dtype), (torch.randn(33, k) * 0.02).to(dtype)):
+        spec = spec_of(weight.shape[0], k, group, bits, symmetric=symmetric)
+        want = quantize_weight(weight, spec)
+        got = native.quantize_weight(weight, spec.group_size, bits, symmetric=symmetric)
+        assert got.tensors.keys() == want.tensors.keys()
+        for name, tensor in want.tensors.items():
+            assert got.tensors[name].dtype == tensor.dtype
+            assert torch.equal(got.tensors[name], tensor), (name, weight.shape)
+
+
+def test_every_float_that_16_bits_hold() -> None:
+    """All bfloat16 and float16 numbers, in groups that mix magnitudes."""
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+        weight = every[torch.randperm(1 << 16)].view(512, 128)
+        for symmetric in (True, False):
+            spec = spec_of(512, 128, 32, 4, symmetric=symmetric)
+            want, got = quantize_weight(weight, spec), native.quantize_weight(weight, 32, 4, symmetric=symmetric)
+            assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
+
+
+def test_the_layout_declines_what_it_does_not_take() -> None:
+    quantize = X86_TILE64.quantize
+    assert quantize is not None
+    spec = spec_of(32, 64, 32, 4, symmetric=True)
+    assert quantize(torch.randn(64, 32).t(), spec) is None and quantize(torch.randn(32, 64).double(), spec) is None
+    tensor = LinearSpec(family="w8a16", weight=WeightArgs(bits=8, granularity="per_tensor"), activation=None,
+                        out_features=32, in_features=64)
+    assert quantize(torch.randn(32, 64), tensor) is None
+    assert quantize(torch.randn(32, 64), spec) is not None
+
+
+def test_sizes_are_checked() -> None:
+    w, q, scale = torch.randn(4, 64), torch.empty(4, 64, dtype=torch.int8), torch.empty(4, 2)
+
+    def call(nbytes: int = 1024, n: int = 4, group: int = 32, bits: int = 4, symmetric: int = 1, dtype: int = 0) -> str:
+        library = native.library()
+        code = library.qp_quantize_weight(w.data_ptr(), dtype, nbytes, n, 64, group, bits, symmetric, q.data_ptr(),
+                                          scale.data_ptr(), None, 1)
+        return "" if code == 0 else library.qp_last_error().decode()
+
+    assert call() == ""
+    assert "N * K" in call(nbytes=1000) and "N * K" in call(n=5) and "group size" in call(group=48)
+    assert "bits" in call(bits=9) and "float32" in call(dtype=3) and "zero points" in call(symmetric=0)
+    assert "sizes" in call(n=0)

@@ -6,6 +6,7 @@ VENV ?= .venv
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
 PIP_ARGS ?=
 DEMO_ARGS ?=
+PEERS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
 
@@ -41,7 +42,7 @@ check: $(VENV)/.test
 	$(BIN)/pytest -q -m "not slow" tests/test_layering.py tests/test_packaging.py tests/test_repository.py tests/test_import.py
 
 bench: $(VENV)/.test
-	$(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+	$(BIN)/python tests/bench/run.py $(if $(PEERS),--peers $(PEERS)) $(BENCH_ARGS)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok else \

@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   qpass quantize ./Llama-3.2-1B ./llama-w4a8 --recipe w4a8 --override '*.down_proj=w8a8'
   qpass explain ./llama-w4a8                               what was done, layer by layer
   qpass eval ./llama-w4a8 --text book.txt --reference ./Llama-3.2-1B
+  qpass bench ./Llama-3.2-1B                               which recipe to use on this machine, measured
   qpass kernels                                            what runs on this machine, and why the rest does not
 
 SRC is a Hugging Face model folder: config.json, safetensors, tokenizer. QPASS_DEBUG=1, 2 or 3 shows more.
@@ -93,6 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--stride", type=_positive, metavar="N", help="new tokens a window scores (default: window)")
     evaluate.add_argument("--tokens", type=_positive, metavar="N", help="score at least this many (default: all)")
 
+    bench = command("bench", "measure speed, memory and accuracy of recipes on this machine, and say which to use",
+                    "qpass bench ./model --recipe w4a8 w8a8 --kl-limit 0.05")
+    _source(bench)
+    bench.add_argument("--recipe", nargs="+", action="extend", metavar="RECIPE",
+                       help="presets, or YAML or JSON recipes (default: each preset that has kernels here)")
+    bench.add_argument("--text", metavar="FILE", help="text for the accuracy (default: a chapter of a novel)")
+    bench.add_argument("--tokens", type=_positive, default=1024, metavar="N",
+                       help="score at least this many tokens of it (default: %(default)s)")
+    bench.add_argument("--prompt", type=_positive, default=128, metavar="N", help="tokens read (default: %(default)s)")
+    bench.add_argument("--new", type=_at_least_3, default=32, metavar="N", help="tokens made (default: %(default)s)")
+    bench.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at once (default: 1)")
+    bench.add_argument("--eager", action="store_true", help="without torch.compile")
+    bench.add_argument("--kl-limit", type=float, default=0.1, metavar="KL",
+                       help="nats a token from the float model that are acceptable (default: %(default)s)")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+
     command("kernels", "list the kernels, what each computes, and why some do not run here", "qpass kernels")
 
     demo = command("demo", "get a small language model, quantize it, compile it, and let it answer",
@@ -130,6 +147,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _at_least_3(text: str) -> int:
+    value = int(text)
+    if value < 3:
+        raise argparse.ArgumentTypeError(f"must be at least 3, or there is nothing to time, got {value}")
     return value
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,20 @@ def run_eval(options: argparse.Namespace) -> None:
     reference = None if options.reference is None else check_folder(options.reference)
     print(qpass.evaluate(_load(source), text, None if reference is None else _load(reference), tokenizer=str(source),
                          window=options.window, stride=options.stride, tokens=options.tokens, progress=True))
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Measure each recipe beside the float model, and print the table and what it speaks for."""
+    from qpass.bench_model import TEXT, bench_model
+    from qpass.bench_report import as_json, table
+
+    text = TEXT if options.text is None else Path(options.text)
+    if not text.is_file():
+        raise QPassError(f"there is no file {text}; --text takes a text file in UTF-8")
+    found = bench_model(options.source, options.recipe, text=text, tokens=options.tokens, prompt=options.prompt,
+                        new=options.new, batch=options.batch, compiled=not options.eager,
+                        say=lambda said: print(said, file=sys.stderr, flush=True))
+    print(as_json(found, kl_limit=options.kl_limit) if options.json else table(found, kl_limit=options.kl_limit))
 
 
 def run_kernels(options: argparse.Namespace) -> None:

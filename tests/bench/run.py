@@ -1,24 +1,114 @@
-"""Run: every benchmark of this folder that `make bench` shows, one after the other, each in a process of its own."""
+"""Run: the benchmarks that `make bench` shows, their tables printed and their numbers kept as JSON.
+
+usage: python tests/bench/run.py [--peers DIR] [--full] [--only kernels capture] [--json DIR] ...
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-BENCHMARKS = ("linear.py", "capture.py")
+import model
+import model_tables
+import products
+from cells import TABLES
+from goals import outcomes
+from machine import machine_line
+from peers import find_peers
+from tables import goals_text, table_text
+
+HERE = Path(__file__).parent
+PARTS = ("kernels", "model", "capture")
 
 
-def main() -> int:
-    failed = []
-    for name in BENCHMARKS:
-        script = Path(__file__).parent / name
-        print(f"== {name}", flush=True)
-        if subprocess.run([sys.executable, str(script), *sys.argv[1:]], check=False).returncode != 0:
-            failed.append(name)
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return len(failed)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    began, failed = time.perf_counter(), 0
+    for part in options.only:
+        failed += {"kernels": _kernels, "model": _model, "capture": _capture}[part](options)
+    print(f"\n{time.perf_counter() - began:.0f} s in all")
+    return failed
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    found = find_peers(options.peers)
+    wanted = products.Options(full=options.full, seconds=options.seconds, tables=options.tables, shapes=options.shapes,
+                             tokens=options.tokens, rotate=options.rotate << 20)
+    cells, versions = products.run(found, options.threads, wanted)
+    timed = [table for table in TABLES if any(cell.table == table.name for cell in cells)]
+    print(f"== kernels\n{machine_line(options.threads)}\n{versions_line(versions)}")
+    for peer, why in found.missing.items():
+        print(f"{peer}: {why}")
+    print("Medians of calls taken in turn, ± half the distance of the quartiles; Nx: qpass is N times as fast; "
+          "!N: other processes used N cores.\n")
+    for table in timed:
+        print(table_text(table, cells) + "\n")
+    print(goals_text(timed, cells))
+    if options.json:
+        write_json(options.json / "kernels.json", {
+            **_when(options), "versions": versions, "missing": found.missing,
+            "goals": [asdict(outcome) for table in timed for outcome in outcomes(table, cells)],
+            "cells": [asdict(cell) for cell in cells]})
+    wrong = [f"{label} in {cell.table}, M={cell.m}, {cell.n}x{cell.k}: {timing.why_not}" for cell in cells
+             for label, timing in cell.timings.items() if label.startswith(("qpass", "g", "channel")) and timing.why_not
+             and timing.why_not.startswith(("wrong", "failed"))]
+    print("\n".join(wrong), file=sys.stderr)
+    return len(wrong)
+
+
+def _model(options: argparse.Namespace) -> int:
+    made = model.run(find_peers(options.peers), options.threads, options.cache)
+    print(f"\n== whole model, Llama-3.2-1B's shapes\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
+    print(model_tables.text(made))
+    if options.json:
+        write_json(options.json / "model.json", {**_when(options), **model_tables.as_data(made)})
+    return sum(outcome.why_not is not None for label, outcome in made.outcomes.items() if label.startswith("qpass"))
+
+
+def _capture(options: argparse.Namespace) -> int:
+    print("\n== capture", flush=True)
+    return int(subprocess.run([sys.executable, str(HERE / "capture.py")], check=False).returncode != 0)
+
+
+def _when(options: argparse.Namespace) -> dict[str, str]:
+    return {"machine": machine_line(options.threads), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+
+
+def versions_line(versions: dict[str, dict[str, str]]) -> str:
+    """`PyTorch 2.13.0, llama.cpp 0.25.3, ...`, each once."""
+    return ", ".join(dict.fromkeys(f"{name} {value}" for known in versions.values() for name, value in known.items()))
+
+
+def write_json(path: Path, data: object) -> None:
+    """Keep the numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", type=Path, default=os.environ.get("QPASS_BENCH_PEERS") or None, metavar="DIR",
+                        help="folder of the peers' installations; without it only PyTorch is compared with")
+    parser.add_argument("--full", action="store_true", help="every shape and batch in every table (an hour)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seconds", type=float, default=0.12, help="length of a turn")
+    parser.add_argument("--tables", nargs="+", default=(), choices=[table.name for table in TABLES])
+    parser.add_argument("--shapes", type=int, metavar="N", help="only the first N shapes of each table")
+    parser.add_argument("--tokens", nargs="+", type=int, default=())
+    parser.add_argument("--rotate", type=int, default=600, metavar="MB", help="weights in rotation at few tokens")
+    parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "bench", metavar="DIR",
+                        help="where the whole models are kept, 10 GB of them (default: .cache/bench)")
+    parser.add_argument("--json", type=Path, default=HERE / "results", help="folder for the numbers")
+    return parser
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_wrong_commands_exit_with_2(command: list[str], capsys: pytest.CaptureFi
     assert stopped.value.code == 2 and "usage: qpass" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["quantize", "plan", "explain", "eval", "kernels", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "plan", "explain", "eval", "bench", "kernels", "demo"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         build_parser().parse_args([command, "--help"])

@@ -1,0 +1,146 @@
+"""Products: the tables of cells.py in, every product timed in turn with its peers out, as numbers for the report.
+
+usage: python tests/bench/run.py --only kernels
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from cells import ROTATE, SHAPES, TABLES, TOKENS, Column, Table
+from peers import PEERS, Found
+from turns import Take, Timing, Worker, WorkerDied, take_turns_quietly
+
+TOO_SLOW_S = 2.5
+"""A call that would take longer, as judged from fewer tokens, is not made unless everything is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What was measured of one product: the timing of each column, and how many cores other processes used."""
+
+    table: str
+    m: int
+    n: tuple[int, ...]
+    k: int
+    others: float
+    timings: Mapping[str, Timing]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to time: all shapes and forms, or fewer; how long a turn is."""
+
+    full: bool = False
+    seconds: float = 0.12
+    tables: Sequence[str] = ()
+    shapes: int | None = None
+    tokens: Sequence[int] = ()
+    rotate: int = ROTATE
+
+
+class Bench:
+    """The workers of one run. Use as a context: they end with it."""
+
+    def __init__(self, found: Found, threads: int, options: Options) -> None:
+        self.found, self.options = found, options
+        self.workers: dict[str, Worker] = {}
+        self.versions: dict[str, dict[str, str]] = {}
+        self.why_not: dict[str, dict[str, str]] = {}
+        self.threads = threads
+        for name in (peer for peer in found.commands if PEERS[peer].serves):
+            try:
+                self._start(name)
+            except WorkerDied as why:
+                found.missing[name] = f"does not start here: {why}"
+
+    def _start(self, name: str) -> None:
+        worker = Worker(self.found.commands[name], PEERS[name].environment(self.found.root, self.threads))
+        hello = worker.ask(do="hello")
+        self.workers[name] = worker
+        self.versions[name], self.why_not[name] = hello["versions"], hello["refuses"]
+
+    def ask(self, name: str, **request: Any) -> dict[str, Any]:
+        """Ask a peer's worker; one that dies is started again, without the lanes that it had."""
+        try:
+            return self.workers[name].ask(**request)
+        except WorkerDied as why:
+            self.workers.pop(name).close()
+            self._start(name)
+            return {"failed": f"the process ended: {why}"}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+    def table(self, table: Table) -> list[Cell]:
+        """Every cell of a table."""
+        table = _whole(table) if self.options.full else table
+        shapes = table.shapes[:self.options.shapes]
+        return [cell for n, k in shapes for cell in self._shape(table, n, k)]
+
+    def _shape(self, table: Table, n: tuple[int, ...], k: int) -> list[Cell]:
+        ms = [m for m in table.tokens if not self.options.tokens or m in self.options.tokens]
+        ready: dict[str, float] = {}
+        why_not: dict[str, str] = {}
+        for column in table.columns:
+            answer = self._prepare(column, n, k, ms)
+            if "bytes" in answer:
+                ready[column.label] = answer["bytes"]
+            else:
+                why_not[column.label] = answer.get("refused") or answer.get("failed") or answer["missing"]
+        cells = [self._cell(table, n, k, m, ready, why_not) for m in ms]
+        for name in list(self.workers):
+            self.ask(name, do="drop")
+        return cells
+
+    def _prepare(self, column: Column, n: tuple[int, ...], k: int, ms: Sequence[int]) -> dict[str, Any]:
+        if column.peer not in self.workers:
+            return {"missing": self.found.missing[column.peer]}
+        if column.variant in self.why_not[column.peer]:
+            return {"refused": self.why_not[column.peer][column.variant]}
+        return self.ask(column.peer, do="prepare", lane=column.label, variant=column.variant, k=k,
+                        n=[sum(n)] if column.joined else n, ms=ms, rotate=self.options.rotate)
+
+    def _turn(self, column: Column, m: int, k: int, seconds: float) -> Mapping[str, Any]:
+        return self.ask(column.peer, do="time", lane=column.label, m=m, k=k, seconds=seconds)
+
+    def _cell(self, table: Table, n: tuple[int, ...], k: int, m: int, ready: Mapping[str, float],
+              why_not: dict[str, str]) -> Cell:
+        here = dict(why_not)
+        takers: dict[str, Take] = {}
+        for column in table.columns:
+            if column.label in ready and column.label not in why_not:
+                takers[column.label] = partial(self._turn, column, m, k)
+        rounds, seconds = (4, self.options.seconds) if m <= 16 else (3, self.options.seconds / 2)
+        timings, others = take_turns_quietly(list(self.workers.values()), takers, rounds=rounds, seconds=seconds)
+        for label, timing in timings.items():
+            if timing.median_us is None:
+                here[label] = timing.why_not or "no answer"
+            elif not self.options.full and timing.median_us * 4e-6 > TOO_SLOW_S:
+                why_not[label] = f"slow: {timing.median_us / 1e6:.1f} s for {m} tokens"
+        every = {column.label: replace(timings[column.label], nbytes=ready[column.label])
+                 if column.label in timings and timings[column.label].median_us else Timing(why_not=here[column.label])
+                 for column in table.columns}
+        cell = Cell(table=table.name, m=m, n=n, k=k, others=others, timings=every)
+        print(f"  {table.name} M={m} {'+'.join(map(str, n))}x{k}", file=sys.stderr, flush=True)
+        return cell
+
+
+def run(found: Found, threads: int, options: Options) -> tuple[list[Cell], dict[str, dict[str, str]]]:
+    """All tables that are asked for, and the versions of what was timed."""
+    with Bench(found, threads, options) as bench:
+        wanted = [table for table in TABLES if not options.tables or table.name in options.tables]
+        return [cell for table in wanted for cell in bench.table(table)], bench.versions
+
+
+def _whole(table: Table) -> Table:
+    several = any(len(n) > 1 for n, _ in table.shapes)
+    return replace(table, tokens=TOKENS, shapes=table.shapes if several else tuple(((n,), k) for n, k in SHAPES))

@@ -1,0 +1,116 @@
+"""README: the numbers in results/ in, the measured section of README.md out; run as a script, this writes it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import TABLES, Table
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+SHOWN = ("W4A8", "W8A8", "W4A16")
+
+
+def section(results: Path = HERE / "results") -> str:
+    """The Markdown between the marks, from the files of the last run."""
+    kernels, model = (json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+                      for name in ("kernels", "model"))
+    parts = [f"{kernels['machine']}; {kernels['date']} UTC. {_versions(kernels['versions'], model['versions'])}.",
+             "Products, weights read from memory at up to 16 tokens: what qpass does, and how many times the speed of "
+             "each peer that is, lowest and highest over "
+             f"{_shapes(kernels['cells'])} shapes from 2048 x 2048 to 14336 x 4096.",
+             *(_table(table, [cell for cell in kernels["cells"] if cell["table"] == table.name]) for table in TABLES
+               if table.name in SHOWN),
+             "Whole models of Llama-3.2-1B's shapes, random weights, tokens a second.", _models(model)]
+    reached = [goal for goal in (*kernels["goals"], *model["goals"]) if _reached(goal) is not None]
+    parts.append(f"{sum(bool(_reached(goal)) for goal in reached)} of the {len(reached)} goals that this machine can "
+                 "measure are reached; [tests/bench/NOTES.md](tests/bench/NOTES.md) says the limits of the others.")
+    return "\n\n".join(parts)
+
+
+def _reached(goal: Mapping[str, Any]) -> bool | None:
+    if "reached" in goal:
+        return None if goal["reached"] is None else bool(goal["reached"])
+    return None if goal["lowest"] is None else goal["reached_in"] == goal["cells"]
+
+
+def _table(table: Table, cells: Sequence[Mapping[str, Any]]) -> str:
+    subject = table.columns[0].label
+    shown = [column.label for column in table.columns[1:]
+             if any(cell["timings"][column.label]["median_us"] for cell in cells)]
+    rows = [[table.name, "tokens", "qpass", *shown]]
+    for m in sorted({cell["m"] for cell in cells}):
+        mine = [cell for cell in cells if cell["m"] == m and cell["timings"][subject]["median_us"]]
+        if not mine:
+            continue
+        rates = [_rate(cell, subject) for cell in mine]
+        unit = "GB/s" if m <= 16 else "TOPS"
+        digits = 1 if m <= 16 else 2
+        row = ["", str(m), f"{_range(rates, digits)} {unit}"]
+        for label in shown:
+            times = [cell["timings"][label]["median_us"] / cell["timings"][subject]["median_us"] for cell in mine
+                     if cell["timings"][label]["median_us"]]
+            row.append(f"{_range(times, 2)}x" if times else "")
+        rows.append(row)
+    return _markdown(rows)
+
+
+def _rate(cell: Mapping[str, Any], label: str) -> float:
+    timing = cell["timings"][label]
+    amount = timing["nbytes"] / 1e3 if cell["m"] <= 16 else 2 * cell["m"] * sum(cell["n"]) * cell["k"] / 1e6
+    return float(amount / timing["median_us"])
+
+
+def _models(model: Mapping[str, Any]) -> str:
+    metrics = [metric for metric in next(iter(model["outcomes"].values()))["timings"]]
+    rows = [["", *(f"{metric} 512" if metric == "prefill" else metric for metric in metrics), "peak after load"]]
+    for label, outcome in model["outcomes"].items():
+        cells = []
+        for metric in metrics:
+            timing = outcome["timings"].get(metric) or {}
+            us = timing.get("median_us")
+            cells.append(f"{outcome['tokens'][metric] / us * 1e6:.1f}" if us else "")
+        rows.append([label, *cells, f"{outcome['peak'] / 1e6:.0f} MB" if outcome["peak"] else ""])
+    return _markdown(rows)
+
+
+def _shapes(cells: Iterable[Mapping[str, Any]]) -> int:
+    return len({(tuple(cell["n"]), cell["k"]) for cell in cells if cell["table"] == "W4A8"})
+
+
+def _versions(*known: Mapping[str, Mapping[str, str]]) -> str:
+    return ", ".join(dict.fromkeys(f"{name} {value}" for versions in known for one in versions.values()
+                                   for name, value in one.items() if name not in ("kernels", "weights in")))
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def written(text: str, measured: str) -> str:
+    """README.md with another measured section. Raises ValueError if it has no marks."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md must have {BEGIN} and {END} once")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{measured}\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> int:
+    README.write_text(written(README.read_text(encoding="utf-8"), section()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

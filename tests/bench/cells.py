@@ -46,14 +46,15 @@ def _ours(label: str, variant: str, **more: bool) -> Column:
     return Column(label=label, peer="qpass", variant=variant, **more)
 
 
-_G128, _CHANNEL, _W8A8, _W4A16 = "qpass w4a8 g128", "qpass w4a8 channel", "qpass w8a8", "qpass w4a16 g128"
+_G128, _INT, _CHANNEL = "qpass w4a8 g128", "qpass w4a8 g128 int", "qpass w4a8 channel"
+_W8A8, _W4A16 = "qpass w8a8", "qpass w4a16 g128"
 _Q4, _Q8, _SGL = "llama.cpp Q4_0", "llama.cpp Q8_0", "vLLM w8a8 sgl"
 _LARGE = (64, 256, 1024)
 
 W4A8 = Table(
     name="W4A8",
     columns=(
-        _ours(_G128, "w4a8_g128"), _ours(_CHANNEL, "w4a8_channel"),
+        _ours(_G128, "w4a8_g128"), _ours(_INT, "w4a8_g128_int"), _ours(_CHANNEL, "w4a8_channel"),
         Column(label=_Q4, peer="llama.cpp", variant="Q4_0"),
         Column(label="OpenVINO int4", peer="OpenVINO", variant="w4_g128_dq128"),
         Column(label="vLLM w4a8", peer="vLLM", variant="w4a8_g128"),
@@ -63,6 +64,7 @@ W4A8 = Table(
         Goal(subject=_G128, peer="vLLM w4a8", tokens=(4,), ratio=1.15),
         Goal(subject=_G128, peer="OpenVINO int4", tokens=(16,), ratio=2.0),
         Goal(subject=_G128, peer="vLLM w4a8", tokens=_LARGE, ratio=2.0),
+        Goal(subject=_INT, peer="vLLM w4a8", tokens=_LARGE, ratio=3.0),
         Goal(subject=_CHANNEL, peer="vLLM w4a8", tokens=_LARGE, ratio=3.0),
         Goal(subject=_G128, peer=_Q4, tokens=(4, 16, *_LARGE), ratio=1.0)))
 
@@ -102,7 +104,7 @@ W8A16 = Table(
 FORMS = Table(
     name="W4A8, other forms", tokens=(1, 16, 256), shapes=(((4096,), 4096),),
     columns=(
-        _ours(_G128, "w4a8_g128"), _ours("g64", "w4a8_g64"), _ours("g32", "w4a8_g32"),
+        _ours(_G128, "w4a8_g128"), _ours("g64", "w4a8_g64"), _ours("g32", "w4a8_g32"), _ours("g32 int", "w4a8_g32_int"),
         _ours("g128 asym", "w4a8_g128_asym"), _ours("g32 asym", "w4a8_g32_asym"),
         _ours("channel asym", "w4a8_channel_asym"), _ours("g128 plain C", "w4a8_g128@plain")))
 

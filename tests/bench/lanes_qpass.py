@@ -1,13 +1,14 @@
 """Lanes of qpass: a scheme's name in, its packed layers on the kernel that the registry chooses out.
 
-Names are `<family>_<granularity>[_asym][@<isa>]`, such as `w4a8_g128_asym` or `w4a8_g128@avx2`: with an isa the kernel
-of that instruction set is forced. Several weights make one call.
+Names are `<family>_<granularity>[_asym][_int][@<isa>]`, such as `w4a8_g128_asym`, `w4a8_g128_int` (integer scales) or
+`w4a8_g128@avx2`: with an isa the kernel of that instruction set is forced. Several weights make one call.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,8 @@ from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight
 
 SCHEMES = (*(f"w4a8_{group}{asym}" for group in ("g32", "g64", "g128", "channel") for asym in ("", "_asym")),
-           "w8a8_channel", "w4a16_g128", "w4a16_g128_asym", "w4a16_g32", "w8a16_g128", "w8a16_channel")
+           "w4a8_g128_int", "w4a8_g32_int", "w8a8_channel", "w4a16_g128", "w4a16_g128_asym", "w4a16_g32", "w8a16_g128",
+           "w8a16_channel")
 ISAS = ("", "@amx", "@vnni", "@avx2", "@plain")
 
 
@@ -34,8 +36,11 @@ def scheme_of(name: str) -> Scheme:
     family, granularity, *rest = name.split("_")
     bits, input_bits = (int(part) for part in family[1:].split("a"))
     grouped = granularity.startswith("g")
+    numbers: dict[str, Any] = {"scales": "integer"} if "int" in rest else {}
+    if numbers and "scales" not in {field.name for field in fields(WeightArgs)}:
+        raise Refused("this qpass has no integer scales")
     weight = WeightArgs(bits=bits, granularity="per_group" if grouped else "per_channel",
-                        group_size=int(granularity[1:]) if grouped else None, symmetric="asym" not in rest)
+                        group_size=int(granularity[1:]) if grouped else None, symmetric="asym" not in rest, **numbers)
     return Scheme(name=name, weight=weight, activation=ActivationArgs() if input_bits == 8 else None)
 
 

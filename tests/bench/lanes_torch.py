@@ -79,16 +79,18 @@ def int_mm(weights: Sequence[Floats], rotate: int) -> Lane:
 
 
 def qlinear(weights: Sequence[Floats], rotate: int) -> Lane:
-    """oneDNN's W8A8 as Inductor emits it, input already uint8 with one static scale; bfloat16 out."""
+    """oneDNN's W8A8 as Inductor emits it, input already uint8 with one static scale; bfloat16 out, or float32 where
+    the processor has no bfloat16 instructions and oneDNN would compute such an output one number at a time."""
     codes, scale = round_to_nearest(weights[0], 8, weights[0].shape[1])
     q, s = torch.from_numpy(codes), torch.from_numpy(scale[:, 0])
     zero, step = torch.zeros(len(s), dtype=torch.int32), 1 / 24
     call = torch.ops.onednn.qlinear_pointwise
+    out = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
     def calls(m: int) -> list[Call]:
         packed = [torch.ops.onednn.qlinear_prepack(w, [m, w.shape[1]]) for w in
                   (_clones(q, q.nbytes, rotate) if m <= 16 else [q.clone() for _ in range(4)])]
-        return [lambda x, w=w: call(x, step, 128, w, s, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
+        return [lambda x, w=w: call(x, step, 128, w, s, zero, None, 1.0, 0, out, "none", [], "")
                 for w in packed]
 
     return _lane(calls, multiplied_out(codes, scale), q.nbytes, ROUNDED_INPUT,

@@ -110,12 +110,15 @@ def _workers(made: Models, found: Found, threads: int, cache: Path, folder: Path
         if not (converted / "openvino_model.xml").exists():
             subprocess.run([python, script, str(converted), "--from", str(folder)], check=False, stdout=sys.stderr)
         commands["OpenVINO int4"] = [python, script, str(converted)]
+    if "vLLM" in found.commands:
+        commands["vLLM w8a8"] = [found.commands["vLLM"][0], str(HERE / "model_vllm.py"), str(folder)]
     workers: dict[str, Worker] = {}
     askers: dict[str, Any] = {}
-    environment = PEERS["qpass"].environment(None, threads)
     for label, command in commands.items():
         outcome = made.outcomes[label] = Outcome(label)
-        worker = Worker(command, {**environment, "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")})
+        peer = PEERS["vLLM" if label.startswith("vLLM") else "qpass"]
+        worker = Worker(command, {**peer.environment(found.root, threads),
+                                  "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")})
         try:
             made.versions[label] = worker.ask(do="hello")["versions"]
             _note(outcome, worker.ask(do="load"))

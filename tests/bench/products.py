@@ -15,8 +15,8 @@ from cells import ROTATE, SHAPES, TABLES, TOKENS, Column, Table
 from peers import PEERS, Found
 from turns import Take, Timing, Worker, WorkerDied, take_turns_quietly
 
-TOO_SLOW_S = 2.5
-"""A call that would take longer, as judged from fewer tokens, is not made unless everything is asked for."""
+TOO_SLOW_S = 2.0
+"""A call that would take longer, as judged from a smaller product, is not made unless everything is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class Bench:
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, dict[str, str]] = {}
         self.why_not: dict[str, dict[str, str]] = {}
+        self.pace: dict[str, dict[int, float]] = {}
         self.threads = threads
         for name in (peer for peer in found.commands if PEERS[peer].serves):
             try:
@@ -109,23 +110,31 @@ class Bench:
         return self.ask(column.peer, do="prepare", lane=column.label, variant=column.variant, k=k,
                         n=[sum(n)] if column.joined else n, ms=ms, rotate=self.options.rotate)
 
+    def _expected_s(self, label: str, m: int, weights: int) -> float:
+        """Seconds of a call, from what the column took for as many tokens, or for the most that were fewer."""
+        known = [(tokens, pace) for tokens, pace in self.pace.get(label, {}).items() if tokens <= m]
+        return max(known)[1] * m * weights if known else 0.0
+
     def _turn(self, column: Column, m: int, k: int, seconds: float) -> Mapping[str, Any]:
         return self.ask(column.peer, do="time", lane=column.label, m=m, k=k, seconds=seconds)
 
     def _cell(self, table: Table, n: tuple[int, ...], k: int, m: int, ready: Mapping[str, float],
-              why_not: dict[str, str]) -> Cell:
+              why_not: Mapping[str, str]) -> Cell:
         here = dict(why_not)
         takers: dict[str, Take] = {}
         for column in table.columns:
-            if column.label in ready and column.label not in why_not:
+            expected = self._expected_s(column.label, m, sum(n) * k)
+            if column.label in ready and not self.options.full and expected > TOO_SLOW_S:
+                here[column.label] = f"slow: about {expected:.0f} s a call"
+            elif column.label in ready:
                 takers[column.label] = partial(self._turn, column, m, k)
         rounds, seconds = (4, self.options.seconds) if m <= 16 else (3, self.options.seconds / 2)
         timings, others = take_turns_quietly(list(self.workers.values()), takers, rounds=rounds, seconds=seconds)
         for label, timing in timings.items():
             if timing.median_us is None:
                 here[label] = timing.why_not or "no answer"
-            elif not self.options.full and timing.median_us * 4e-6 > TOO_SLOW_S:
-                why_not[label] = f"slow: {timing.median_us / 1e6:.1f} s for {m} tokens"
+            else:
+                self.pace.setdefault(label, {})[m] = timing.median_us / 1e6 / (m * sum(n) * k)
         every = {column.label: replace(timings[column.label], nbytes=ready[column.label])
                  if column.label in timings and timings[column.label].median_us else Timing(why_not=here[column.label])
                  for column in table.columns}

@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qpass.capture import capture
+from qpass.decide import decide
 from qpass.errors import QPassError
+from qpass.find import find
 from qpass.model_folder import load_meta
-from qpass.plan_model import make_plan
 from qpass.recipe_files import as_recipe
-from qpass.scheme import PRESETS
+from qpass.scheme import PRESETS, Scheme
+from qpass.site import Site
 
 FALLBACK = "linear_reference"
 
@@ -32,16 +37,14 @@ def candidates(folder: Path, recipes: Sequence[Any] | None) -> Candidates:
     if recipes:
         return Candidates(chosen={_label(recipe): as_recipe(recipe) for recipe in recipes})
     model = load_meta(folder)
+    sites = find(model, capture(model))
     chosen: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     same: dict[tuple[Any, Any], str] = {}
     for name, scheme in PRESETS.items():
         numbers = scheme.weight, scheme.activation
-        if numbers in same:
-            skipped[name] = f"the same numbers as {same[numbers]}"
-            continue
-        same[numbers] = name
-        why = _why_not(model, name)
+        why = f"the same numbers as {same[numbers]}" if numbers in same else _why_not(sites, scheme)
+        same.setdefault(numbers, name)
         if why is None:
             chosen[name] = as_recipe(name)
         else:
@@ -49,19 +52,24 @@ def candidates(folder: Path, recipes: Sequence[Any] | None) -> Candidates:
     return Candidates(chosen=chosen, skipped=skipped)
 
 
-def _why_not(model: Any, name: str) -> str | None:
+def _why_not(sites: Sequence[Site], scheme: Scheme) -> str | None:
+    if scheme.activation is not None and scheme.activation.static:
+        return "its activation scales need calibration"
     try:
-        plan = make_plan(model, name)
+        decisions = decide(sites, as_recipe(scheme.name), device=torch.device("cpu"))
     except QPassError as error:
         return str(error).splitlines()[0]
-    quantized = [row for row in plan.rows if row.status == "quantize"]
-    refused = [row for row in plan.rows if row.status == "refuse"]
+    quantized = [d for d in decisions if d.status == "quantize" and d.spec is not None]
+    refused = [d for d in decisions if d.status == "refuse"]
     if not quantized:
-        return "it would quantize no layer"
+        return "it would quantize no layer here"
     if refused:
-        return f"it does not fit {len(refused)} layers, such as {refused[0].name}: {refused[0].reason}"
-    slow = [row for row in quantized if row.kernel == FALLBACK]
-    return f"no fast kernel for {len(slow)} of {len(quantized)} layers, such as {slow[0].name}" if slow else None
+        return f"it does not fit {len(refused)} layers, such as {refused[0].site.name}: {refused[0].reason}"
+    other = [d for d in quantized if d.spec is not None and d.spec.family != scheme.family]
+    if other and other[0].spec is not None:
+        return f"it would run as {other[0].spec.family} here"
+    slow = sum(d.spec is not None and d.spec.kernel == FALLBACK for d in quantized)
+    return f"no fast kernel here for {slow} of {len(quantized)} layers" if slow else None
 
 
 def _label(recipe: Any) -> str:

@@ -19,7 +19,9 @@ def table(found: ModelBench, *, kl_limit: float) -> str:
     base = found.rows[0]
     rows = [_row(row, base, found) for row in found.rows]
     lines = [text_table(COLUMNS, rows, width=180), "", _how(found)]
-    lines += [f"not tried: {name}, {why}" for name, why in found.skipped.items()]
+    reasons = dict.fromkeys(found.skipped.values())
+    lines += [f"not tried: {', '.join(name for name, why in found.skipped.items() if why == reason)}: {reason}"
+              for reason in reasons]
     return "\n".join([*lines, "", recommendation(found, kl_limit=kl_limit)])
 
 

@@ -1,13 +1,15 @@
 """Lanes of qpass: a scheme's name in, its packed layers on the kernel that the registry chooses out.
 
-Names are `<family>_<granularity>[_asym][_int][@<isa>]`, such as `w4a8_g128_asym`, `w4a8_g128_int` (integer scales) or
-`w4a8_g128@avx2`: with an isa the kernel of that instruction set is forced. Several weights make one call.
+Names are `<family>_<granularity>[_asym][_int][_static][@<isa>]`, such as `w4a8_g128_int` (integer scales),
+`w4a8_g128_static` (one scale for all inputs) or `w4a8_g128@avx2`: with an isa the kernel of that set is forced.
+Several weights make one call.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ from lane import FLOAT_INPUT, ROUNDED_INPUT, Floats, Lane, copies_for, few_or_al
 from worker import Refused, serve
 
 import qpass
+from qpass.activation_scale import ActivationScale
 from qpass.errors import QPassError
 from qpass.kernels.isa import machine_has
 from qpass.kernels.registry import LinearCall, choose, force_kernel
@@ -26,8 +29,9 @@ from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight
 
 SCHEMES = (*(f"w4a8_{group}{asym}" for group in ("g32", "g64", "g128", "channel") for asym in ("", "_asym")),
-           "w4a8_g128_int", "w4a8_g32_int", "w8a8_channel", "w4a16_g128", "w4a16_g128_asym", "w4a16_g32", "w8a16_g128",
-           "w8a16_channel")
+           "w4a8_g128_int", "w4a8_g32_int", "w4a8_g128_static", "w8a8_channel", "w4a16_g128", "w4a16_g128_asym",
+           "w4a16_g32", "w8a16_g128", "w8a16_channel")
+_LARGEST_INPUT = 4.5
 ISAS = ("", "@amx", "@vnni", "@avx2", "@plain")
 
 
@@ -41,7 +45,8 @@ def scheme_of(name: str) -> Scheme:
         raise Refused("this qpass has no integer scales")
     weight = WeightArgs(bits=bits, granularity="per_group" if grouped else "per_channel",
                         group_size=int(granularity[1:]) if grouped else None, symmetric="asym" not in rest, **numbers)
-    return Scheme(name=name, weight=weight, activation=ActivationArgs() if input_bits == 8 else None)
+    rounded = ActivationArgs(granularity="per_tensor", dynamic=False) if "static" in rest else ActivationArgs()
+    return Scheme(name=name, weight=weight, activation=rounded if input_bits == 8 else None)
 
 
 def lane(name: str, weights: Sequence[Floats], rotate: int) -> Lane:
@@ -71,12 +76,18 @@ def _layer(weight: torch.Tensor, scheme: Scheme) -> QuantLinear:
                       in_features=k)
     call = LinearCall(spec=spec, device=weight.device, dtype=weight.dtype)
     spec = spec.on(choose(call, prepare=True).kernel.name)
-    return QuantLinear(quantize_weight(weight, spec), None, spec, weight.dtype)
+    static = spec.activation is not None and spec.activation.static
+    scale = ActivationScale(torch.tensor([_LARGEST_INPUT / 127])) if static else None
+    return QuantLinear(quantize_weight(weight, spec), None, spec, weight.dtype, scale=scale)
 
 
 def _call(layers: Sequence[QuantLinear], packed: list[torch.Tensor]) -> Callable[[torch.Tensor], Any]:
     """The call that an eager layer makes, or that a compiled graph makes of several layers."""
     specs = [layer.spec for layer in layers]
+    if layers[0].activation_scale is not None:
+        layer = deepcopy(layers[0])
+        layer._buffers.update(zip(layer._names, packed, strict=True))
+        return lambda x: (layer.multiply(x),)
     if len(specs) == 1:
         form = layers[0].kernel.forms["linear"]
         return lambda x: (form(x, packed, None, specs[0]),)

@@ -1,4 +1,8 @@
-"""Lanes of vLLM's CPU kernels: bfloat16 in and out, the rounding of the input in the time."""
+"""Lanes of vLLM's CPU kernels: bfloat16 in and out, the rounding of the input in the time.
+
+oneDNN's in float32 where the processor has no bfloat16 instructions: there it would compute bfloat16 outputs one number
+at a time, a second for 2048 x 2048.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ current_platform.import_kernels()
 NEEDS = {"w4a8_g128": ("int4_scaled_mm_cpu", "convert_weight_packed_scale_zp"),
          "w8a8_sgl": ("int8_scaled_mm_with_quant", "convert_weight_packed"), "w8a8_onednn": ("onednn_scaled_mm",)}
 GROUP = 128
+ONEDNN = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def refuses() -> dict[str, str]:
@@ -49,16 +54,18 @@ def lane(name: str, weights: Sequence[Floats], rotate: int) -> Lane:
                  for w in [tiles, *(tiles.clone() for _ in copies[1:])]]
     else:
         s = torch.from_numpy(scale).view(n, 1)
-        calls = [partial(_onednn, n, ops.create_onednn_scaled_mm(q.clone().t(), s, torch.bfloat16, True, False, 32))
+        # The handler keeps the address of the scales, so the scales are kept with it.
+        calls = [partial(_onednn, s, ops.create_onednn_scaled_mm(q.clone().t(), s, ONEDNN, True, False, 32))
                  for _ in copies]
-    return Lane(calls=few_or_all(calls), take=lambda x: torch.from_numpy(x).bfloat16(),
+    dtype = ONEDNN if name == "w8a8_onednn" else torch.bfloat16
+    return Lane(calls=few_or_all(calls), take=lambda x: torch.from_numpy(x).to(dtype),
                 give=lambda y, rows: [y[rows].float().numpy()], weight=multiplied_out(codes, scale), nbytes=nbytes,
                 tolerance=ROUNDED_INPUT)
 
 
-def _onednn(n: int, handler: object, x: torch.Tensor) -> torch.Tensor:
+def _onednn(scales: torch.Tensor, handler: object, x: torch.Tensor) -> torch.Tensor:
     codes, scale, zero_point = ops.onednn_scaled_int8_quant(x, None, None, True)
-    out = torch.empty(x.shape[0], n, dtype=torch.bfloat16)
+    out = torch.empty(x.shape[0], scales.shape[0], dtype=ONEDNN)
     ops.onednn_scaled_mm(handler, codes, out, scale, zero_point, None, None)
     return out
 

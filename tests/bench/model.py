@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,21 +59,23 @@ class Models:
     others: dict[str, float] = field(default_factory=dict)
 
 
-def run(found: Found, threads: int, cache: Path) -> Models:
-    """Make what is not made yet, then measure everything."""
+def run(found: Found, threads: int, cache: Path, only: Sequence[str] = ()) -> Models:
+    """Make what is not made yet, then measure everything, or the speed of some models only."""
     cache.mkdir(parents=True, exist_ok=True)
     float_folder = cache / "llama-1b"
     gguf = cache / "llama-1b-bf16.gguf"
     _script("make_model.py", str(float_folder), *(["--gguf", str(gguf)] if "llama.cpp" in found.commands else []))
     made = Models()
-    _quantize(made, found, float_folder)
-    workers, askers = _workers(made, found, threads, cache, float_folder, gguf)
+    if not only:
+        _quantize(made, found, float_folder)
+    workers, askers = _workers(made, found, threads, cache, float_folder, gguf, only)
     try:
         _measure(made, workers, askers)
     finally:
         for worker in workers.values():
             worker.close()
-    _compile(made, threads, {"torch bf16": float_folder, "qpass w4a8": cache / "llama-1b-w4a8"})
+    if not only:
+        _compile(made, threads, {"torch bf16": float_folder, "qpass w4a8": cache / "llama-1b-w4a8"})
     return made
 
 
@@ -98,8 +100,8 @@ def _seconds(python: list[str], library: str, folder: Path, *more: str) -> float
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
-def _workers(made: Models, found: Found, threads: int, cache: Path, folder: Path, gguf: Path
-             ) -> tuple[dict[str, Worker], dict[str, Any]]:
+def _workers(made: Models, found: Found, threads: int, cache: Path, folder: Path, gguf: Path,
+             only: Sequence[str]) -> tuple[dict[str, Worker], dict[str, Any]]:
     """Every model, loaded: workers by label, and by label what answers requests."""
     commands = {f"qpass {recipe}": [sys.executable, str(HERE / "model_torch.py"), str(cache / f"llama-1b-{recipe}")]
                 for recipe in ("w4a8", "w8a8")}
@@ -115,6 +117,8 @@ def _workers(made: Models, found: Found, threads: int, cache: Path, folder: Path
     workers: dict[str, Worker] = {}
     askers: dict[str, Any] = {}
     for label, command in commands.items():
+        if only and label not in only:
+            continue
         outcome = made.outcomes[label] = Outcome(label)
         peer = PEERS["vLLM" if label.startswith("vLLM") else "qpass"]
         worker = Worker(command, {**peer.environment(found.root, threads),
@@ -130,6 +134,8 @@ def _workers(made: Models, found: Found, threads: int, cache: Path, folder: Path
     if "llama.cpp" in found.commands and found.root is not None:
         for kind in ("Q4_0", "Q8_0"):
             label = f"llama.cpp {kind}"
+            if only and label not in only:
+                continue
             outcome = made.outcomes[label] = Outcome(label)
             bench = LlamaBench(found.root / "llamacpp" / "build" / "bin", gguf, kind, threads)
             _note(outcome, bench.ask(do="load"))

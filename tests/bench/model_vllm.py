@@ -2,7 +2,8 @@
 
 usage: python tests/bench/model_vllm.py FOLDER     requests as in model_torch.py; FOLDER gives the sizes
 
-w8a8 alone: of its quantized CPU kernels, only oneDNN's is built for machines without AVX512.
+w8a8 alone: of its quantized CPU kernels, only oneDNN's is built for machines without AVX512. In float32 where there are
+no bfloat16 instructions (see lanes_vllm.py).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Model:
         self.engine: Any = None
 
     def load(self) -> dict[str, Any]:
+        import torch
         from vllm import LLM
 
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
@@ -45,7 +47,8 @@ class Model:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}),
                                                    encoding="utf-8")
-            self.engine = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+            dtype = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+            self.engine = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, dtype=dtype,
                               max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=2048, enforce_eager=True,
                               enable_prefix_caching=False)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

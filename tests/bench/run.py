@@ -64,7 +64,7 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    made = model.run(find_peers(options.peers), options.threads, options.cache)
+    made = model.run(find_peers(options.peers), options.threads, options.cache, options.models)
     print(f"\n== whole model, Llama-3.2-1B's shapes\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
     print(model_tables.text(made))
     if options.json:
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tables", nargs="+", default=(), choices=[table.name for table in TABLES])
     parser.add_argument("--shapes", type=int, metavar="N", help="only the first N shapes of each table")
     parser.add_argument("--tokens", nargs="+", type=int, default=())
+    parser.add_argument("--models", nargs="+", default=(), metavar="LABEL", help="only the speed of these models")
     parser.add_argument("--rotate", type=int, default=600, metavar="MB", help="weights in rotation at few tokens")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "bench", metavar="DIR",
                         help="where the whole models are kept, 10 GB of them (default: .cache/bench)")

@@ -72,8 +72,7 @@ def test_a_table_is_measured_whatever_its_peers_do(monkeypatch: pytest.MonkeyPat
         assert "not measured: wrong" in goals_text([alive], cells)
         # A peer that dies costs its own columns, not the run.
         dead = replace(TABLE, columns=(TABLE.columns[4], TABLE.columns[0]))
-        assert bench.table(dead)[0].timings["echo dies"].why_not == (
-            "the process ended: exit code 3: ")
+        assert "the process ended: exit code 3" in (bench.table(dead)[0].timings["echo dies"].why_not or "")
         assert bench.table(alive)[0].timings["echo right"].median_us
 
 

@@ -6,6 +6,7 @@ usage: python tests/bench/run.py --only kernels
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +52,7 @@ class Bench:
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, dict[str, str]] = {}
         self.why_not: dict[str, dict[str, str]] = {}
+        self.began = time.perf_counter()
         self.pace: dict[str, dict[int, float]] = {}
         self.threads = threads
         for name in (peer for peer in found.commands if PEERS[peer].serves):
@@ -139,7 +141,8 @@ class Bench:
                  if column.label in timings and timings[column.label].median_us else Timing(why_not=here[column.label])
                  for column in table.columns}
         cell = Cell(table=table.name, m=m, n=n, k=k, others=others, timings=every)
-        print(f"  {table.name} M={m} {'+'.join(map(str, n))}x{k}", file=sys.stderr, flush=True)
+        print(f"{time.perf_counter() - self.began:6.0f} s  {table.name} M={m} {'+'.join(map(str, n))}x{k}",
+              file=sys.stderr, flush=True)
         return cell
 
 

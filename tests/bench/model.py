@@ -80,12 +80,13 @@ def run(found: Found, threads: int, cache: Path, only: Sequence[str] = ()) -> Mo
 
 
 def _quantize(made: Models, found: Found, folder: Path) -> None:
-    """Seconds of each library's own call; what qpass makes is kept, to be loaded."""
+    """Seconds of each library's own call. What is loaded later has its head quantized, as the peers' models have."""
     for recipe in ("w4a8", "w8a8"):
         target = folder.with_name(f"{folder.name}-{recipe}")
         shutil.rmtree(target, ignore_errors=True)
-        made.quantize_s[f"qpass {recipe}"] = _seconds([sys.executable], "qpass", folder, "--recipe", recipe, "--save",
-                                                      str(target))
+        made.quantize_s[f"qpass {recipe}"] = _seconds([sys.executable], "qpass", folder, "--recipe", recipe)
+        made.quantize_s[f"qpass {recipe}, head too"] = _seconds(
+            [sys.executable], "qpass", folder, "--recipe", recipe, "--head", recipe, "--save", str(target))
         made.quantize_s[f"torchao {recipe}"] = _seconds([sys.executable], "torchao", folder, "--recipe", recipe)
     compressor = found.commands.get("LLM Compressor")
     made.quantize_s["LLM Compressor w4a8"] = found.missing["LLM Compressor"] if compressor is None else _seconds(

@@ -1,4 +1,4 @@
-"""Checkpoint layers: a model, a config and the headers of the files in; which tensor goes where, or what disagrees.
+"""Checkpoint layers: a model and a checkpoint's reader in; what each parameter is read from, or what disagrees, out.
 
 Nothing is read but headers, and nothing is allocated: what is wrong with a checkpoint is known before that.
 """
@@ -6,26 +6,23 @@ Nothing is read but headers, and nothing is allocated: what is wrong with a chec
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from qpass.assemble_reads import Found, assemble
+from qpass.checkpoint_names import find_assemblies
 from qpass.errors import CheckpointError
-from qpass.formats.compressed_tensors import names_found
-from qpass.formats.compressed_tensors_config import Group, LayerConfig
-from qpass.formats.safetensors_file import Stored
-from qpass.spec import LinearSpec
+from qpass.formats.checkpoint import Checkpoint, Stored
+from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 
-_QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One quantized weight to be read: its places in the model, and its tensors' names in the checkpoint.
+    """One quantized weight to be read, and its places in the model.
 
     `leaf` is the weight's name in each holder; `module` says that the holder is replaced, not only its parameter.
     """
@@ -35,132 +32,139 @@ class Layer:
     bias: str | None
     transposed: bool
     module: bool
-    spec: LinearSpec
-    tensors: Mapping[str, str]
+    read: WeightRead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Float:
-    """One parameter or persistent buffer that stays as it is: where it stands, and its tensor in the checkpoint.
-
-    `tensor` is None if the files need not have it.
-    """
+    """One parameter or persistent buffer that becomes a float tensor; `read` is None if the files need not have it."""
 
     places: tuple[tuple[nn.Module, str], ...]
-    tensor: str | None
+    name: str
+    read: FloatRead | None
 
 
-def find_layers(model: nn.Module, config: LayerConfig, stored: Mapping[str, Stored], folder: Path) -> list[Layer]:
-    """What the config calls quantized, each checked against what the files hold.
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """Everything that a model gets from a checkpoint; `notes` are lines for the report."""
 
-    Raises CheckpointError, naming the layer and both sides, if a tensor is missing, if its shape cannot be that of the
-    layer, or if the config names layers that the model does not have.
+    layers: tuple[Layer, ...]
+    floats: tuple[Float, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One place of a tensor in the model."""
+
+    module: nn.Module
+    leaf: str
+    path: str
+
+    @property
+    def full(self) -> str:
+        return f"{self.path}.{self.leaf}" if self.path else self.leaf
+
+
+def match_contents(model: nn.Module, checkpoint: Checkpoint, reader: Reader | None) -> Contents:
+    """What each parameter and persistent buffer is read from; `reader` is None for a checkpoint of floats.
+
+    Raises CheckpointError, naming tensors, layers and both sides: a tensor that is missing, that nothing reads, or
+    that cannot be what the config says; a layer that the config quantizes and the model does not have.
     """
-    found: dict[int, Layer] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        storage = config.storage.get(path)
-        if storage is None and not isinstance(module, nn.Linear):
-            if (group := config.group_of(path, module)) is not None:
-                raise CheckpointError(f"{folder}: config.json group {group.name!r} quantizes {path} "
-                                      f"({type(module).__name__}), and only nn.Linear layers can be read")
+    assemblies = find_assemblies(model, checkpoint.tensors)
+    layers: list[Layer] = []
+    floats: list[Float] = []
+    wrong: list[str] = []
+    for tensor, held in _tensors(model, reader.tied if reader is not None else {}):
+        found: Found = None
+        if reader is not None and isinstance(tensor, nn.Parameter):
+            found = _ask(tensor, held, checkpoint, reader, assemblies)
+        elif held[0].full in assemblies:
+            found = assemble(assemblies[held[0].full], tuple(tensor.shape), checkpoint, None, str(checkpoint.path))
+        if isinstance(found, WeightRead):
+            layers.append(_layer(held, found, reader.storage if reader else {}))
             continue
-        group = config.group_of(path, module)
-        if group is not None:
-            storage = storage or {"weight": "weight", "bias": "bias", "transposed": False}
-            _add(found, path, module, storage, group, stored, folder)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, storage in config.storage.items():
-        owner, _, leaf = path.rpartition(".")
-        group = config.group_of(path, None)
-        if path not in modules and group is not None:
-            if owner not in modules or leaf not in modules[owner]._parameters:
-                raise CheckpointError(f"{folder}: config.json says that {path} is quantized, and the model has no such "
-                                      "module or parameter")
-            _add(found, path, modules[owner], storage, group, stored, folder)
-    if not found:
-        targets = [target for group in config.groups for target in group.targets]
-        raise CheckpointError(f"{folder}: config.json calls layers quantized that the model does not have "
-                              f"({', '.join(targets[:5])})")
-    return list(found.values())
+        if found is None:
+            found, disagreements = _plain(model, tensor, held, checkpoint.tensors)
+            wrong += disagreements
+        floats.append(Float(places=tuple((h.module, h.leaf) for h in held), name=held[0].full, read=found))
+    notes = _unread(model, checkpoint, reader, layers, floats, wrong)
+    if reader is not None:
+        paths = [path for layer in layers for path in layer.paths]
+        decoded = [f.name.removesuffix(".weight") for f in floats if f.read is not None and f.read.note]
+        if (said := reader.unmatched([*paths, *decoded])) is not None:
+            raise CheckpointError(f"{checkpoint.path}: {said}")
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        raise CheckpointError(f"{checkpoint.path}: the tensors and the model of config.json disagree:\n  "
+                              + "\n  ".join(wrong[:_SHOWN] + more))
+    return Contents(layers=tuple(layers), floats=tuple(floats), notes=tuple(notes))
 
 
-def _add(found: dict[int, Layer], path: str, holder: nn.Module, storage: Mapping[str, Any], group: Group,
-         stored: Mapping[str, Stored], folder: Path) -> None:
-    leaf = storage["weight"] or path.rpartition(".")[2]
-    weight = holder._parameters.get(leaf)
-    if weight is None or weight.dim() != 2:
-        raise CheckpointError(f"{folder}: config.json says that {path} is quantized, and the model has no 2-D "
-                              f"weight there")
-    if (known := found.get(id(weight))) is not None:
-        found[id(weight)] = replace(known, paths=(*known.paths, path))
-        return
-    n, k = weight.shape[::-1] if storage["transposed"] else weight.shape
-    try:
-        spec = group.spec(n, k)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: config.json group {group.name!r} on {path}: {error}") from error
-    names = names_found(spec, lambda name: f"{path}.{name}" in stored)
-    if missing := [name for name in names if f"{path}.{name}" not in stored]:
-        there = sorted(name for name in stored if name.startswith(path + "."))
-        raise CheckpointError(f"{folder}: config.json says that {path} is {group.name!r} ({spec.family}), which needs "
-                              f"{path}.{missing[0]}; the files have {', '.join(there) or 'nothing of that layer'}")
-    layer = Layer(paths=(path,), leaf=leaf, bias=storage["bias"], transposed=storage["transposed"],
-                  module=storage["weight"] is not None, spec=spec, tensors={name: f"{path}.{name}" for name in names})
-    _check_shapes(layer, stored)
-    found[id(weight)] = layer
-
-
-def _check_shapes(layer: Layer, stored: Mapping[str, Stored]) -> None:
-    n, k, bits = layer.spec.out_features, layer.spec.in_features, layer.spec.weight.bits
-    expected = {"weight_packed": (torch.int32, (n, -(-k * bits // 32))), "weight": (torch.int8, (n, k)),
-                "weight_shape": (torch.int64, (2,))}
-    for name, full in layer.tensors.items():
-        there = stored[full]
-        if name in expected and (there.dtype, there.shape) != expected[name]:
-            dtype, shape = expected[name]
-            raise CheckpointError(f"{full} in {there.file} is {there.dtype} {list(there.shape)}; config.json makes "
-                                  f"the layer "
-                                  f"{bits}-bit [{n}, {k}], which needs {dtype} {list(shape)}")
-
-
-def find_floats(model: nn.Module, layers: list[Layer], stored: Mapping[str, Stored], folder: Path) -> list[Float]:
-    """Every parameter and persistent buffer that is in none of `layers`; the rest of the checkpoint must be just these.
-
-    Raises CheckpointError that lists tensors that are missing, unexpected, or of another shape or kind.
-    """
-    packed = {f"{path}.{layer.leaf}" if layer.module else path for layer in layers for path in layer.paths}
-    places: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    tensors: dict[int, Tensor] = {}
+def _tensors(model: nn.Module, tied: Mapping[str, str]) -> list[tuple[Tensor, list[_Held]]]:
+    """Each parameter and persistent buffer once, with all its places; tables in `tied` apart from their heads."""
+    places: dict[tuple[int, bool], tuple[Tensor, list[_Held]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = {**module._parameters, **{name: buffer for name, buffer in module._buffers.items()
                                         if name not in module._non_persistent_buffers_set}}
-        for name, tensor in own.items():
-            full = f"{path}.{name}" if path else name
-            if tensor is not None and full not in packed:
-                places.setdefault(id(tensor), []).append((module, name, full))
-                tensors[id(tensor)] = tensor
-    known = {full for held in places.values() for _, _, full in held}
-    known.update(name for layer in layers for name in layer.tensors.values())
-    unneeded = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    wrong = [f"{name} in {stored[name].file.name} has no place in the model" for name in stored
-             if name not in known and not any(re.search(pattern, name) for pattern in unneeded)]
-    floats = []
-    for key, held in places.items():
-        name = next((full for _, _, full in held if full in stored), None)
-        if name is None and not _optional(model, held[0][2], tensors[key]):
-            wrong.append(f"{held[0][2]} is missing from the files")
-        elif name is not None and (said := _differs(stored[name], tensors[key])):
-            wrong.append(f"{name} {said}")
-        floats.append(Float(places=tuple((module, leaf) for module, leaf, _ in held), tensor=name))
-    if any(name.rpartition(".")[2] in _QUANTIZED for name in stored if name not in known):
-        wrong.insert(0, "the files hold quantized weights for which the model has no layer of its own (experts that "
-                        "the "
-                     "model keeps in one parameter, most often); this version reads quantized linear layers only")
-    if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise CheckpointError(f"{folder}: the tensors and the model of config.json disagree:\n  "
-                              + "\n  ".join(wrong[:10] + more))
-    return floats
+        for leaf, tensor in own.items():
+            if tensor is not None:
+                held = _Held(module, leaf, path)
+                places.setdefault((id(tensor), held.full in tied), (tensor, []))[1].append(held)
+    return list(places.values())
+
+
+def _ask(tensor: Tensor, held: Sequence[_Held], checkpoint: Checkpoint, reader: Reader, assemblies: Mapping[str, object]
+         ) -> Found:
+    """The first of the tensor's places under which the checkpoint has numbers that are not plain."""
+    linear = all(_is_linear(h, reader.storage) for h in held)
+    for h in held:
+        path, storage = _path_of(h, reader.storage)
+        shape = tuple(tensor.shape[::-1]) if storage.get("transposed") else tuple(tensor.shape)
+        if (assembly := assemblies.get(h.full)) is not None and h.full not in checkpoint.tensors:
+            found = assemble(assembly, shape, checkpoint, reader, h.full, linear=linear)  # type: ignore[arg-type]
+        else:
+            classes = tuple(cls.__name__ for cls in type(h.module).__mro__)
+            found = reader.weight(Place(path=path, name=h.full, shape=shape, classes=classes, linear=linear))
+        if isinstance(found, WeightRead) and not linear:
+            from qpass.assemble_reads import decoded
+
+            found = decoded(found, shape, "its module is no linear layer", transposed=False)
+        if found is not None:
+            return found
+    return None
+
+
+def _path_of(held: _Held, storage: Mapping[str, Mapping[str, object]]) -> tuple[str, Mapping[str, object]]:
+    """Under which path the checkpoint knows the weight, and how it is stored if that is said."""
+    if (said := storage.get(held.full)) is not None and said["weight"] is None:
+        return held.full, said
+    said = storage.get(held.path, {})
+    return (held.path, said) if held.leaf in ("weight", said.get("weight")) else (held.full, {})
+
+
+def _is_linear(held: _Held, storage: Mapping[str, Mapping[str, object]]) -> bool:
+    _, said = _path_of(held, storage)
+    return bool(said) or (isinstance(held.module, nn.Linear) and held.leaf == "weight")
+
+
+def _layer(held: Sequence[_Held], read: WeightRead, storage: Mapping[str, Mapping[str, object]]) -> Layer:
+    path, said = _path_of(held[0], storage)
+    bias = said.get("bias") if said else "bias"
+    return Layer(paths=tuple(_path_of(h, storage)[0] for h in held), leaf=held[0].leaf, read=read,
+                 bias=bias if isinstance(bias, str) else None, transposed=bool(said.get("transposed")),
+                 module=path != held[0].full)
+
+
+def _plain(model: nn.Module, tensor: Tensor, held: Sequence[_Held], stored: Mapping[str, Stored]
+           ) -> tuple[FloatRead | None, list[str]]:
+    name = next((h.full for h in held if h.full in stored), None)
+    if name is None:
+        missing = [] if _optional(model, held[0].full, tensor) else [f"{held[0].full} is missing from the files"]
+        return None, missing
+    said = _differs(stored[name], tensor)
+    return FloatRead(tensors={name: name}, read=lambda tensors: tensors[name]), [f"{name} {said}"] if said else []
 
 
 def _optional(model: nn.Module, name: str, tensor: Tensor) -> bool:
@@ -173,3 +177,26 @@ def _differs(there: Stored, tensor: Tensor) -> str | None:
         return None
     return (f"in {there.file.name} is {there.dtype} {list(there.shape)}, the model has {tensor.dtype} "
             f"{list(tensor.shape)}")
+
+
+def _unread(model: nn.Module, checkpoint: Checkpoint, reader: Reader | None, layers: Sequence[Layer],
+            floats: Sequence[Float], wrong: list[str]) -> list[str]:
+    """Lines on tensors that are left, and on layers about which there is something to say; errors go into `wrong`."""
+    reads: list[tuple[str, WeightRead | FloatRead]] = [(layer.paths[0], layer.read) for layer in layers]
+    reads += [(item.name, item.read) for item in floats if item.read is not None]
+    used = {name for _, read in reads for name in read.tensors.values()}
+    unneeded = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    said: dict[str, list[str]] = {}
+    for name, stored in checkpoint.tensors.items():
+        if name in used or any(re.search(pattern, name) for pattern in unneeded):
+            continue
+        why = reader.leftover(name) if reader is not None else None
+        if why is None:
+            wrong.append(f"{name} in {stored.file.name} has no place in the model")
+        else:
+            said.setdefault(f"not used: {why}", []).append(name)
+    for path, read in reads:
+        if read.note:
+            said.setdefault(read.note, []).append(path)
+    return [f"{note} ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
+            for note, names in said.items()]

@@ -1,65 +1,67 @@
-"""Load: a folder of safetensors in, a model with packed layers out, read one tensor at a time."""
+"""Load: a checkpoint of any registered format in, a model with packed layers out, read one tensor at a time."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qpass.checkpoint_layers import find_floats, find_layers
+from qpass.checkpoint_layers import Contents, match_contents
 from qpass.errors import CheckpointError, QPassError
 from qpass.fill_model import fill_floats, fill_layers, tie_tables
-from qpass.formats.compressed_tensors_config import LayerConfig, read_config
-from qpass.formats.safetensors_file import read_folder
+from qpass.formats.checkpoint import Checkpoint
+from qpass.formats.format_registry import Format, open_checkpoint
+from qpass.formats.reader import Reader
 
 
-def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device | str | None = None, *,
-         model: nn.Module | None = None) -> nn.Module:
-    """The model in `folder`: quantized as its config says, or, with a recipe, a float one quantized now.
+def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device | str | None = None,
+         dtype: torch.dtype | None = None, *, model: nn.Module | None = None, allow_pickle: bool = False) -> nn.Module:
+    """The model in `folder`: quantized as its checkpoint says, or, with a recipe, a float one quantized now.
 
+    folder  of config.json and safetensors files, or a file, in any format of `qpass.formats` or of a package that
+            registers one; `qpass inspect` says what it is
     recipe  only for a folder with a float model: anything that `quantize` takes; None loads it as it is
     device  where the model should live, by default the CPU
+    dtype   of parameters that stay float and of activations, by default what the checkpoint has
     model   a float model to fill, on any device; needed where the folder does not hold a Transformers model
+    allow_pickle  read pickled files of formats that have no other, through torch.load(weights_only=True) alone
 
-    Reads compressed-tensors checkpoints with int weights (pack-quantized and int-quantized), written by qpass or by
-    LLM Compressor. Names, shapes and dtypes are checked before memory is allocated; peak memory is the packed model
-    and its largest tensor. No code from the folder is run, nothing is unpickled. Raises CheckpointError, naming the
-    file or the tensor.
+    Integers, scales and zero points are taken over as they are, never rounded again. Names, shapes and dtypes are
+    checked before memory is allocated; peak memory is the packed model and its largest tensor. No code from the folder
+    is run. Raises CheckpointError, naming the file or the tensor.
     """
-    path = Path(folder).expanduser()
-    config = _read_config_file(path)
-    quantization = config.get("quantization_config") or config.get("compression_config")
     where = torch.device("cpu" if device is None else device)
-    if not quantization:
-        return _load_float(path, config, recipe, where, model)
+    chosen, checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+    if chosen is None:
+        return _load_float(checkpoint, recipe, where, dtype, model)
     if recipe is not None:
-        raise CheckpointError(f"{path} is quantized already; load it without a recipe, or give the folder of the "
-                              f"float model")
-    layers = read_config(quantization, str(path / "config.json"))
-    return _load_packed(path, config, layers, quantization, where, model)
+        raise CheckpointError(f"{checkpoint.path} is quantized already; load it without a recipe, or give the folder "
+                              "of the float model")
+    return _load_packed(checkpoint, chosen, where, dtype, model)
 
 
-def _load_packed(path: Path, config: dict[str, Any], layers: LayerConfig, quantization: dict[str, Any],
-                 device: torch.device, model: nn.Module | None) -> nn.Module:
+def _load_packed(checkpoint: Checkpoint, chosen: Format, device: torch.device, dtype: torch.dtype | None,
+                 model: nn.Module | None) -> nn.Module:
     from qpass.hf import empty_model
     from qpass.quantize_model import check_model, finish, remember
 
-    stored = read_folder(path)
-    if model is None:
-        model = empty_model(path, config)
-    else:
+    reader = chosen.reader(checkpoint)
+    if model is not None:
         check_model(model)
-    packed = find_layers(model, layers, stored, path)
-    floats = find_floats(model, packed, stored, path)
-    plan = _plan(model, layers, quantization)
+    elif chosen.empty_model is not None:
+        model = chosen.empty_model(checkpoint)
+    else:
+        model = empty_model(checkpoint.path, checkpoint.config)
+    contents = match_contents(model, checkpoint, reader)
+    plan = _plan(model, reader, checkpoint.quantization, contents)
     # A table that reads a packed head's rows is in the files for others; here it would be a second copy.
-    fill_floats([item for item in floats if item.tensor not in layers.tied], stored, device)
-    fill_layers(model, packed, stored, device)
-    tie_tables(model, layers.tied, path)
+    fill_floats([item for item in contents.floats if item.name not in reader.tied], checkpoint, device, dtype)
+    fill_layers(model, contents.layers, checkpoint, device, dtype)
+    tie_tables(model, reader.tied, checkpoint.path)
     model.to(device)
     model.eval()
     if plan is not None:
@@ -68,16 +70,15 @@ def _load_packed(path: Path, config: dict[str, Any], layers: LayerConfig, quanti
     return model
 
 
-def _load_float(path: Path, config: dict[str, Any], recipe: Any, device: torch.device,
+def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype: torch.dtype | None,
                 model: nn.Module | None) -> nn.Module:
     from qpass.hf import load_float
 
-    stored = read_folder(path)
     if model is None:
-        model = load_float(path, config)
+        model = load_float(checkpoint.path, checkpoint.config)
     else:
-        fill_floats(find_floats(model, [], stored, path), stored, device)
-    model.to(device)
+        fill_floats(match_contents(model, checkpoint, None).floats, checkpoint, device)
+    model.to(device=device, dtype=dtype)
     if recipe is not None:
         from qpass.quantize_model import quantize
 
@@ -85,26 +86,27 @@ def _load_float(path: Path, config: dict[str, Any], recipe: Any, device: torch.d
     return model.eval()
 
 
-def _plan(model: nn.Module, layers: LayerConfig, quantization: dict[str, Any]) -> Any:
+def _plan(model: nn.Module, reader: Reader, quantization: Mapping[str, Any], contents: Contents) -> Any:
     """What `explain` tells of each layer, planned anew on the empty model; None if that cannot be had."""
     from qpass.plan_model import make_plan
 
-    try:
-        return make_plan(model, dict(layers.recipe) if layers.recipe else dict(quantization))
-    except QPassError:
-        return None
+    asked = [dict(reader.recipe)] if reader.recipe else []
+    if quantization.get("quant_method") == "compressed-tensors":
+        asked.append(dict(quantization))
+    for recipe in (*asked, _recipe(contents)):
+        try:
+            plan = make_plan(model, recipe)
+        except QPassError:
+            continue
+        return replace(plan, notes=(*plan.notes, *contents.notes))
+    return None
 
 
-def _read_config_file(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder; load takes a folder with config.json and safetensors files")
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no config.json, so nothing says what model it holds") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds {type(config).__name__}, not the fields of a config")
-    return config
+def _recipe(contents: Contents) -> Any:
+    """The recipe that would make these layers, each by its name."""
+    from qpass.recipe import Recipe
+    from qpass.scheme import scheme_for
+
+    return Recipe(None, ignore=(), overrides={
+        path: scheme_for(layer.read.spec.weight, layer.read.spec.activation)
+        for layer in contents.layers for path in layer.paths})

@@ -54,3 +54,14 @@ def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
             codes[row:row + step] = (planes.reshape(-1, k, bits) * weights).sum(-1, dtype=np.uint8)
     q = (codes.astype(np.int16) - (1 << bits - 1)).astype(np.int8)
     return torch.from_numpy(q).to(packed.device)
+
+
+def unpack_loose(packed: Tensor, bits: int, k: int) -> Tensor:
+    """int32 [N, ceil(k / (32 // bits))] to int8 [N, k], where no value straddles words: the top bits are not used."""
+    per_word = 32 // bits
+    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] != -(-k // per_word):
+        raise ValueError(f"packed weight is {packed.dtype} {tuple(packed.shape)}; {k} values of {bits} bits, "
+                         f"{per_word} a word, need int32 rows of {-(-k // per_word)} words")
+    shifts = torch.arange(per_word, dtype=torch.int32, device=packed.device) * bits
+    codes = ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :k]
+    return (codes - (1 << bits - 1)).to(torch.int8)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from qpass.activation_scale import scale_names
-from qpass.formats.bits import pack_rows, unpack_rows
+from qpass.formats.bits import pack_rows, unpack_loose, unpack_rows
+from qpass.formats.integer_weights import group_order
 from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -99,8 +100,7 @@ def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight
         zero_point = tensors["weight_zero_point"]
         if packed:
             try:
-                zero_point = unpack_rows(zero_point.t().contiguous(), spec.weight.bits,
-                                         spec.out_features).t().contiguous()
+                zero_point = _unpack(zero_point.t().contiguous(), spec.weight.bits, spec.out_features).t().contiguous()
             except ValueError as error:
                 raise ValueError(f"weight_zero_point, packed along rows: {error}") from error
         if zero_point.dtype != torch.int8 or zero_point.numel() not in (1, spec.out_features * spec.groups):
@@ -109,6 +109,10 @@ def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight
         _check_range(zero_point, spec, "weight_zero_point")
         found["zero_point"] = zero_point.expand(groups).contiguous() if zero_point.numel() == 1 else (
             zero_point.reshape(groups))
+    if "weight_g_idx" in tensors and (order := group_order(tensors["weight_g_idx"], spec)) is not None:
+        found["qweight"], found["input_order"] = found["qweight"][:, order.long()].contiguous(), order
+    if "pre_quant_scale" in tensors:
+        found["pre_scale"] = tensors["pre_quant_scale"]
     return CanonicalWeight(found)
 
 
@@ -119,12 +123,24 @@ def _read_codes(tensors: dict[str, Tensor], spec: LinearSpec) -> Tensor:
             raise ValueError(f"weight_shape says {said}, the layer is {[n, k]}")
         if tensors["weight_packed"].shape[0] != n:
             raise ValueError(f"weight_packed has {tensors['weight_packed'].shape[0]} rows, the layer has {n}")
-        return unpack_rows(tensors["weight_packed"], spec.weight.bits, k)
+        return _unpack(tensors["weight_packed"], spec.weight.bits, k)
     q = tensors["weight"]
     if q.dtype != torch.int8 or tuple(q.shape) != (n, k):
         raise ValueError(f"weight is {q.dtype} {tuple(q.shape)}, expected int8 {(n, k)}")
     _check_range(q, spec, "weight")
     return q
+
+
+def _unpack(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Either packing: values that straddle words, or (older files) as many whole ones as a word holds."""
+    if packed.dim() == 2 and packed.shape[1] == words_of(bits, k)[1] != words_of(bits, k)[0]:
+        return unpack_loose(packed, bits, k)
+    return unpack_rows(packed, bits, k)
+
+
+def words_of(bits: int, k: int) -> tuple[int, int]:
+    """int32 words of a row of k values: packed densely, and as older versions packed what does not divide 32."""
+    return -(-k * bits // 32), -(-k // (32 // bits))
 
 
 def _read_scale(scale: Tensor, spec: LinearSpec) -> Tensor:

@@ -7,7 +7,7 @@ matched by its exact name, then by `re:` regex, then by class name; `ignore` com
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,14 +59,14 @@ class LayerConfig:
     recipe: Mapping[str, Any] | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
 
-    def group_of(self, name: str, module: nn.Module | None) -> Group | None:
-        """The group that holds the module of this name, or (module None) the parameter of this name."""
-        if any(_matches_name(target, name) or _matches_class(target, module) for target in self.ignore):
+    def group_of(self, name: str, classes: Sequence[str]) -> Group | None:
+        """The group that holds the module of this name and these classes, or the parameter of this name (no class)."""
+        if any(_matches_name(target, name) or target in classes for target in self.ignore):
             return None
         by_name = [(target, group) for group in self.groups for target in group.targets if _matches_name(target, name)]
         by_name.sort(key=lambda found: found[0].startswith("re:"))
         by_class = [(target, group) for group in self.groups for target in group.targets
-                    if _matches_class(target, module)]
+                    if target in classes]
         return next((group for _, group in (*by_name, *by_class)), None)
 
 
@@ -81,12 +81,13 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
               if isinstance(module, PackedWeight) and not isinstance(module, TiedTable)]
     if not layers:
         return None
-    members: dict[tuple[WeightArgs, ActivationArgs | None], list[tuple[str, PackedWeight]]] = {}
+    members: dict[tuple[WeightArgs, ActivationArgs | None, bool], list[tuple[str, PackedWeight]]] = {}
     for name, layer in layers:
-        members.setdefault((layer.spec.weight, layer.spec.activation), []).append((name, layer))
+        ordered = getattr(layer, "input_order", None) is not None
+        members.setdefault((layer.spec.weight, layer.spec.activation, ordered), []).append((name, layer))
     groups: dict[str, Any] = {}
     ignore: list[str] = []
-    for number, ((weight, activation), named) in enumerate(members.items()):
+    for number, ((weight, activation, ordered), named) in enumerate(members.items()):
         targets = [name for name, _ in named]
         if len(members) == 1:
             rest = [name for name, layer in named if not _was_linear(layer)]
@@ -95,7 +96,8 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
                 ignore = [name for name, module in model.named_modules(remove_duplicate=False)
                           if isinstance(module, nn.Linear) or _is_float_matrix(module)]
         groups[f"group_{number}"] = {
-            "targets": targets, "format": _format_of(named[0][1].spec), "weights": _weights(weight),
+            "targets": targets, "format": _format_of(named[0][1].spec),
+            "weights": {**_weights(weight), "actorder": "group" if ordered else None},
             "input_activations": None if activation is None else _activations(activation), "output_activations": None}
     formats = {group["format"] for group in groups.values()}
     own = {"recipe": None if recipe is None else dict(recipe),
@@ -134,7 +136,7 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
     if layout not in (*_FORMATS, None):
         raise CheckpointError(f"{where}: compressed-tensors format {layout!r} is not read by this version; it reads "
                               f"{', '.join(_FORMATS[:3])}")
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    for key in ("sparsity_config", "transform_config"):
         if (value := config.get(key)) and (key != "sparsity_config" or value.get("format", "dense") != "dense"):
             raise CheckpointError(f"{where}: {key} is set, and this version cannot honour it: {value}")
     raw = config.get("config_groups")
@@ -158,9 +160,6 @@ def _group(name: str, raw: Any, where: str) -> Group:
                               f"{', '.join(_FORMATS[:3])}")
     if raw.get("output_activations"):
         raise CheckpointError(f"{where} quantizes output activations, and this version cannot")
-    if weights.get("actorder") == "group":
-        raise CheckpointError(f"{where}: weights are in activation order (actorder 'group'), which this version "
-                              f"cannot read")
     return Group(name=name, targets=tuple(raw.get("targets") or ()), weight=_weight_args(weights, where),
                  activation=None if inputs is None else _activation_args(inputs, where))
 
@@ -226,10 +225,3 @@ def _was_linear(layer: PackedWeight) -> bool:
 def _matches_name(target: str, name: str) -> bool:
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
-
-def _matches_class(target: str, module: nn.Module | None) -> bool:
-    return module is not None and target in set(_class_names(module))
-
-
-def _class_names(module: nn.Module) -> Iterator[str]:
-    return (cls.__name__ for cls in type(module).__mro__)

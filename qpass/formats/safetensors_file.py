@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import CheckpointError
+from qpass.formats.checkpoint import Stored
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {
@@ -44,16 +45,6 @@ class Entry:
         for size in self.shape:
             count *= size
         return count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """One tensor of a checkpoint: in which file, and what it is. `version` tells a file from one that replaced it."""
-
-    file: Path
-    version: tuple[int, ...]
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 def write_file(path: Path, entries: list[Entry]) -> None:
@@ -95,8 +86,9 @@ def split_shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
-    """Name -> where and what, of every tensor in the folder's safetensors files; reads headers only.
+def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Name -> where and what, of every tensor in the folder's safetensors files, and what their headers say beside
+    the tensors; reads headers only.
 
     Raises CheckpointError, naming the file, if one is missing, truncated or damaged, or if the index disagrees.
     """
@@ -109,46 +101,32 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     else:
         raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
     found: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
     for file in files:
-        for name, stored in _read_header(file).items():
+        header, said = _read_header(file)
+        metadata.update(said)
+        for name, stored in header.items():
             if name in found:
                 raise CheckpointError(f"{name} stands in two files: {found[name].file} and {file}")
             found[name] = stored
     for name, where in (listed or {}).items():
         if name not in found or found[name].file.name != where:
             raise CheckpointError(f"{index} says that {name} is in {where}, and it is not")
-    return found
+    return found, metadata
 
 
-def read_tensors(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """The tensors, copied into memory of their own, so that nothing refers to the files afterwards."""
-    from safetensors import SafetensorError, safe_open
-
-    read: dict[str, Tensor] = {}
-    try:
-        for file, version in {(item.file, item.version) for item in stored.values()}:
-            with safe_open(str(file), framework="pt") as opened:
-                for name in (name for name, item in stored.items() if item.file == file):
-                    read[name] = opened.get_tensor(name).clone()
-            if _version(file) != version:
-                raise CheckpointError(f"{file} changed while it was being read; load the folder again")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-    return read
-
-
-def _read_header(file: Path) -> dict[str, Stored]:
+def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        version = _version(file)
+        version = file_version(file)
         with safe_open(str(file), framework="pt"):  # checks offsets, sizes and the file's length
             pass
         with open(file, "rb") as raw:
             header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
         return {name: Stored(file=file, version=version, dtype=_DTYPES[item["dtype"]], shape=tuple(item["shape"]))
-                for name, item in header.items()}
+                for name, item in header.items()}, metadata
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete, copy it again") from error
     except (SafetensorError, OSError, ValueError) as error:
@@ -157,7 +135,8 @@ def _read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file} holds a tensor of dtype {error}, which this version cannot read") from error
 
 
-def _version(file: Path) -> tuple[int, ...]:
+def file_version(file: Path) -> tuple[int, ...]:
+    """What tells a file from one that replaced it, or that was written to since."""
     seen = os.stat(file)
     return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
 

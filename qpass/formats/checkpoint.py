@@ -1,0 +1,117 @@
+"""Checkpoint: a folder or a file that somebody gave, in; its config and the facts of its tensors, lazily read, out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qpass.errors import CheckpointError
+
+_LARGEST_JSON = 64 << 20  # bytes; a tokenizer's file has some 20 MB, a config some KB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor of a checkpoint: in which file, and what it is. `version` tells a file from one that replaced it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    version: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class Source(Protocol):
+    """The tensors of a checkpoint: facts of all, which cost a header, and the numbers of those that are asked for.
+
+    `metadata` is what the file says beside its tensors. `read` gives copies: nothing refers to the file afterwards.
+    Both raise CheckpointError, naming the file.
+    """
+
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, Any]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a format gets to see.
+
+    path          the folder, or the file if the format is one file
+    config        config.json; empty if there is none
+    quantization  what config.json says of quantization; empty if nothing
+    source        the tensors
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    source: Source
+    asked: set[str] = field(default_factory=set)
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        return self.source.tensors
+
+    def need(self, name: str, *, of: str, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+             shape: tuple[int, ...] | None = None) -> str:
+        """`name`, once it is known that the tensor is there and what it must be; `of` says what needs it.
+
+        Raises CheckpointError that names both sides otherwise.
+        """
+        there = self.tensors.get(name)
+        if there is None:
+            path = name.rpartition(".")[0]
+            beside = sorted(n for n in self.tensors if n.startswith(path + "."))
+            raise CheckpointError(f"{self.path}: {of} needs {name}; the files have "
+                                  f"{', '.join(beside[:6]) or 'nothing of that layer'}")
+        wanted = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        if (wanted and there.dtype not in wanted) or (shape is not None and there.shape != shape):
+            kinds = " or ".join(str(d) for d in wanted) if wanted else ""
+            raise CheckpointError(f"{name} in {there.file} is {there.dtype} {list(there.shape)}; {of} needs "
+                                  f"{kinds}{' ' if kinds and shape is not None else ''}"
+                                  f"{'' if shape is None else list(shape)}")
+        return name
+
+    def side(self, name: str) -> dict[str, Any]:
+        """A JSON file beside the tensors; empty if there is none. Raises CheckpointError if it cannot be read."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises CheckpointError, naming the file; a key said twice is an error."""
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, which no config has; it was not read")
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error or type(error).__name__}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds {type(found).__name__}, not the fields of a config")
+    return found
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return found

@@ -1,0 +1,97 @@
+"""compressed-tensors: checkpoints of LLM Compressor and of qpass, read by their config's groups and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from qpass.errors import CheckpointError
+from qpass.formats.checkpoint import Checkpoint
+from qpass.formats.compressed_tensors import names_found, read_weight, words_of
+from qpass.formats.compressed_tensors_config import METHOD, LayerConfig, read_config
+from qpass.formats.format_registry import Format, register_format
+from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
+from qpass.spec import LinearSpec
+
+_CACHE_SCALES = frozenset({"k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point"})
+
+
+class CompressedTensorsReader(Reader):
+    """Targets by name, `re:` and class, `ignore` first; each layer in the packing that is there."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.config: LayerConfig = read_config(checkpoint.quantization, str(checkpoint.path / "config.json"))
+        self.storage = self.config.storage
+        self.tied = self.config.tied
+        self.recipe = self.config.recipe
+
+    def weight(self, place: Place) -> WeightRead | FloatRead | None:
+        classes = () if place.path == place.name else place.classes
+        group = self.config.group_of(place.path, classes)
+        if group is None or len(place.shape) != 2:
+            return None
+        tensors = self.checkpoint.tensors
+        if not place.linear and f"{place.path}.weight_scale" not in tensors:
+            return None
+        n, k = place.shape
+        try:
+            spec = group.spec(n, k)
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: config.json group {group.name!r} on {place.path}: {error}"
+                                  ) from error
+        names = names_found(spec, lambda name: f"{place.path}.{name}" in tensors)
+        self._check(place.path, spec, names, group.name)
+        names += tuple(name for name in ("weight_g_idx", "pre_quant_scale") if f"{place.path}.{name}" in tensors)
+        return WeightRead(spec=spec, tensors={name: f"{place.path}.{name}" for name in names}, read=read_weight)
+
+    def leftover(self, name: str) -> str | None:
+        leaf = name.rpartition(".")[2]
+        if leaf in _CACHE_SCALES:
+            return "a scale of the KV cache, which is kept in the model's dtype"
+        return None
+
+    def shape_of(self, path: str) -> tuple[int, int] | None:
+        group, tensors = self.config.group_of(path, ("Linear",)), self.checkpoint.tensors
+        scale = tensors.get(f"{path}.weight_scale")
+        if group is None or scale is None:
+            return None
+        stored = tensors.get(f"{path}.weight")
+        if stored is not None and len(stored.shape) == 2:
+            return stored.shape[0], stored.shape[1]
+        stored = tensors.get(f"{path}.weight_packed")
+        if stored is None or len(stored.shape) != 2:
+            return None
+        size = group.weight.group_size
+        if size is not None and len(scale.shape) == 2:
+            return stored.shape[0], scale.shape[1] * size
+        return stored.shape[0], stored.shape[1] * 32 // group.weight.bits
+
+    def unmatched(self, paths: Iterable[str]) -> str | None:
+        known = set(paths)
+        if not known:
+            targets = [target for group in self.config.groups for target in group.targets]
+            return f"config.json calls layers quantized that the model does not have ({', '.join(targets[:5])})"
+        for path in self.storage:
+            if path not in known and self.config.group_of(path, ()) is not None:
+                return f"config.json says that {path} is quantized, and the model has no such module or parameter"
+        return None
+
+    def _check(self, path: str, spec: LinearSpec, names: tuple[str, ...], group: str) -> None:
+        n, k, bits = spec.out_features, spec.in_features, spec.weight.bits
+        expected = {"weight_packed": (torch.int32, (n, -(-k * bits // 32))), "weight": (torch.int8, (n, k)),
+                    "weight_shape": (torch.int64, (2,))}
+        stored = self.checkpoint.tensors.get(f"{path}.weight_packed")
+        if stored is not None and stored.shape == (n, words_of(bits, k)[1]):
+            expected["weight_packed"] = torch.int32, stored.shape
+        for name in names:
+            dtype, shape = expected.get(name, (None, None))
+            self.checkpoint.need(f"{path}.{name}", dtype=dtype, shape=shape,
+                                 of=f"{path}, which config.json makes {group!r} ({bits}-bit [{n}, {k}]),")
+
+
+register_format(Format(
+    name=METHOD, title="compressed-tensors", methods=(METHOD,), reader=CompressedTensorsReader,
+    reads="pack-quantized and int-quantized, 2 to 8 bits, symmetric and asymmetric, group, channel and tensor",
+    runs="native"))

@@ -1,0 +1,125 @@
+"""Format registry: the one table of checkpoint formats; a folder or file in, the format that reads it out.
+
+A package of one's own adds a format with `register_format`, or names a module that does under the entry point group
+`qpass.formats`, which is imported when a checkpoint is first looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qpass.errors import CheckpointError, DuplicateRegistration
+from qpass.formats.checkpoint import Checkpoint, Source, read_json
+from qpass.formats.reader import Reader
+from qpass.formats.safetensors_folder import SafetensorsFolder
+
+GROUP = "qpass.formats"
+_BUILTIN = ("compressed_tensors_format", "gptq", "awq", "autoround")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One checkpoint format.
+
+    name         how it is called here and in `qpass convert --to`
+    title        for tables
+    methods      values of `quant_method` in config.json that mean this format
+    reads, runs  for the table of formats: what of it loads, and what then computes
+    reader       Checkpoint -> Reader; raises CheckpointError, saying what it is, for what it cannot read
+    claims       (path, config.json or {}) -> whether this is such a checkpoint though no quant_method says so; looks
+                 at names and at little files, and raises nothing
+    source       (path, allow_pickle) -> the tensors, if they are not in safetensors files
+    empty_model  Checkpoint -> the model without weights, if config.json does not describe it
+    """
+
+    name: str
+    title: str
+    methods: tuple[str, ...]
+    reader: Callable[[Checkpoint], Reader]
+    reads: str = ""
+    runs: str = ""
+    claims: Callable[[Path, Mapping[str, Any]], bool] | None = None
+    source: Callable[[Path, bool], Source] | None = None
+    empty_model: Callable[[Checkpoint], nn.Module] | None = None
+
+
+_FORMATS: dict[str, Format] = {}
+_loaded: list[str] = []
+
+
+def register_format(made: Format) -> Format:
+    """Add a format. Raises DuplicateRegistration if its name, or a quant_method of it, is taken."""
+    for known in _FORMATS.values():
+        if known.name == made.name:
+            raise DuplicateRegistration(f"a format named {made.name!r} is registered already; choose another name")
+        if taken := set(known.methods) & set(made.methods):
+            raise DuplicateRegistration(f"format {known.name!r} reads quant_method {taken.pop()!r} already")
+    _FORMATS[made.name] = made
+    return made
+
+
+def formats() -> dict[str, Format]:
+    """Every registered format by name: the built-in ones, then those of installed packages."""
+    if not _loaded:
+        _loaded.append("builtin")
+        for module in _BUILTIN:
+            import_module(f"qpass.formats.{module}")
+        for entry in entry_points(group=GROUP):
+            loaded = entry.load()
+            if isinstance(loaded, Format) and loaded.name not in _FORMATS:
+                register_format(loaded)
+    return dict(_FORMATS)
+
+
+def open_checkpoint(where: str | os.PathLike[str], *, allow_pickle: bool = False) -> tuple[Format | None, Checkpoint]:
+    """What stands at `where`, and the format that reads it; None for a float model. Reads configs and headers only.
+
+    Raises CheckpointError if nothing is there, nothing says what it is, or no format reads it.
+    """
+    path = Path(where).expanduser()
+    config = _config(path)
+    raw = config.get("quantization_config") or config.get("compression_config") or {}
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config is {type(raw).__name__}, not its fields")
+    chosen = _format_of(path, config, raw)
+    if chosen is None and path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json, so nothing says what model it holds")
+    if chosen is None and not path.is_dir():
+        raise CheckpointError(f"{path} is no folder with config.json and safetensors files, and no file of a known "
+                              f"format ({', '.join(formats())})")
+    opened = chosen.source if chosen is not None and chosen.source is not None else None
+    source: Source = SafetensorsFolder(path) if opened is None else opened(path, allow_pickle)
+    return chosen, Checkpoint(path=path, config=config, quantization=raw, source=source)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path} is no folder: nothing is there (models are not downloaded)")
+    file = path / "config.json"
+    return read_json(file) if path.is_dir() and file.exists() else {}
+
+
+def _format_of(path: Path, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Format | None:
+    known = formats()
+    method = quantization.get("quant_method")
+    if quantization and isinstance(method, str):
+        for made in known.values():
+            if method in made.methods:
+                return made
+    for made in known.values():
+        if made.claims is not None and made.claims(path, config):
+            return made
+    if quantization:
+        methods = sorted(m for made in known.values() for m in made.methods)
+        raise CheckpointError(f"{path / 'config.json'}: the checkpoint is in format {method!r}, and this version reads "
+                              f"{', '.join(methods)}; load it with the tool that made it, quantize the float model, or "
+                              "install a package that registers the format")
+    return None

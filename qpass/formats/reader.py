@@ -1,0 +1,97 @@
+"""Reader: a place in a model in; which tensors of a checkpoint it is read from, and how, out. What formats implement.
+
+Asking reads no tensor: everything is decided, and checked, on names, dtypes and shapes. What a read gives is used one
+weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qpass.formats.checkpoint import Checkpoint
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One weight of a model for which a checkpoint may have numbers, in the checkpoint's own naming.
+
+    path     of the layer, `model.layers.0.mlp.down_proj`; of the parameter itself where that is no layer's `weight`
+    name     of the parameter, `model.layers.0.mlp.down_proj.weight`
+    shape    (N, K) as multiplied, or as the model stores it if it is no matrix
+    classes  names of the owner's class and its bases, nearest first: ("Linear", "Module", ...)
+    linear   whether the model multiplies with it, so that it can be packed; else it is decoded to float
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    classes: tuple[str, ...] = ("Linear",)
+    linear: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRead:
+    """A quantized weight: its numbers' meaning, its tensors by the reader's own short names, and how to read them.
+
+    `read(tensors, spec)` gets those tensors under the short names, and gives the canonical weight of `spec`; it raises
+    ValueError that says which tensor is wrong and how. The canonical tensors may have two more names:
+    `input_order` int32 [K], if canonical column i belongs to input input_order[i]; `pre_scale` [K], by which the
+    (unpermuted) input is multiplied first. A static activation scale stands among `tensors` as
+    `input_scale`, and `input_zero_point`. `note` is a sentence for the report.
+    """
+
+    spec: LinearSpec
+    tensors: Mapping[str, str]
+    read: Callable[[dict[str, Tensor], LinearSpec], CanonicalWeight]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatRead:
+    """A weight that becomes a float tensor of the place's shape; `note` says so if the checkpoint's is quantized."""
+
+    tensors: Mapping[str, str]
+    read: Callable[[dict[str, Tensor]], Tensor]
+    note: str = ""
+
+
+class Reader:
+    """One checkpoint as its format understands it. A format overrides `weight`, and of the rest what it needs.
+
+    storage  how layers that are no nn.Linear store their weight: path -> {"weight", "bias", "transposed"}; `weight` is
+             None for a parameter inside a bigger forward. Only checkpoints of qpass say this.
+    tied     tables of embeddings that read the rows of a packed head, by name -> the head; again of qpass only
+    recipe   the recipe that made the checkpoint, for the report, if it says
+    """
+
+    storage: Mapping[str, Mapping[str, Any]] = {}
+    tied: Mapping[str, str] = {}
+    recipe: Mapping[str, Any] | None = None
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def weight(self, place: Place) -> WeightRead | FloatRead | None:
+        """How to read this weight; None if the checkpoint holds it as it is, under its own name.
+
+        Raises CheckpointError, naming the layer and both sides, where the config and the files disagree.
+        """
+        raise NotImplementedError
+
+    def shape_of(self, path: str) -> tuple[int, int] | None:
+        """(N, K) of the quantized weight at `path`, from headers alone; None if none is there. For `qpass inspect`."""
+        return None
+
+    def leftover(self, name: str) -> str | None:
+        """Why a tensor that no weight was read from does no harm, as a phrase for the report; None if it does."""
+        return None
+
+    def unmatched(self, paths: Iterable[str]) -> str | None:
+        """A sentence if the checkpoint calls layers quantized that are not among `paths`, those that were read."""
+        return None

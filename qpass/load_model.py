@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from qpass.checkpoint_layers import Contents, match_contents
-from qpass.errors import CheckpointError, QPassError
+from qpass.errors import QPassError
 from qpass.fill_model import fill_floats, fill_layers, tie_tables
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Reader
+from qpass.replan_layers import replan
 
 
 def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device | str | None = None,
@@ -24,7 +25,8 @@ def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device |
 
     folder  of config.json and safetensors files, or a file, in any format of `qpass.formats` or of a package that
             registers one; `qpass inspect` says what it is
-    recipe  only for a folder with a float model: anything that `quantize` takes; None loads it as it is
+    recipe  anything that `quantize` takes: a float model is quantized with it; a quantized one keeps its integers and
+            gets the recipe's activations ("w4a8" on any int4 checkpoint). None loads it as it is
     device  where the model should live, by default the CPU
     dtype   of parameters that stay float and of activations, by default what the checkpoint has
     model   a float model to fill, on any device; needed where the folder does not hold a Transformers model
@@ -38,14 +40,11 @@ def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device |
     chosen, checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
     if chosen is None:
         return _load_float(checkpoint, recipe, where, dtype, model)
-    if recipe is not None:
-        raise CheckpointError(f"{checkpoint.path} is quantized already; load it without a recipe, or give the folder "
-                              "of the float model")
-    return _load_packed(checkpoint, chosen, where, dtype, model)
+    return _load_packed(checkpoint, chosen, recipe, where, dtype, model)
 
 
-def _load_packed(checkpoint: Checkpoint, chosen: Format, device: torch.device, dtype: torch.dtype | None,
-                 model: nn.Module | None) -> nn.Module:
+def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: torch.device,
+                 dtype: torch.dtype | None, model: nn.Module | None) -> nn.Module:
     from qpass.hf import empty_model
     from qpass.quantize_model import check_model, finish, remember
 
@@ -57,7 +56,10 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, device: torch.device, d
     else:
         model = empty_model(checkpoint.path, checkpoint.config)
     contents = match_contents(model, checkpoint, reader)
-    plan = _plan(model, reader, checkpoint.quantization, contents)
+    if recipe is not None:
+        layers, notes = replan(model, contents.layers, recipe, str(checkpoint.path))
+        contents = replace(contents, layers=tuple(layers), notes=(*contents.notes, *notes))
+    plan = _plan(model, None if recipe is not None else reader, checkpoint.quantization, contents)
     # A table that reads a packed head's rows is in the files for others; here it would be a second copy.
     fill_floats([item for item in contents.floats if item.name not in reader.tied], checkpoint, device, dtype)
     fill_layers(model, contents.layers, checkpoint, device, dtype)
@@ -86,12 +88,12 @@ def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype
     return model.eval()
 
 
-def _plan(model: nn.Module, reader: Reader, quantization: Mapping[str, Any], contents: Contents) -> Any:
+def _plan(model: nn.Module, reader: Reader | None, quantization: Mapping[str, Any], contents: Contents) -> Any:
     """What `explain` tells of each layer, planned anew on the empty model; None if that cannot be had."""
     from qpass.plan_model import make_plan
 
-    asked = [dict(reader.recipe)] if reader.recipe else []
-    if quantization.get("quant_method") == "compressed-tensors":
+    asked = [dict(reader.recipe)] if reader is not None and reader.recipe else []
+    if reader is not None and quantization.get("quant_method") == "compressed-tensors":
         asked.append(dict(quantization))
     for recipe in (*asked, _recipe(contents)):
         try:

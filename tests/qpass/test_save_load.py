@@ -385,7 +385,7 @@ def test_load_a_float_folder_with_and_without_a_recipe(tmp_path: Path) -> None:
     assert isinstance(packed[0], QuantLinear)
     again = qpass.save(packed, tmp_path / "packed")
     with pytest.raises(CheckpointError, match="quantized already"):
-        qpass.load(again, "w4a8", model=empty)
+        qpass.load(again, qpass.Recipe("w4a8", ignore=()), model=empty)
 
 
 def test_load_refuses_what_is_no_folder_or_has_no_class(tmp_path: Path, saved_once: Path) -> None:

@@ -90,6 +90,21 @@ def empty_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
+def empty_causal_model(config: Any, where: Path) -> nn.Module:
+    """The same of a config that names no class: the causal language model of its kind."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"{where}: Transformers {transformers.__version__} has no causal language model of "
+                              f"{type(config).__name__}")
+    with _parameters_on_meta():
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model: nn.Module = model_class._from_config(config)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
 def load_float(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """A float Transformers model with its weights, in the dtype of the checkpoint."""
     model_class, loaded = _class_and_config(folder, config)

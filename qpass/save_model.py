@@ -25,12 +25,14 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 
 def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None,
-         max_shard_size: int | str = "5GB") -> Path:
+         max_shard_size: int | str = "5GB", format: str = "compressed-tensors") -> Path:
     """Write `model` to `folder` and return its path; the folder appears, or changes, as a whole or not at all.
 
     model           any module; layers that are not quantized are written as they are, tied weights once
     tokenizer       whatever has `save_pretrained`, written beside the model
     max_shard_size  bytes, or text such as "5GB"; a bigger model becomes several files and an index
+    format          "compressed-tensors", or "gguf": one file for llama.cpp, `folder` itself if it ends in .gguf, in
+                    Q4_0, Q4_1 and Q8_0, with the tokenizer in it
 
     One tensor at a time is in memory beside the model. Raises CheckpointError, leaving what was there untouched, if
     the model holds weights without numbers or the files cannot be written.
@@ -39,6 +41,12 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     if not isinstance(model, nn.Module):
         raise TypeError(f"save takes an nn.Module, got {type(model).__name__}; torch.export.save writes exported "
                         f"programs")
+    if format not in ("compressed-tensors", "gguf"):
+        raise CheckpointError(f"models are written as compressed-tensors or gguf, not as {format!r}")
+    if format == "gguf":
+        from qpass.formats.gguf_save import save_gguf
+
+        return save_gguf(model, folder, tokenizer=tokenizer)
     plan = model.__dict__.get("_qpass_plan")
     quantization = compressed_tensors_config.write_config(model, plan.recipe.to_dict() if plan is not None else None)
     shards = split_shards(list(_entries(model)), _bytes(max_shard_size))

@@ -219,7 +219,11 @@ def check_defined(scheme: Scheme) -> None:
 
 def codec_of(weight: WeightArgs) -> Codec | RowCodec | None:
     """The codec that defines this weight's type; None for the built-in integers."""
-    return None if weight.type == "int" else _CODECS[weight.type]
+    if weight.type == "int":
+        return None
+    import qpass.codecs  # noqa: F401  (which registers those that come with qpass)
+
+    return _CODECS[weight.type]
 
 
 def preset(name: str) -> Scheme:

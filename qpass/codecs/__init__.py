@@ -6,4 +6,13 @@ rows at a time; a kernel may take one over.
 
 from __future__ import annotations
 
-from qpass.codecs import affine, codebook, fp8, ggml_blocks, hqq_columns, microscaling, nvfp4  # noqa: F401  (registers)
+from qpass.codecs import (  # noqa: F401  (each registers itself)
+    affine,
+    codebook,
+    fp8,
+    ggml_blocks,
+    hqq_columns,
+    int8_absmax,
+    microscaling,
+    nvfp4,
+)

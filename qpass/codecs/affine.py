@@ -1,8 +1,9 @@
 """Affine: unsigned integers with a float scale and a float offset or zero for each group along K.
 
 `affine`       w = q * scale + offset     (GGUF's Q4_1 and K-quants with minimums, quanto's qint2 and qint4)
+`affine_signed` the same with q from -2^(bits-1) (torchao's Int4Tensor)
 `affine_zero`  w = (q - zero) * scale     (HQQ)
-The two round differently, so both are kept. Codes are packed as compressed-tensors packs them (formats/bits.py).
+They round differently, so all are kept. Codes are packed as compressed-tensors packs them (formats/bits.py).
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ class Affine(RowCodec):
                 "scale": scale.squeeze(-1).to(scale_dtype), self.names[2]: offset.squeeze(-1).to(scale_dtype)}
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
-        q = unpack_unsigned(tensors["packed"][rows], args.bits, shape[1]).float()
+        q = self.codes(tensors["packed"][rows], args.bits, shape[1]).float()
         scale = tensors["scale"][rows].float()
         third = tensors[self.names[2]][rows].float()
         return self.value(q.unflatten(1, (scale.shape[1], -1)), scale[..., None], third[..., None]).flatten(1)
+
+    def codes(self, packed: Tensor, bits: int, k: int) -> Tensor:
+        """The integers, of any dtype, [N, K]."""
+        return unpack_unsigned(packed, bits, k)
 
     def value(self, q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """The formula, in float32."""
@@ -71,5 +76,18 @@ def unpack_unsigned(packed: Tensor, bits: int, k: int) -> Tensor:
     return unpack_rows(packed, bits, k).to(torch.int16) + (1 << bits - 1)
 
 
+class AffineSigned(Affine):
+    """The same with q less 2^(bits - 1): the codes are two's complement."""
+
+    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        made = super().encode(weight, args, torch.float32)
+        middle = made["offset"] + made["scale"] * (1 << args.bits - 1)
+        return {**made, "scale": made["scale"].to(scale_dtype), "offset": middle.to(scale_dtype)}
+
+    def codes(self, packed: Tensor, bits: int, k: int) -> Tensor:
+        return unpack_rows(packed, bits, k)
+
+
 register_codec("affine", Affine())
+register_codec("affine_signed", AffineSigned())
 register_codec("affine_zero", AffineZero())

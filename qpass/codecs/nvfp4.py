@@ -1,7 +1,8 @@
 """nvfp4: E2M1 in groups of 16 with an e4m3 scale each, and one float32 scale for the tensor.
 
-Two conventions exist, and 1/x is not exact, so both are kept: compressed-tensors divides by its global scale,
-`nvfp4`, w = value * (scale / global_scale); ModelOpt and torchao multiply, `nvfp4_mul`, w = value * (scale * scale_2).
+Three conventions exist, and they round differently, so all are kept. compressed-tensors divides by its global scale,
+`nvfp4`, w = value * (scale / global_scale); ModelOpt and torchao multiply, `nvfp4_mul`, w = value * (scale * scale_2);
+AutoRound multiplies by the reciprocal, `nvfp4_reciprocal`, w = (value * (1 / global_scale)) * scale.
 Source: compressed-tensors 0.20, compressors/nvfp4 and quantization/utils/helpers.py (generate_gparam).
 """
 
@@ -64,5 +65,15 @@ class NvFp4Multiplied(NvFp4):
         return (tensors["scale"][rows].float() * tensors["scale_2"]).repeat_interleave(GROUP, dim=1)
 
 
+class NvFp4Reciprocal(NvFp4):
+    """The tensors of nvfp4, decoded as AutoRound does."""
+
+    def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
+        codes = unpack_nibbles(tensors["packed"][rows]).int()
+        scale = tensors["scale"][rows].float().repeat_interleave(GROUP, dim=1)
+        return values(E2M1, codes.device)[codes] * (1 / tensors["global_scale"]) * scale
+
+
 register_codec("nvfp4", NvFp4())
+register_codec("nvfp4_reciprocal", NvFp4Reciprocal())
 register_codec("nvfp4_mul", NvFp4Multiplied())

@@ -13,6 +13,8 @@ from typing import Any
 from qpass.errors import CheckpointError
 from qpass.formats.awq import awq_weight
 from qpass.formats.checkpoint import Checkpoint
+from qpass.formats.codec_reads import FP4_LOCAL, FP8_STATIC
+from qpass.formats.float_layer import float_layer, layer_shape
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.gptq import Settings, gptq_weight
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
@@ -31,13 +33,21 @@ class AutoRoundReader(Reader):
             raise CheckpointError(f"{checkpoint.path}: extra_config does not map layers to their settings")
         self._extra = extra
         self._packing = str(config.get("packing_format") or "auto_round:auto_gptq")
-        if str(config.get("data_type") or "int") != "int":
-            raise CheckpointError(f"{checkpoint.path}: AutoRound data_type {config.get('data_type')!r} with packing "
-                                  f"{self._packing!r} is not read by this version; it reads integers")
+        # Whether activations are rounded too: by one scale (fp8), or group by group below one of the layer (nv_fp4).
+        static = config.get("act_dynamic") is False and int(config.get("act_bits") or 16) == 8
+        self._activation = FP8_STATIC if static else FP4_LOCAL if config.get("act_bits") == 4 else None
 
     def weight(self, place: Place) -> WeightRead | FloatRead | None:
-        if f"{place.path}.qweight" not in self.checkpoint.tensors:
-            return None
+        tensors, path = self.checkpoint.tensors, place.path
+        if f"{path}.qweight" not in tensors:
+            if f"{path}.weight_scale" not in tensors or len(place.shape) != 2:
+                return None
+            activation = self._activation
+            if activation == FP8_STATIC and f"{path}.input_scale" not in tensors:
+                activation = None
+            return float_layer(self.checkpoint, path, place.shape, divisor="weight_global_scale", reciprocal=True,
+                               weight="weight_packed" if f"{path}.weight_packed" in tensors else "weight",
+                               activation=activation)
         said = self._settings(place.path)
         if self._is_awq(place.path):
             return awq_weight(self.checkpoint, place, bits=said["bits"], group_size=said["group_size"],
@@ -46,9 +56,15 @@ class AutoRoundReader(Reader):
         return gptq_weight(self.checkpoint, place, Settings(bits=said["bits"], group_size=said["group_size"],
                                                             sym=said["sym"], version=version))
 
+    def leftover(self, name: str) -> str | None:
+        unused = name.endswith((".input_global_scale", ".input_scale"))
+        return "a static activation scale, which this machine does not need" if unused else None
+
     def shape_of(self, path: str) -> tuple[int, int] | None:
         stored, bits = self.checkpoint.tensors.get(f"{path}.qweight"), self._settings(path)["bits"]
-        if stored is None or len(stored.shape) != 2 or not isinstance(bits, int) or bits < 1:
+        if stored is None:
+            return layer_shape(self.checkpoint, path)
+        if len(stored.shape) != 2 or not isinstance(bits, int) or bits < 1:
             return None
         first, second = stored.shape
         return (second * 8, first) if self._is_awq(path) else (second, first * 32 // bits)
@@ -75,5 +91,6 @@ def _matches(pattern: str, path: str) -> bool:
 
 register_format(Format(
     name="auto-round", title="AutoRound, Intel Neural Compressor", methods=("auto-round", "intel/auto-round", "inc"),
-    reader=AutoRoundReader, reads="GPTQ and AWQ packing, 2, 3, 4 and 8 bits, symmetric and asymmetric, extra_config",
-    runs="native"))
+    reader=AutoRoundReader, reads="GPTQ and AWQ packing, 2, 3, 4 and 8 bits, symmetric and asymmetric, extra_config; "
+                                  "MXFP4, NVFP4, FP8",
+    runs="integers native, floats as stored"))

@@ -15,13 +15,14 @@ from torch import nn
 
 from qpass.errors import CheckpointError, RecipeError
 from qpass.formats.compressed_tensors import is_packed
+from qpass.formats.compressed_tensors_floats import FLOAT_FORMATS, float_args, float_fields
 from qpass.layers import PackedWeight, QuantLinear
 from qpass.scheme import ActivationArgs, Scheme, WeightArgs, codec_of
 from qpass.spec import LinearSpec
 from qpass.tied_table import TiedTable
 
 METHOD = "compressed-tensors"
-_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "qpass")
+_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "qpass", *FLOAT_FORMATS.values())
 _STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
 _GRANULARITY = {strategy: granularity for granularity, strategy in _STRATEGY.items()}
 
@@ -38,7 +39,7 @@ class Group:
     def spec(self, out_features: int, in_features: int) -> LinearSpec:
         """The spec of a layer of this group, for the reference kernel. Raises ValueError if groups do not divide K."""
         size = self.weight.group_size
-        if size is not None and in_features % size:
+        if size is not None and self.weight.granularity == "per_group" and in_features % size:
             raise ValueError(f"group size {size} does not divide its {in_features} input features")
         family = Scheme(name=self.name, weight=self.weight, activation=self.activation).family
         return LinearSpec(family=family, weight=self.weight, activation=self.activation, out_features=out_features,
@@ -165,6 +166,11 @@ def _group(name: str, raw: Any, where: str) -> Group:
 
 
 def _weight_args(raw: Mapping[str, Any], where: str) -> WeightArgs:
+    if raw.get("type") == "float" and not raw.get("dynamic"):
+        try:
+            return float_args(raw)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{where}: cannot read weights {dict(raw)!r}: {error}") from error
     if raw.get("type", "int") == "float" or raw.get("strategy") not in (*_GRANULARITY, None) or raw.get("dynamic"):
         raise CheckpointError(f"{where}: weights of type {raw.get('type')}{raw.get('num_bits')}, strategy "
                               f"{raw.get('strategy')!r} are not read by this version; it reads int weights per tensor, "
@@ -196,6 +202,8 @@ def _activation_args(raw: Mapping[str, Any], where: str) -> ActivationArgs:
 
 
 def _weights(args: WeightArgs) -> dict[str, Any]:
+    if args.type in FLOAT_FORMATS:
+        return float_fields(args)
     return {"num_bits": args.bits, "type": args.type, "symmetric": args.symmetric, "dynamic": False, "actorder": None,
             "strategy": _STRATEGY[args.granularity], "group_size": args.group_size}
 
@@ -208,7 +216,7 @@ def _activations(args: ActivationArgs) -> dict[str, Any]:
 
 def _format_of(spec: LinearSpec) -> str:
     if codec_of(spec.weight) is not None:
-        return "qpass"
+        return FLOAT_FORMATS.get(spec.weight.type, "qpass")
     return "pack-quantized" if is_packed(spec) else "int-quantized"
 
 

@@ -8,10 +8,12 @@ import torch
 
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
+from qpass.formats.codec_reads import codec_read
 from qpass.formats.compressed_tensors import names_found, read_weight, words_of
 from qpass.formats.compressed_tensors_config import METHOD, LayerConfig, read_config
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
+from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
 
 _CACHE_SCALES = frozenset({"k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point"})
@@ -36,6 +38,9 @@ class CompressedTensorsReader(Reader):
         if not place.linear and f"{place.path}.weight_scale" not in tensors:
             return None
         n, k = place.shape
+        if isinstance(codec := codec_of(group.weight), RowCodec):
+            stored = {name: f"{place.path}.{tensor_on_disk(name)}" for name in codec.names}
+            return codec_read(self.checkpoint, place.path, group.weight, place.shape, stored, group.activation)
         try:
             spec = group.spec(n, k)
         except ValueError as error:
@@ -48,6 +53,8 @@ class CompressedTensorsReader(Reader):
 
     def leftover(self, name: str) -> str | None:
         leaf = name.rpartition(".")[2]
+        if leaf == "input_global_scale":
+            return "a static activation scale, which this machine does not need"
         if leaf in _CACHE_SCALES:
             return "a scale of the KV cache, which is kept in the model's dtype"
         return None
@@ -93,5 +100,6 @@ class CompressedTensorsReader(Reader):
 
 register_format(Format(
     name=METHOD, title="compressed-tensors", methods=(METHOD,), reader=CompressedTensorsReader,
-    reads="pack-quantized and int-quantized, 2 to 8 bits, symmetric and asymmetric, group, channel and tensor",
-    runs="native"))
+    reads="pack-quantized and int-quantized, 2 to 8 bits, symmetric and asymmetric, group, channel and tensor; "
+          "float-quantized, nvfp4, mxfp4, mxfp6, mxfp8, mixed-precision",
+    runs="integers native, floats as stored"))

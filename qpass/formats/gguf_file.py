@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -49,6 +49,14 @@ class TensorInfo:
     start: int
     nbytes: int
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the fastest dimension."""
+        count = 1
+        for size in self.shape[:-1]:
+            count *= size
+        return self.nbytes // count
+
 
 @dataclass(frozen=True, kw_only=True)
 class Strings:
@@ -81,6 +89,17 @@ class GgufFile:
     version: tuple[int, ...]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    spans: Mapping[str, tuple[int, int]]  # key -> where its name, type and value stand
+
+    def raw_metadata(self, keys: Iterable[str]) -> bytes:
+        """Those keys and their values as the file has them, one after the other."""
+        with open(self.path, "rb") as file:
+            found = b""
+            for key in keys:
+                start, stop = self.spans[key]
+                file.seek(start)
+                found += file.read(stop - start)
+        return found
 
     def read(self, name: str) -> Tensor:
         """A tensor in memory of its own: typed if its type is plain, else the blocks' bytes, uint8 [..., row bytes].
@@ -112,10 +131,11 @@ def read_gguf(path: Path) -> GgufFile:
             if version[2] < 24:
                 raise CheckpointError(f"{path} has {version[2]} bytes, which is no GGUF file")
             with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-                metadata, tensors = _Cursor(path, data).parse()
+                cursor = _Cursor(path, data)
+                metadata, tensors = cursor.parse()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    return GgufFile(path=path, version=version, metadata=metadata, tensors=tensors)
+    return GgufFile(path=path, version=version, metadata=metadata, tensors=tensors, spans=cursor.spans)
 
 
 def _version(descriptor: int) -> tuple[int, ...]:
@@ -126,6 +146,7 @@ def _version(descriptor: int) -> tuple[int, ...]:
 class _Cursor:
     def __init__(self, path: Path, data: mmap) -> None:
         self.path, self.data, self.size, self.at = path, data, len(data), 0
+        self.spans: dict[str, tuple[int, int]] = {}
 
     def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         if self.data[:4] != MAGIC:
@@ -139,11 +160,13 @@ class _Cursor:
         tensor_count, key_count = self.take("QQ")
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
+            start = self.at
             key = self.string("a key")
             kind, = self.take("I")
             if key in metadata:
                 raise CheckpointError(f"{self.path} has the key {key!r} twice")
             metadata[key] = self.value(kind, key)
+            self.spans[key] = start, self.at
         table = dict(self.entries(tensor_count))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= _LARGEST_ALIGNMENT or alignment & alignment - 1:

@@ -15,7 +15,7 @@ from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose, kernel
 from qpass.match import Match, Tier, match
 from qpass.recipe import OnIndivisible, OnUnsupportedActivation, Recipe
-from qpass.scheme import Scheme, WeightArgs, activation_words
+from qpass.scheme import RowCodec, Scheme, WeightArgs, activation_words, codec_of
 from qpass.site import Site
 from qpass.spec import LinearSpec
 
@@ -108,7 +108,7 @@ def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision
     why = _cannot(site, tied_to)
     if why is not None:
         return replace(kept, status="refuse", scheme=scheme, reason=why)
-    weight, reason = _resolve_group(scheme.weight, site.in_features, policy)
+    weight, reason = _resolve_group(scheme.weight, (site.out_features, site.in_features), policy)
     if weight is None:
         return replace(kept, status="refuse" if policy == "error" else "keep", scheme=scheme, reason=reason)
     if site.uses == 0:
@@ -151,9 +151,19 @@ def _told(site: Site) -> str:
     return text.removeprefix(f"{site.name}: ")
 
 
-def _resolve_group(weight: WeightArgs, k: int, policy: OnIndivisible) -> tuple[WeightArgs | None, str]:
-    """The weight's numbers for rows of `k`, and the line that names any change; None if the policy forbids one."""
-    size = weight.group_size
+def _resolve_group(weight: WeightArgs, shape: tuple[int, int], policy: OnIndivisible) -> tuple[WeightArgs | None, str]:
+    """The weight's numbers for this shape, and the line that names any change; None if the policy forbids one.
+
+    A codec's groups belong to its format, and are never adjusted.
+    """
+    size, k = weight.group_size, shape[1]
+    codec = codec_of(weight)
+    if isinstance(codec, RowCodec):
+        try:
+            codec.stored(weight, shape)
+        except ValueError as error:
+            return None, f"{error}: left in float"
+        return weight, ""
     if size is None or k % size == 0:
         return weight, ""
     told = f"group {size} does not divide {k}"

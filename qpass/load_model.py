@@ -59,7 +59,7 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
     if recipe is not None:
         layers, notes = replan(model, contents.layers, recipe, str(checkpoint.path))
         contents = replace(contents, layers=tuple(layers), notes=(*contents.notes, *notes))
-    plan = _plan(model, None if recipe is not None else reader, checkpoint.quantization, contents)
+    plan = plan_of(model, None if recipe is not None else reader, checkpoint.quantization, contents)
     # A table that reads a packed head's rows is in the files for others; here it would be a second copy.
     fill_floats([item for item in contents.floats if item.name not in reader.tied], checkpoint, device, dtype)
     fill_layers(model, contents.layers, checkpoint, device, dtype)
@@ -88,7 +88,7 @@ def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype
     return model.eval()
 
 
-def _plan(model: nn.Module, reader: Reader | None, quantization: Mapping[str, Any], contents: Contents) -> Any:
+def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, Any], contents: Contents) -> Any:
     """What `explain` tells of each layer, planned anew on the empty model; None if that cannot be had."""
     from qpass.plan_model import make_plan
 

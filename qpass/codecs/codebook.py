@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+from qpass.scheme import RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
 
 # bitsandbytes functional.py, create_normal_map(offset=0.9677083) and the FP4 map, both over their largest value.
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -61,3 +61,6 @@ class Codebook(RowCodec):
 
 register_codec("nf4", Codebook(NF4))
 register_codec("fp4", Codebook(FP4))
+
+for _name in ("nf4", "fp4"):  # as bitsandbytes makes them by default, in blocks of 64
+    register_scheme(Scheme(name=_name, weight=WeightArgs(bits=4, type=_name, granularity="per_group", group_size=64)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+from qpass.scheme import ActivationArgs, RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
 
 LARGEST = 448.0  # of e4m3fn
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -72,3 +72,11 @@ def largest(weight: Tensor, args: WeightArgs) -> Tensor:
 
 
 register_codec("fp8", Fp8())
+
+_TOKEN = ActivationArgs(type="float")
+register_scheme(Scheme(name="fp8", weight=WeightArgs(bits=8, type="fp8", granularity="per_tensor"),
+                       activation=ActivationArgs(type="float", granularity="per_tensor", dynamic=False)))
+register_scheme(Scheme(name="fp8_dynamic", weight=WeightArgs(bits=8, type="fp8"), activation=_TOKEN))
+register_scheme(Scheme(
+    name="fp8_block", weight=WeightArgs(bits=8, type="fp8", granularity="per_block", group_size=128),
+    activation=ActivationArgs(type="float", granularity="per_group", group_size=128)))

@@ -23,7 +23,7 @@ from qpass.codecs.elements import (
     unpack_sixes,
     values,
 )
-from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+from qpass.scheme import ActivationArgs, RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
 
 GROUP = 32
 
@@ -103,3 +103,18 @@ register_codec("mxfp4", MxPacked(E2M1, 4))
 register_codec("mxfp6_e3m2", MxPacked(E3M2, 6))
 register_codec("mxfp6_e2m3", MxPacked(E2M3, 6))
 register_codec("mxfp8", MxFp8())
+
+
+def _preset(name: str, bits: int, kind: str, activation: ActivationArgs | None = None) -> None:
+    weight = WeightArgs(bits=bits, type=kind, granularity="per_group", group_size=GROUP)
+    register_scheme(Scheme(name=name, weight=weight, activation=activation))
+
+
+_FP8_32 = ActivationArgs(type="float", granularity="per_group", group_size=GROUP)
+_preset("mxfp4a16", 4, "mxfp4")
+_preset("mxfp4", 4, "mxfp4", ActivationArgs(bits=4, type="float", granularity="per_group", group_size=GROUP))
+_preset("mxfp4xfp8", 4, "mxfp4", ActivationArgs(type="float", granularity="per_group", group_size=128))
+_preset("mxfp6a16", 6, "mxfp6_e2m3")
+_preset("mxfp6a8", 6, "mxfp6_e2m3", _FP8_32)
+_preset("mxfp8a16", 8, "mxfp8")
+_preset("mxfp8", 8, "mxfp8", _FP8_32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qpass.codecs.elements import E2M1, pack_nibbles, to_codes, unpack_nibbles, values
-from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+from qpass.scheme import ActivationArgs, RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
 
 GROUP = 16
 
@@ -77,3 +77,8 @@ class NvFp4Reciprocal(NvFp4):
 register_codec("nvfp4", NvFp4())
 register_codec("nvfp4_reciprocal", NvFp4Reciprocal())
 register_codec("nvfp4_mul", NvFp4Multiplied())
+
+_WEIGHT = WeightArgs(bits=4, type="nvfp4", granularity="per_group", group_size=GROUP)
+register_scheme(Scheme(name="nvfp4a16", weight=_WEIGHT))
+register_scheme(Scheme(name="nvfp4", weight=_WEIGHT, activation=ActivationArgs(
+    bits=4, type="float", granularity="per_group", group_size=GROUP, dynamic="local")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qpass.codecs  # noqa: F401  (registers its presets)
 from qpass.errors import DuplicateRegistration, RecipeError
 from qpass.scheme import (
     PRESETS,
@@ -22,7 +23,8 @@ from qpass.scheme import (
     scheme_for,
 )
 
-BUILT_IN = sorted(PRESETS)
+BUILT_IN = sorted(name for name, scheme in PRESETS.items() if scheme.weight.type == "int")
+FLOATS = sorted(set(PRESETS) - {*BUILT_IN, "nf4", "fp4"})
 OWN = {"w4a8_channel", "w8a8_static", "w8a8_static_asym", "w4a8_static"}  # recipes, no presets of compressed-tensors
 _STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
 
@@ -56,11 +58,29 @@ def test_preset_is_that_of_compressed_tensors(name: str) -> None:
                     ours.activation.bits, ours.activation.type, ours.activation.symmetric, True, "token", None)
 
 
-def test_every_preset_with_integer_weights_is_here() -> None:
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_preset_is_that_of_compressed_tensors(name: str) -> None:
+    from qpass.formats.compressed_tensors_floats import float_args
+
     quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
-    expressible = {name.lower() for name, parts in quant_scheme.PRESET_SCHEMES.items() if "weights" in parts
-                   and parts["weights"].type == "int"}
-    assert expressible | OWN == set(BUILT_IN)
+    theirs, ours = quant_scheme.PRESET_SCHEMES[name.upper()], PRESETS[name]
+    assert float_args(theirs["weights"].model_dump(mode="json")) == ours.weight
+    activations = theirs.get("input_activations")
+    if ours.activation is None:
+        assert activations is None
+        return
+    strategy = {"per_group": ("group", "tensor_group")}.get(ours.activation.granularity,
+                                                            (_STRATEGY[ours.activation.granularity],))
+    assert activations.strategy in strategy
+    assert (activations.num_bits, activations.type, activations.symmetric, activations.dynamic, activations.group_size
+            ) == (ours.activation.bits, ours.activation.type, ours.activation.symmetric, ours.activation.dynamic,
+                  ours.activation.group_size)
+
+
+def test_every_preset_is_here() -> None:
+    quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
+    expressible = {name.lower() for name, parts in quant_scheme.PRESET_SCHEMES.items() if "weights" in parts}
+    assert expressible | OWN == {*BUILT_IN, *FLOATS}
 
 
 def test_w4a8_channel_is_int4_rows_and_asymmetric_tokens() -> None:

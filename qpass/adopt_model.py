@@ -63,10 +63,9 @@ def adopt(model: nn.Module) -> nn.Module:
     reader = TorchAoReader(Checkpoint(path=_WHERE, config={}, quantization={}, source=source))
     layers = []
     for key, found in paths.items():
-        weight = weights.pop(key)
-        shape, dtype = tuple(weight.shape), weight.dtype
-        device = weight.device
-        del weight
+        given = weights.pop(key)
+        shape, dtype, device = tuple(given.shape), given.dtype, given.device
+        del given
         read = reader.weight(Place(path=found[0], name=f"{found[0]}.weight", shape=shape))
         assert isinstance(read, WeightRead)
         layers.append(Layer(paths=tuple(found), leaf="weight", bias="bias", transposed=False, module=True, read=read))

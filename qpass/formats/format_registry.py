@@ -23,7 +23,7 @@ from qpass.formats.safetensors_folder import SafetensorsFolder
 
 GROUP = "qpass.formats"
 _BUILTIN = ("compressed_tensors_format", "gptq", "awq", "autoround", "bitsandbytes_format", "gguf_format",
-            "modelopt_format", "quark_format", "torchao_format", "fp8_format", "mxfp4_experts_format", "hqq_format",
+            "modelopt", "quark_format", "torchao_format", "fp8_format", "mxfp4_experts_format", "hqq_format",
             "quanto_format", "deepspeedfp_format")
 
 

@@ -37,7 +37,7 @@ def save_gguf(model: nn.Module, path: str | PathLike[str], *, tokenizer: Any = N
         target = target / "model.gguf"
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise CheckpointError("only Transformers models are written to GGUF: their config says what llama.cpp needs")
+        raise CheckpointError("only Transformers models are written to GGUF: their config says what the file must")
     architecture, metadata = _metadata(config)
     if tokenizer is not None:
         metadata |= vocabulary(tokenizer, config.get_text_config().vocab_size)
@@ -100,8 +100,8 @@ def _entries(model: nn.Module, names: GgufNames) -> Iterator[GgufEntry]:
 def _name(name: str, names: GgufNames) -> str:
     found = names.tensors_of(name)
     if len(found) != 1:
-        raise CheckpointError(f"{name} has no tensor of its own in GGUF; experts and layers that llama.cpp does not "
-                              "know cannot be written")
+        raise CheckpointError(f"{name} has no tensor of its own in GGUF; experts, and layers that its architecture does "
+                              "not have, cannot be written")
     return found[0]
 
 

@@ -21,8 +21,8 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
     said = json.loads(backend.to_str()) if backend is not None else {}
     model = said.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(said):
-        raise CheckpointError("only byte-level BPE tokenizers are written to GGUF; save the model without a tokenizer "
-                              "(llama-server and others then ask for one), or convert it with llama.cpp's own script")
+        raise CheckpointError("only byte-level BPE tokenizers are written to GGUF; save the model without a "
+                              "tokenizer, or convert it with the script that GGUF comes with")
     tokens: list[str | None] = [None] * size
     types = [_UNUSED] * size
     added = {item["id"]: item for item in said.get("added_tokens", ())}
@@ -34,7 +34,8 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         types[number] = _NORMAL if extra is None else _CONTROL if extra.get("special") else _USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     found: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": splitting(said.get("pre_tokenizer") or {}),
+        "tokenizer.ggml.model": _table()["model"],
+        "tokenizer.ggml.pre": splitting(said.get("pre_tokenizer") or {}),
         "tokenizer.ggml.tokens": [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)],
         "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges}
     for name in ("bos", "eos", "pad", "unk"):
@@ -49,6 +50,9 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
 
 def splitting(pre_tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name of the way a text is split before merging, by the regular expressions; `default` if unknown."""
-    table = json.loads((files("qpass") / "data" / "gguf_splitting.json").read_text(encoding="utf-8"))
     text = json.dumps(pre_tokenizer, sort_keys=True)
-    return next((str(row["name"]) for row in table if all(part in text for part in row["parts"])), "default")
+    return next((str(row["name"]) for row in _table()["splitting"] if all(part in text for part in row["parts"])), "default")
+
+
+def _table() -> Any:
+    return json.loads((files("qpass") / "data" / "gguf_vocabulary.json").read_text(encoding="utf-8"))

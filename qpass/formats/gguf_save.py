@@ -100,8 +100,8 @@ def _entries(model: nn.Module, names: GgufNames) -> Iterator[GgufEntry]:
 def _name(name: str, names: GgufNames) -> str:
     found = names.tensors_of(name)
     if len(found) != 1:
-        raise CheckpointError(f"{name} has no tensor of its own in GGUF; experts, and layers that its architecture does "
-                              "not have, cannot be written")
+        raise CheckpointError(f"{name} has no tensor of its own in GGUF; experts, and layers that its architecture "
+                              "does not have, cannot be written")
     return found[0]
 
 

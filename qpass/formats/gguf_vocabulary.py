@@ -51,7 +51,8 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
 def splitting(pre_tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name of the way a text is split before merging, by the regular expressions; `default` if unknown."""
     text = json.dumps(pre_tokenizer, sort_keys=True)
-    return next((str(row["name"]) for row in _table()["splitting"] if all(part in text for part in row["parts"])), "default")
+    rows = _table()["splitting"]
+    return next((str(row["name"]) for row in rows if all(part in text for part in row["parts"])), "default")
 
 
 def _table() -> Any:

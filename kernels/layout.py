@@ -19,8 +19,9 @@ class Layout:
     """A named arrangement. Invariant: unpack(pack(w, spec), spec) equals w, bit for bit.
 
     `rows(packed, spec, ids)` gives the rows `ids` [M] of the weight and reads no others; a layout without it cannot
-    serve as the table of an embedding. `quantize(weight, spec)` is a faster qpass.weight.quantize_weight, with the same
-    result bit for bit; it gives None for a weight that it does not take.
+    serve as the table of an embedding. `quantize(weight, spec)` packs what qpass.weight.quantize_weight gives, bit for
+    bit, faster than the two do; `finite(weight)` says whether a weight holds neither NaN nor Inf. Both give None for a
+    weight that they do not take.
 
     `names(spec)` are the tensors of a packed weight in the order in which ops receive them.
     """
@@ -30,7 +31,8 @@ class Layout:
     pack: Callable[[CanonicalWeight, LinearSpec], Packed]
     unpack: Callable[[Packed, LinearSpec], CanonicalWeight]
     rows: Callable[[Packed, LinearSpec, Tensor], CanonicalWeight] | None = None
-    quantize: Callable[[Tensor, LinearSpec], CanonicalWeight | None] | None = None
+    quantize: Callable[[Tensor, LinearSpec], Packed | None] | None = None
+    finite: Callable[[Tensor], bool | None] | None = None
 
 
 def _canonical_names(spec: LinearSpec) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import qpass.kernels.gradient  # noqa: F401  (both give the ops below what they 
 from qpass.activation_scale import ActivationScale, scale_of_tensors
 from qpass.errors import PackedForInference, WeightError
 from qpass.formats.compressed_tensors import describe_weight, names_found, read_weight, write_weight
+from qpass.kernels.layout import Packed
 from qpass.kernels.registry import Kernel, LinearCall, choose, kernel
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
@@ -37,9 +38,9 @@ class PackedWeight(nn.Module):
     _spec_text: str
     _kernel: Kernel
 
-    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype,
+    def __init__(self, weight: CanonicalWeight | Packed, spec: LinearSpec, dtype: torch.dtype,
                  scale: ActivationScale | None = None) -> None:
-        """`weight` is packed for `spec.kernel`; `dtype` is that of the float weight it came from.
+        """`weight` is packed for `spec.kernel`, or is already; `dtype` is that of the float weight it came from.
 
         `scale` must be there exactly if the spec's activation is static; WeightError otherwise.
         """
@@ -56,13 +57,13 @@ class PackedWeight(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._pack(weight, spec)
 
-    def _pack(self, weight: CanonicalWeight, spec: LinearSpec) -> None:
+    def _pack(self, weight: CanonicalWeight | Packed, spec: LinearSpec) -> None:
         chosen = kernel(spec.kernel)
-        packed = chosen.layout.pack(weight, spec)
+        packed = weight if isinstance(weight, dict) else chosen.layout.pack(weight, spec)
         for name in self._names:
             del self._buffers[name]
         names = tuple("packed_" + name for name in chosen.layout.names(spec))
-        self.on_disk = describe_weight(weight, spec) | {
+        self.on_disk = describe_weight(CanonicalWeight(packed) if isinstance(weight, dict) else weight, spec) | {
             name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._scale_tensors().items()}
         for name in names:
             self.register_buffer(name, packed[name.removeprefix("packed_")], persistent=False)
@@ -252,8 +253,8 @@ class QuantLinear(PackedWeight):
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: CanonicalWeight, bias: nn.Parameter | None, spec: LinearSpec, dtype: torch.dtype,
-                 origin: Origin | None = None, scale: ActivationScale | None = None) -> None:
+    def __init__(self, weight: CanonicalWeight | Packed, bias: nn.Parameter | None, spec: LinearSpec,
+                 dtype: torch.dtype, origin: Origin | None = None, scale: ActivationScale | None = None) -> None:
         super().__init__(weight, spec, dtype, scale)
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.register_parameter("bias", bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qpass.activation_scale import ActivationScale
+from qpass.kernels.layout import Packed
 from qpass.layers import PackedWeight
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -20,7 +21,7 @@ class QuantWeight(PackedWeight):
     `transposed` says that the parameter was stored [K, N]. It is a module so that `.to()` and `state_dict()` reach it.
     """
 
-    def __init__(self, weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype,
+    def __init__(self, weight: CanonicalWeight | Packed, spec: LinearSpec, dtype: torch.dtype,
                  scale: ActivationScale | None = None, *, transposed: bool) -> None:
         super().__init__(weight, spec, dtype, scale)
         self.transposed = transposed

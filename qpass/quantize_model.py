@@ -143,7 +143,9 @@ def _check_weights(model: nn.Module, targets: list[Decision], allow_nonfinite: b
     for decision in targets:
         weight = model.get_parameter(decision.site.name)
         devices.setdefault(str(weight.device), decision.site.name)
-        check_weight(weight, decision.site.name, allow_nonfinite=allow_nonfinite)
+        finite = None if decision.spec is None else kernel(decision.spec.kernel).layout.finite
+        known = finite is not None and finite(weight.detach()) is True
+        check_weight(weight, decision.site.name, allow_nonfinite=allow_nonfinite or known)
     if len(devices) > 1 and not hasattr(model, "hf_device_map"):
         places = "; ".join(f"{name} is on {device}" for device, name in devices.items())
         raise WeightError(f"the model's weights are on {len(devices)} devices ({places}); move it to one with "

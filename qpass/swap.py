@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qpass.activation_scale import ActivationScale
 from qpass.errors import WeightError
+from qpass.kernels.layout import Packed
 from qpass.kernels.registry import kernel
 from qpass.layers import Origin, PackedWeight, QuantLinear
 from qpass.plan_model import Decision
@@ -40,8 +41,8 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     return _replace(model, owner, leaf, parameter, decision, spec, device, scale)
 
 
-def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight:
-    """`weight` [N, K] rounded to nearest, by the kernel's own code for that if its layout has some."""
+def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | Packed:
+    """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can."""
     faster = kernel(spec.kernel).layout.quantize
     return (None if faster is None else faster(weight, spec)) or quantize_weight(weight, spec)
 

@@ -25,6 +25,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_pack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
     "qp_unpack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
     "qp_quantize_weight": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _POINTER, _POINTER, _I32),
+    "qp_quantize_pack": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I32),
+    "qp_all_finite": (_POINTER, _I32, _I64, _I32),
     "qp_quantize": (_I32, _POINTER, _I32, _I64, _I64, _POINTER, _POINTER, _POINTER),
 }
 _lock = threading.Lock()
@@ -123,6 +125,30 @@ def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bo
         tensors["qweight"].data_ptr(), tensors["scale"].data_ptr(),
         None if symmetric else tensors["zero_point"].data_ptr(), torch.get_num_threads()))
     return CanonicalWeight(tensors)
+
+
+def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool) -> dict[str, Tensor]:
+    """weight [N, K] contiguous -> `pack` of quantize_weight, with scale and zero_point [Np / 16, G, 16], in one go."""
+    n, k = weight.shape
+    blocks, groups = padded(n, 32) // 16, k // group_size
+    packed = {"qweight": torch.empty(blocks * 16 * padded(k, 64) * bits // 8, dtype=torch.uint8),
+              "scale": torch.empty(blocks, groups, 16, dtype=weight.dtype)}
+    if not symmetric:
+        packed["zero_point"] = torch.empty(blocks, groups, 16, dtype=torch.int8)
+    _succeed(library().qp_quantize_pack(
+        weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
+        packed["qweight"].data_ptr(), packed["qweight"].numel(), packed["scale"].data_ptr(),
+        None if symmetric else packed["zero_point"].data_ptr(), torch.get_num_threads()))
+    return packed
+
+
+def all_finite(weight: Tensor) -> bool:
+    """Whether a contiguous weight of float32, bfloat16 or float16 holds neither NaN nor Inf."""
+    dtype = DTYPE_INDEX[weight.dtype]
+    code = library().qp_all_finite(weight.data_ptr(), dtype, weight.numel(), torch.get_num_threads())
+    if code < 0:
+        _succeed(code)
+    return bool(code == 0)
 
 
 def quantize(x: Tensor, isa: str, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -72,12 +72,24 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(tensors)
 
 
-def _quantize(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | None:
+def _takes_weight(weight: Tensor) -> bool:
     # A transposed weight would be copied whole first; plain torch reads it some rows at a time.
-    if (weight.device.type != "cpu" or weight.dtype not in native.DTYPE_INDEX or not weight.is_contiguous()
-            or spec.weight.type != "int" or spec.weight.granularity == "per_tensor" or weight.numel() == 0):
+    return (weight.device.type == "cpu" and weight.dtype in native.DTYPE_INDEX and weight.is_contiguous()
+            and weight.numel() > 0)
+
+
+def _finite(weight: Tensor) -> bool | None:
+    return native.all_finite(weight) if _takes_weight(weight) and native.prepare() is None else None
+
+
+def _quantize(weight: Tensor, spec: LinearSpec) -> Packed | None:
+    numbers = spec.weight
+    if not _takes_weight(weight) or numbers.type != "int" or numbers.granularity == "per_tensor":
         return None
-    return native.quantize_weight(weight, spec.group_size, spec.weight.bits, symmetric=spec.weight.symmetric)
+    weight = weight.detach()
+    if "colsum" in _names(spec):
+        return _pack(native.quantize_weight(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric), spec)
+    return native.quantize_pack(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric)
 
 
 def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
@@ -95,7 +107,8 @@ def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
     return CanonicalWeight({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize)
+X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize,
+                    finite=_finite)
 """Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
 
 

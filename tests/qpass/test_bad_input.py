@@ -202,7 +202,7 @@ def test_already_quantized() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interrupted_in_the_middle(monkeypatch: pytest.MonkeyPatch, after: int, error: type[BaseException]) -> None:
     model = net()
-    before, real, calls = model(X), qpass.swap.quantize_weight, [0]
+    before, real, calls = model(X), qpass.swap.quantized, [0]
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -210,7 +210,7 @@ def test_interrupted_in_the_middle(monkeypatch: pytest.MonkeyPatch, after: int, 
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(qpass.swap, "quantize_weight", interrupted)
+    monkeypatch.setattr(qpass.swap, "quantized", interrupted)
     if after == 3:
         assert len(packed(quantize(model, "w8a16"))) == 3
         return

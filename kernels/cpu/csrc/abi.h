@@ -45,6 +45,14 @@ int32_t qp_unpack(const uint8_t* packed, int64_t packed_bytes, int64_t N, int64_
 int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size,
                            int32_t bits, int32_t symmetric, int8_t* q, void* scale, int8_t* zero_point, int32_t threads);
 
+// The same and qp_pack in one, for 4 and 8 bits: packed as product.h says, scale and zero_point [Np / 16][G][16].
+int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size,
+                         int32_t bits, int32_t symmetric, uint8_t* packed, int64_t packed_bytes, void* scale,
+                         int8_t* zero_point, int32_t threads);
+
+// 0 if every number is finite, 1 if one is NaN or Inf.
+int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, int32_t threads);
+
 }  // extern "C"
 
 namespace qpass {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "abi.h"
+#include "pack_tile.h"
 
 namespace qpass {
 namespace {
@@ -21,24 +22,12 @@ const char* check(const void* q, int64_t q_bytes, int64_t N, int64_t K, int32_t 
 // does not fit 4 bits.
 bool pack_block(const int8_t* q, int64_t N, int64_t K, int32_t bits, int64_t n0, int64_t k0, uint8_t* out) {
   int8_t tile[16][64];
-  bool fits = true;
   for (int64_t n = 0; n < 16; n++) {
     const int64_t there = n0 + n < N ? (k0 + 64 <= K ? 64 : K - k0) : 0;
     memset(tile[n], 0, 64);
     if (there > 0) memcpy(tile[n], q + (n0 + n) * K + k0, (size_t)there);
   }
-  for (int line = 0; line < (bits == 4 ? 8 : 16); line++)
-    for (int b = 0; b < 64; b++) {
-      const int8_t* at = &tile[b / 4][line * 4 + b % 4];
-      if (bits == 8) {
-        *out++ = (uint8_t)(at[0] + 128);
-        continue;
-      }
-      const int low = at[0] + 8, high = at[32] + 8;
-      fits &= !((low | high) & ~15);
-      *out++ = (uint8_t)(low | high << 4);
-    }
-  return fits;
+  return pack_tile(tile[0], 64, bits, out);
 }
 
 void unpack_block(const uint8_t* in, int64_t N, int64_t K, int32_t bits, int64_t n0, int64_t k0, int8_t* q) {

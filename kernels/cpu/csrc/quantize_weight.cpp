@@ -1,10 +1,12 @@
-// Weight quantization: a float weight [N, K] in, integers with their scales and zero points out, rounded to nearest.
-// The same operations in the same precision as qpass/weight.py, so integers, scales and zero points agree bit for bit.
+// Weight quantization: a float weight [N, K] in, integers with their scales and zero points out, rounded to nearest,
+// in canonical form or packed at once. The same operations in the same precision as qpass/weight.py, so integers, scales and zero points agree bit for bit.
 #include <cmath>
 #include <cstdint>
 
 #include "abi.h"
 #include "convert.h"
+#include "pack_tile.h"
+#include "scratch.h"
 
 namespace qpass {
 
@@ -80,26 +82,28 @@ __attribute__((always_inline)) inline void quantize_group(const Job& job, const 
 
 template <class T>
 __attribute__((always_inline)) inline void quantize_row(const Job& job, const T* w, int64_t groups, int8_t* q,
-                                                        void* scale, int8_t* zero_point, int64_t first) {
+                                                        void* scale, int8_t* zero_point, int64_t first,
+                                                        int64_t step) {
   for (int64_t g = 0; g < groups; g++) {
     float s, zp;
     quantize_group(job, w + g * job.group_size, q + g * job.group_size, s, zp);
-    store_float(scale, job.dtype, first + g, s);
-    if (zero_point) zero_point[first + g] = (int8_t)zp;
+    store_float(scale, job.dtype, first + g * step, s);
+    if (zero_point) zero_point[first + g * step] = (int8_t)zp;
   }
 }
 
-// A row in the instruction set of every machine, and the same lines again for one that has AVX2.
+// One row, to q, its scales `step` apart from `first`; in the instruction set of every machine, and the same lines again
+// for one that has AVX2.
 #define QPASS_ROW(name, attribute)                                                                               \
   attribute void name(const Job& job, const void* w, int64_t row, int64_t groups, int8_t* q, void* scale,        \
-                      int8_t* zero_point) {                                                                      \
-    const int64_t K = groups * job.group_size, at = row * K;                                                     \
+                      int8_t* zero_point, int64_t first, int64_t step) {                                         \
+    const int64_t at = row * groups * job.group_size;                                                            \
     if (job.dtype == DType::f32)                                                                                 \
-      quantize_row(job, (const float*)w + at, groups, q + at, scale, zero_point, row * groups);                  \
+      quantize_row(job, (const float*)w + at, groups, q, scale, zero_point, first, step);                        \
     else if (job.dtype == DType::bf16)                                                                           \
-      quantize_row(job, (const uint16_t*)w + at, groups, q + at, scale, zero_point, row * groups);               \
+      quantize_row(job, (const uint16_t*)w + at, groups, q, scale, zero_point, first, step);                     \
     else                                                                                                         \
-      quantize_row(job, (const Half*)w + at, groups, q + at, scale, zero_point, row * groups);                   \
+      quantize_row(job, (const Half*)w + at, groups, q, scale, zero_point, first, step);                         \
   }
 QPASS_ROW(row_plain, )
 QPASS_ROW(row_avx2, __attribute__((target("avx2"))))
@@ -131,6 +135,64 @@ extern "C" int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_by
   const auto row = available_isa(1) ? row_avx2 : row_plain;
   const int32_t team = team_size(threads, N);
 #pragma omp parallel for num_threads(team) if (team > 1)
-  for (int64_t n = 0; n < N; n++) row(job, w, n, K / group_size, q, scale, zero_point);
+  for (int64_t n = 0; n < N; n++) row(job, w, n, K / group_size, q + n * K, scale, zero_point, n * (K / group_size), 1);
   return 0;
+}
+
+extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K,
+                                    int64_t group_size, int32_t bits, int32_t symmetric, uint8_t* packed,
+                                    int64_t packed_bytes, void* scale, int8_t* zero_point, int32_t threads) {
+  if (const char* why = check(w, dtype, w_bytes, N, K, group_size, bits, packed, scale, zero_point, symmetric))
+    return fail("quantize_pack: %s", why);
+  if (bits != 4 && bits != 8) return fail("quantize_pack: bits must be 4 or 8");
+  const int64_t blocks = padded(N, 32) / 16, Kp = padded(K, 64), groups = K / group_size;
+  if (packed_bytes != blocks * 16 * Kp * bits / 8) return fail("quantize_pack: the packed weight has the wrong size");
+  const float half = (float)(1 << (bits - 1));
+  const Job job = {group_size, -half, half - 1, symmetric != 0, (DType)dtype};
+  const auto row = available_isa(1) ? row_avx2 : row_plain;
+  const int32_t team = team_size(threads, blocks);
+  int32_t failed = 0;
+#pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed)
+  for (int64_t b = 0; b < blocks; b++) {
+    int8_t* rows = nullptr;
+    try {
+      rows = (int8_t*)scratch(0, 16 * Kp);
+    } catch (...) {
+      failed++;
+      continue;
+    }
+    for (int64_t r = 0; r < 16; r++) {
+      int8_t* q = rows + r * Kp;
+      const int64_t there = b * 16 + r < N ? K : 0;
+      if (there) row(job, w, b * 16 + r, groups, q, scale, zero_point, b * groups * 16 + r, 16);
+      memset(q + there, 0, (size_t)(Kp - there));
+      for (int64_t g = 0; !there && g < groups; g++) {  // outputs that only pad: scale 1, zero point 0
+        store_float(scale, job.dtype, (b * groups + g) * 16 + r, 1.0f);
+        if (zero_point) zero_point[(b * groups + g) * 16 + r] = 0;
+      }
+    }
+    for (int64_t j = 0; j < Kp / 64; j++) pack_tile(rows + j * 64, Kp, bits, packed + (b * (Kp / 64) + j) * bits * 128);
+  }
+  return failed ? fail("quantize_pack: out of memory") : 0;
+}
+
+extern "C" int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, int32_t threads) {
+  if ((!w && count) || count < 0 || dtype < 0 || dtype > 2) return fail("all_finite: a null pointer, size or dtype that cannot be");
+  constexpr int64_t part = 1 << 16;
+  const int64_t parts = (count + part - 1) / part;
+  const int32_t team = team_size(threads, parts);
+  int32_t bad = 0;
+#pragma omp parallel for num_threads(team) if (team > 1) reduction(| : bad)
+  for (int64_t p = 0; p < parts; p++) {
+    const int64_t last = (p + 1) * part < count ? (p + 1) * part : count;
+    if (dtype == 0) {
+      for (int64_t i = p * part; i < last; i++) bad |= (((const uint32_t*)w)[i] & 0x7f800000u) == 0x7f800000u;
+    } else {
+      const uint16_t mask = dtype == 1 ? 0x7f80 : 0x7c00;
+      int16_t any = 0;
+      for (int64_t i = p * part; i < last; i++) any |= (int16_t)((((const uint16_t*)w)[i] & mask) == mask);
+      bad |= any;
+    }
+  }
+  return bad ? 1 : 0;
 }

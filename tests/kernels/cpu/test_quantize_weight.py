@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from qpass.kernels.cpu import native
 from qpass.kernels.cpu.x86 import X86_TILE64
-from qpass.scheme import WeightArgs
+from qpass.scheme import ActivationArgs, WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight
 
@@ -52,6 +54,11 @@ def test_equals_the_formulas_bit_for_bit(dtype: torch.dtype, symmetric: bool, bi
         for name, tensor in want.tensors.items():
             assert got.tensors[name].dtype == tensor.dtype
             assert torch.equal(got.tensors[name], tensor), (name, weight.shape)
+        if bits != 2:
+            packed = native.quantize_pack(weight, spec.group_size, bits, symmetric=symmetric)
+            separate = X86_TILE64.pack(want, spec)
+            assert packed.keys() == separate.keys()
+            assert all(torch.equal(packed[name], tensor) for name, tensor in separate.items())
 
 
 def test_every_float_that_16_bits_hold() -> None:
@@ -74,6 +81,22 @@ def test_the_layout_declines_what_it_does_not_take() -> None:
                         out_features=32, in_features=64)
     assert quantize(torch.randn(32, 64), tensor) is None
     assert quantize(torch.randn(32, 64), spec) is not None
+    asymmetric = replace(spec, family="w4a8", activation=ActivationArgs(symmetric=False))
+    weight = torch.randn(32, 64)
+    got, want = quantize(weight, asymmetric), X86_TILE64.pack(quantize_weight(weight, asymmetric), asymmetric)
+    assert got is not None and got.keys() == want.keys() and torch.equal(got["colsum"], want["colsum"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_finite(dtype: torch.dtype) -> None:
+    weight = torch.randn(70, 1001).to(dtype)
+    weight[0, 0], weight[-1, -1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    assert native.all_finite(weight) and native.all_finite(weight[:0])
+    for wrong in ("nan", "inf", "-inf"):
+        for place in ((0, 0), (35, 500), (69, 1000)):
+            broken = weight.clone()
+            broken[place] = float(wrong)
+            assert not native.all_finite(broken)
 
 
 def test_sizes_are_checked() -> None:

@@ -12,6 +12,7 @@ from qpass.kernels.cpu import native
 from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
 from qpass.kernels.registry import LinearCall, register_kernel
+from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
@@ -84,7 +85,10 @@ def _finite(weight: Tensor) -> bool | None:
 
 def _quantize(weight: Tensor, spec: LinearSpec) -> Packed | None:
     numbers = spec.weight
-    if not _takes_weight(weight) or numbers.type != "int" or numbers.granularity == "per_tensor":
+    # Whatever else a scheme may say of its weights one day, such as how scales are chosen, is for plain torch to do.
+    known = WeightArgs(bits=numbers.bits, granularity=numbers.granularity, group_size=numbers.group_size,
+                       symmetric=numbers.symmetric)
+    if not _takes_weight(weight) or numbers != known or numbers.granularity == "per_tensor":
         return None
     weight = weight.detach()
     if "colsum" in _names(spec):

@@ -161,7 +161,8 @@ def _multiplied_out(blocks: Any, name: str, n: int, k: int) -> Floats:
 def main() -> None:
     folder = Path(os.environ["GGML_LIB_DIR"])
     ggml = Ggml(folder)
-    found = {"llama.cpp": os.environ.get("GGML_VERSION", "unknown"), "weights in": next(iter(ggml.extra), "plain")}
+    version = (folder / "libggml-cpu.so").resolve().name.partition(".so.")[2] or "unknown"
+    found = {"llama.cpp's ggml": version, "weights in": next(iter(ggml.extra), "plain")}
     serve({name: partial(lane, ggml, name) for name in TYPES}, lambda: found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,32 @@ SHOWN = ("W4A8", "W8A8", "W4A16")
 
 
 def section(results: Path = HERE / "results") -> str:
-    """The Markdown between the marks, from the files of the last run."""
-    kernels, model = (json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-                      for name in ("kernels", "model"))
-    parts = [f"{kernels['machine']}; {kernels['date']} UTC. {_versions(kernels['versions'], model['versions'])}.",
-             "Products, weights read from memory at up to 16 tokens: what qpass does, and how many times the speed of "
-             "each peer that is, lowest and highest over "
-             f"{_shapes(kernels['cells'])} shapes from 2048 x 2048 to 14336 x 4096.",
-             *(_table(table, [cell for cell in kernels["cells"] if cell["table"] == table.name]) for table in TABLES
-               if table.name in SHOWN),
-             "Whole models of Llama-3.2-1B's shapes, random weights, tokens a second.", _models(model)]
-    reached = [goal for goal in (*kernels["goals"], *model["goals"]) if _reached(goal) is not None]
-    parts.append(f"{sum(bool(_reached(goal)) for goal in reached)} of the {len(reached)} goals that this machine can "
-                 "measure are reached; [tests/bench/NOTES.md](tests/bench/NOTES.md) says the limits of the others.")
-    return "\n\n".join(parts)
+    """The Markdown between the marks, from the files of the last run; each part only if its file is there."""
+    kernels, model = (_read(results / f"{name}.json") for name in ("kernels", "model"))
+    parts = []
+    for found in (kernels, model):
+        if found:
+            what = "Products" if found is kernels else "Whole models"
+            parts.append(f"{what}: {found['machine']}; {found['date']} UTC; {_versions(found['versions'])}.")
+    if kernels:
+        shapes = len({(tuple(cell["n"]), cell["k"]) for cell in kernels["cells"] if cell["table"] == "W4A8"})
+        parts.append("What qpass does on a product, weights read from memory at up to 16 tokens, and how many times the "
+                     f"speed of each peer that is: lowest to highest over {shapes} shapes, the number of tokens below "
+                     "the product's name.")
+        parts += [_table(table, [cell for cell in kernels["cells"] if cell["table"] == table.name])
+                  for table in TABLES if table.name in SHOWN]
+    if model:
+        parts += ["Models of Llama-3.2-1B's shapes with random weights, tokens a second:", _models(model)]
+    reached = [goal for goal in (*kernels.get("goals", ()), *model.get("goals", ())) if _reached(goal) is not None]
+    if reached:
+        count = sum(bool(_reached(goal)) for goal in reached)
+        parts.append(f"{count} of the {len(reached)} goals that this machine can measure are reached; "
+                     "[tests/bench/NOTES.md](tests/bench/NOTES.md) says the limits of the others.")
+    return "\n\n".join(parts) or "No run is kept here; `make bench` makes one."
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _reached(goal: Mapping[str, Any]) -> bool | None:
@@ -43,7 +55,9 @@ def _table(table: Table, cells: Sequence[Mapping[str, Any]]) -> str:
     subject = table.columns[0].label
     shown = [column.label for column in table.columns[1:]
              if any(cell["timings"][column.label]["median_us"] for cell in cells)]
-    rows = [[table.name, "tokens", "qpass", *shown]]
+    if not cells:
+        return f"{table.name} was not measured."
+    rows = [[table.name, "qpass", *shown]]
     for m in sorted({cell["m"] for cell in cells}):
         mine = [cell for cell in cells if cell["m"] == m and cell["timings"][subject]["median_us"]]
         if not mine:
@@ -51,7 +65,7 @@ def _table(table: Table, cells: Sequence[Mapping[str, Any]]) -> str:
         rates = [_rate(cell, subject) for cell in mine]
         unit = "GB/s" if m <= 16 else "TOPS"
         digits = 1 if m <= 16 else 2
-        row = ["", str(m), f"{_range(rates, digits)} {unit}"]
+        row = [str(m), f"{_range(rates, digits)} {unit}"]
         for label in shown:
             times = [cell["timings"][label]["median_us"] / cell["timings"][subject]["median_us"] for cell in mine
                      if cell["timings"][label]["median_us"]]
@@ -77,10 +91,6 @@ def _models(model: Mapping[str, Any]) -> str:
             cells.append(f"{outcome['tokens'][metric] / us * 1e6:.1f}" if us else "")
         rows.append([label, *cells, f"{outcome['peak'] / 1e6:.0f} MB" if outcome["peak"] else ""])
     return _markdown(rows)
-
-
-def _shapes(cells: Iterable[Mapping[str, Any]]) -> int:
-    return len({(tuple(cell["n"]), cell["k"]) for cell in cells if cell["table"] == "W4A8"})
 
 
 def _versions(*known: Mapping[str, Mapping[str, str]]) -> str:

@@ -27,8 +27,8 @@ def section(results: Path = HERE / "results") -> str:
     if kernels:
         shapes = len({(tuple(cell["n"]), cell["k"]) for cell in kernels["cells"] if cell["table"] == "W4A8"})
         parts.append("What qpass does on a product, weights read from memory at up to 16 tokens, and how many times "
-                     f"the speed of each peer that is: lowest to highest over {shapes} shapes, the number of tokens below "
-                     "the product's name.")
+                     f"the speed of each peer that is, lowest to highest over {shapes} shapes; the number of tokens is "
+                     "below the product's name.")
         parts += [_table(table, [cell for cell in kernels["cells"] if cell["table"] == table.name])
                   for table in TABLES if table.name in SHOWN]
     if model:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,9 @@ def few_or_all(calls: Sequence[Call]) -> Callable[[int], Sequence[Call]]:
     return lambda m: calls if m <= SMALL else calls[:FEW]
 
 
+@lru_cache(maxsize=1)
 def draw_weight(n: int, k: int) -> Floats:
-    """The same normal numbers in every process, of the size that a layer's weights have."""
+    """The same normal numbers in every process, of the size that a layer's weights have; not to be written to."""
     draw = np.random.default_rng(n * 31 + k)
     return np.asarray(draw.standard_normal((n, k), dtype=np.float32) * np.float32(k**-0.5))
 

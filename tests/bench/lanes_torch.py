@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lane import (
+    FEW,
     FLOAT_INPUT,
     ROUNDED_INPUT,
+    SMALL,
     Call,
     Floats,
     Lane,
@@ -87,11 +89,15 @@ def qlinear(weights: Sequence[Floats], rotate: int) -> Lane:
     call = torch.ops.onednn.qlinear_pointwise
     out = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
+    packed: dict[bool, list[Tensor]] = {}
+
     def calls(m: int) -> list[Call]:
-        packed = [torch.ops.onednn.qlinear_prepack(w, [m, w.shape[1]]) for w in
-                  (_clones(q, q.nbytes, rotate) if m <= 16 else [q.clone() for _ in range(4)])]
+        small = m <= SMALL
+        if small not in packed:  # the shape of x that it is packed for is a hint
+            copies = copies_for(q.nbytes, rotate) if small else FEW
+            packed[small] = [torch.ops.onednn.qlinear_prepack(q.clone(), [m, q.shape[1]]) for _ in range(copies)]
         return [lambda x, w=w: call(x, step, 128, w, s, zero, None, 1.0, 0, out, "none", [], "")
-                for w in packed]
+                for w in packed[small]]
 
     return _lane(calls, multiplied_out(codes, scale), q.nbytes, ROUNDED_INPUT,
                  take=lambda x: (x / step + 128).round().clamp(0, 255).to(torch.uint8))

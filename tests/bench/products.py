@@ -130,7 +130,7 @@ class Bench:
                 here[column.label] = f"slow: about {expected:.0f} s a call"
             elif column.label in ready:
                 takers[column.label] = partial(self._turn, column, m, k)
-        rounds, seconds = (4, self.options.seconds) if m <= 16 else (3, self.options.seconds / 2)
+        rounds, seconds = (3, self.options.seconds) if m <= 16 else (3, self.options.seconds / 2)
         timings, others = take_turns_quietly(list(self.workers.values()), takers, rounds=rounds, seconds=seconds)
         for label, timing in timings.items():
             if timing.median_us is None:

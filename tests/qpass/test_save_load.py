@@ -330,7 +330,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "other symmetry": (reconfigure(lambda c: group(c).update(symmetric=False)), r"needs \w+\.weight_zero_point"),
     "layer unknown": (reconfigure(lambda c: c["qpass"]["layers"].update({"gone": c["qpass"]["layers"]["up"]}) or
                                   c["config_groups"]["group_0"]["targets"].append("gone")), r"gone is quantized"),
-    "format": (reconfigure(lambda c: c.update(format="float-quantized")), r"'float-quantized' is not read"),
+    "format": (reconfigure(lambda c: c.update(format="sparse-bitmask")), r"'sparse-bitmask' is not read"),
     "method": (reconfigure(lambda c: c.update(quant_method="aqlm")), r"'aqlm'"),
 }
 

@@ -174,15 +174,15 @@ def test_activations_of_every_kind_are_read_and_written_back(fields: dict[str, A
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"quant_method": "gptq"}, "'gptq'"),
-    ({"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
+    ({"format": "marlin-24"}, "'marlin-24'"),
     ({"config_groups": {}}, "no config_groups"),
     ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-    ({"weights": {"type": "float", "num_bits": 8}}, "float8"),
+    ({"weights": {"type": "float", "num_bits": 5}}, "float5"),
     ({"weights": {"strategy": "block"}}, "'block'"),
     ({"weights": {"num_bits": 11}}, "1 to 8"),
     ({"input_activations": {"num_bits": 16, "type": "float", "strategy": "token", "dynamic": True}}, "4 or 8 bits"),
     ({"input_activations": {"num_bits": 8, "strategy": "token", "dynamic": False}}, "one for the tensor"),
-], ids=["gptq", "nvfp4", "no groups", "sparse", "float8", "block", "bits", "16 x", "static x"])
+], ids=["gptq", "marlin", "no groups", "sparse", "float5", "block", "bits", "16 x", "static x"])
 def test_what_cannot_be_read_is_named(change: dict[str, Any], said: str) -> None:
     config = write_config(nn.Sequential(layer("w4a8")))
     assert config is not None

@@ -161,7 +161,10 @@ def _group(name: str, raw: Any, where: str) -> Group:
                               f"{', '.join(_FORMATS[:3])}")
     if raw.get("output_activations"):
         raise CheckpointError(f"{where} quantizes output activations, and this version cannot")
-    return Group(name=name, targets=tuple(raw.get("targets") or ()), weight=_weight_args(weights, where),
+    targets = raw.get("targets") or ()
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{where}: targets are {targets!r}, and must be names")
+    return Group(name=name, targets=tuple(targets), weight=_weight_args(weights, where),
                  activation=None if inputs is None else _activation_args(inputs, where))
 
 

@@ -194,3 +194,12 @@ def test_what_cannot_be_read_is_named(change: dict[str, Any], said: str) -> None
     with pytest.raises(CheckpointError, match=r"folder/config\.json") as error:
         read_config({**config, **change}, "folder/config.json")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [1.5, "Linear", [3], {"Linear": 1}], ids=str)
+def test_targets_must_be_names(targets: Any) -> None:
+    config = write_config(nn.Sequential(layer("w4a8")))
+    assert config is not None
+    group = {**config["config_groups"]["group_0"], "targets": targets}
+    with pytest.raises(CheckpointError, match="targets are"):
+        read_config({**config, "config_groups": {"group_0": group}}, "config.json")

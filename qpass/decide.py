@@ -72,10 +72,11 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
 
 
 def effective_text(spec: LinearSpec) -> str:
-    """What really runs, in a few words: `w4a8 g64`, `w8a8 channel`, `w4a16 g128 asym`, `w4a8 channel, x asym`."""
+    """What really runs, in a few words: `w4a8 g64`, `w8a8 channel`, `w4a16 g128 asym`, `w4a8 channel, x asym`,
+    `w4a8 g64 integer scales`."""
     w, a = spec.weight, spec.activation
     group = f"g{w.group_size}" if w.group_size else w.granularity.removeprefix("per_")
-    asym = "" if w.symmetric else " asym"
+    asym = ("" if w.symmetric else " asym") + ("" if w.scales == "amax" else f" {w.scales} scales")
     words = () if a is None else activation_words(a)
     return f"{spec.family} {group}{asym}" + (f", x {' '.join(words)}" if words else "")
 
@@ -176,7 +177,7 @@ def _resolve_group(weight: WeightArgs, shape: tuple[int, int], policy: OnIndivis
         power //= 2
     if power >= SMALLEST_GROUP:
         return replace(weight, group_size=power), f"{told}: adjusted to {power}"
-    channel = replace(weight, granularity="per_channel", group_size=None)
+    channel = replace(weight, granularity="per_channel", group_size=None, scales="amax")
     return channel, f"{told}, nor does any power of two from {SMALLEST_GROUP} to {size}: adjusted to one group a row"
 
 

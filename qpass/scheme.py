@@ -4,6 +4,7 @@ A preset has exactly the types, granularity and symmetry of the compressed-tenso
 (compressed-tensors 0.20, `quantization/quant_scheme.py`), in lower case. `w4a8_channel` is the channelwise recipe
 of vLLM's W4A8 page: int4 per output channel, int8 asymmetric per token. The `_static` ones are those with activations
 int8 per tensor whose scale is calibrated: vLLM's CompressedTensorsW8A8Int8 with a static input scheme.
+`w4a8_int_scales` is `w4a8` with scales that are integers times a scale of their row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ class WeightArgs:
 
     `type` is "int" or the name of a registered codec. `group_size` is set for per_group, and for per_block, where it
     is the side of a square block [group_size, group_size] (the last ones of a row or column may be smaller).
+    `scales` says how scales are chosen, not how they are stored: "amax" from the largest weight, as compressed-tensors
+    does; "integer" as an integer times a scale of the row (qpass/integer_scales.py), which lets kernels add up all
+    groups in integers.
     """
 
     bits: int
@@ -50,6 +54,7 @@ class WeightArgs:
     granularity: Granularity = "per_channel"
     group_size: int | None = None
     symmetric: bool = True
+    scales: Literal["amax", "integer"] = "amax"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -67,6 +72,12 @@ class WeightArgs:
         if self.group_size is not None and self.group_size < 1:
             raise RecipeError(f"group_size must be positive, got {self.group_size}; "
                               "use granularity='per_channel' for one group a row")
+        if self.scales not in ("amax", "integer"):
+            raise RecipeError(f"weight scales must be amax or integer, got {self.scales!r}")
+        if self.scales == "integer" and (self.type != "int" or self.bits > 4 or not self.symmetric
+                                         or self.granularity != "per_group"):
+            raise RecipeError("scales='integer' goes with symmetric int weights of 2 to 4 bits in groups; got "
+                              f"{self.type}{self.bits}, {self.granularity}, symmetric={self.symmetric}")
 
     @property
     def grouping(self) -> str:
@@ -193,7 +204,8 @@ def register_scheme(scheme: Scheme, *, codec: Codec | RowCodec | None = None) ->
 
 
 def scheme_for(weight: WeightArgs, activation: ActivationArgs | None) -> Scheme:
-    """The preset with exactly these numbers, or a Scheme named after them: `w4a8_g64`, `w4a16_channel_asym`.
+    """The preset with exactly these numbers, or a Scheme named after them: `w4a8_g64`, `w4a16_channel_asym`,
+    `w4a8_int_scales_g64`.
 
     What of the activation the name does not say follows: `_xg32`, `_xtensor`, `_xstatic`, `_xlocal`, `_xasym`.
     """
@@ -202,7 +214,8 @@ def scheme_for(weight: WeightArgs, activation: ActivationArgs | None) -> Scheme:
             return known
     unnamed = Scheme(name="", weight=weight, activation=activation)
     group = weight.grouping
-    name = f"{unnamed.family}_{group}" + ("" if weight.symmetric else "_asym")
+    chosen = "" if weight.scales == "amax" else "_int_scales"
+    name = f"{unnamed.family}{chosen}_{group}" + ("" if weight.symmetric else "_asym")
     if activation is not None:
         name += "".join(f"_x{word}" for word in activation_words(activation))
     return replace(unnamed, name=name)
@@ -249,3 +262,5 @@ register_scheme(Scheme(name="w4a8_channel", weight=WeightArgs(bits=4), activatio
 register_scheme(Scheme(name="w8a8_static", weight=WeightArgs(bits=8), activation=_STATIC))
 register_scheme(Scheme(name="w8a8_static_asym", weight=WeightArgs(bits=8), activation=_STATIC_ASYM))
 register_scheme(Scheme(name="w4a8_static", **_group(4, _STATIC)))
+register_scheme(Scheme(name="w4a8_int_scales", activation=_INT8_TOKEN, weight=WeightArgs(
+    bits=4, granularity="per_group", group_size=128, scales="integer")))

@@ -16,6 +16,7 @@ from qpass.scheme import ActivationArgs, WeightArgs, family_of
 
 _PATTERN = re.compile(
     r"(?P<family>\S+) (?P<type>\w+?)(?P<bits>\d):(?P<group>[gb]\d+|channel|tensor):(?P<sym>sym|asym)"
+    r"(?::(?P<scales>integer))?"
     r"(?: x (?P<xtype>int|fp)(?P<xbits>\d):(?P<xgroup>g\d+|token|tensor):(?P<xsym>sym|asym)"
     r"(?::(?P<when>static|local))?)? (?P<n>\d+)x(?P<k>\d+) @(?P<kernel>\S+)"
 )
@@ -63,6 +64,7 @@ class LinearSpec:
     def __str__(self) -> str:
         w, a = self.weight, self.activation
         text = f"{self.family} {w.type}{w.bits}:{w.grouping}:{'sym' if w.symmetric else 'asym'}"
+        text += "" if w.scales == "amax" else f":{w.scales}"
         if a is not None:
             shared = f"g{a.group_size}" if a.group_size else a.granularity.removeprefix("per_")
             when = ":static" if a.static else ":local" if a.dynamic == "local" else ""
@@ -80,7 +82,8 @@ class LinearSpec:
         size = int(group[1:]) if group[1:].isdigit() else None
         granularity = {"g": "per_group", "b": "per_block"}[group[0]] if size else f"per_{group}"
         weight = WeightArgs(bits=int(m["bits"]), type=m["type"], group_size=size, symmetric=m["sym"] == "sym",
-                            granularity=granularity)  # type: ignore[arg-type]
+                            granularity=granularity,  # type: ignore[arg-type]
+                            scales=m["scales"] or "amax")  # type: ignore[arg-type]
         activation = _activation(m) if m["xtype"] else None
         return LinearSpec(family=m["family"], weight=weight, activation=activation, out_features=int(m["n"]),
                           in_features=int(m["k"]), kernel=m["kernel"])

@@ -5,6 +5,7 @@ symmetric   scale = amax(|w|) / ((qmax - qmin) / 2),                 q = clamp(r
 asymmetric  scale = (max(w, 0) - min(w, 0)) / (qmax - qmin), zero_point = clamp(qmin - round(min / scale), qmin, qmax),
             q = clamp(round(w / scale) + zero_point, qmin, qmax)
 with qmin = -2^(bits-1), qmax = 2^(bits-1) - 1. The scale is rounded to its stored dtype before it is used.
+Where the scheme asks for integer scales they come from qpass/integer_scales.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import qpass.codecs  # noqa: F401  (so that every type that a spec can name is known)
 from qpass.errors import WeightError
+from qpass.integer_scales import integer_scales
 from qpass.scheme import RowCodec, codec_of
 from qpass.spec import LinearSpec
 
@@ -97,12 +99,14 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
         rows = slice(row, min(row + step, n))
         w = weight[rows].detach().float().nan_to_num(0.0, 0.0, 0.0).view(-1, groups, spec.group_size)
         low, high = shared or (w.amin(-1, keepdim=True), w.amax(-1, keepdim=True))
-        if spec.weight.symmetric:
+        if spec.weight.scales == "integer":
+            s = integer_scales(w, bits, scale_dtype)
+        elif spec.weight.symmetric:
             s = torch.maximum(low.abs(), high.abs()) / ((qmax - qmin) / 2)
         else:
             low, high = low.clamp(max=0), high.clamp(min=0)
             s = (high - low) / (qmax - qmin)
-        s = _storable(s, scale_dtype).expand(w.shape[0], groups, 1)
+        s = (s if spec.weight.scales == "integer" else _storable(s, scale_dtype)).expand(w.shape[0], groups, 1)
         q = w / s
         if zero_point is None:
             q = q.round_()

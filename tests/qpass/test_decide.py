@@ -208,6 +208,7 @@ def test_stored_bytes() -> None:
 def test_effective_text() -> None:
     assert [effective_text(spec(name, 8, 128)) for name in ("w4a8", "w8a8", "w4a16_asym", "w4a8_channel")] == [
         "w4a8 g128", "w8a8 channel", "w4a16 g128 asym", "w4a8 channel, x asym"]
+    assert effective_text(spec("w4a8_int_scales", 8, 128)) == "w4a8 g128 integer scales"
     assert [effective_text(spec(name, 8, 128)) for name in ("w8a8_static_asym", "w4afp8")] == [
         "w8a8 channel, x static asym", "w4afp8 g128"]
 

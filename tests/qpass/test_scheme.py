@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from qpass.scheme import (
 
 BUILT_IN = sorted(name for name, scheme in PRESETS.items() if scheme.weight.type == "int")
 FLOATS = sorted(set(PRESETS) - {*BUILT_IN, "nf4", "fp4"})
-OWN = {"w4a8_channel", "w8a8_static", "w8a8_static_asym", "w4a8_static"}  # recipes, no presets of compressed-tensors
+# Recipes, no presets of compressed-tensors.
+OWN = {"w4a8_channel", "w8a8_static", "w8a8_static_asym", "w4a8_static", "w4a8_int_scales"}
 _STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
 
 
@@ -89,10 +91,18 @@ def test_w4a8_channel_is_int4_rows_and_asymmetric_tokens() -> None:
     assert channel.activation == ActivationArgs(symmetric=False)
 
 
+def test_w4a8_int_scales_is_w4a8_but_for_the_choice_of_scales() -> None:
+    assert replace(preset("w4a8_int_scales").weight, scales="amax") == preset("w4a8").weight
+    assert preset("w4a8_int_scales").activation == preset("w4a8").activation
+
+
 @pytest.mark.parametrize("fields", [
     {"bits": 0}, {"bits": 9}, {"bits": 1}, {"bits": 4, "granularity": "per_block"},
     {"bits": 4, "granularity": "per_group"}, {"bits": 4, "group_size": 32},
     {"bits": 4, "granularity": "per_group", "group_size": 0}, {"bits": 4, "granularity": "per_group", "group_size": -1},
+    {"bits": 4, "scales": "integer"}, {"bits": 4, "scales": "mse"},
+    {"bits": 8, "granularity": "per_group", "group_size": 32, "scales": "integer"},
+    {"bits": 4, "granularity": "per_group", "group_size": 32, "scales": "integer", "symmetric": False},
 ], ids=str)
 def test_impossible_weights_cannot_be_made(fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
@@ -148,6 +158,8 @@ def test_scheme_for_finds_the_preset_or_names_the_numbers() -> None:
             assert scheme_for(PRESETS[name].weight, PRESETS[name].activation) is PRESETS[name]
     assert scheme_for(WeightArgs(bits=4, symmetric=False), ActivationArgs(symmetric=False)).name == (
         "w4a8_channel_asym_xasym")
+    integer = WeightArgs(bits=4, granularity="per_group", group_size=32, scales="integer")
+    assert scheme_for(integer, ActivationArgs()).name == preset("w4a8_int_scales").with_group_size(32).name
     assert scheme_for(WeightArgs(bits=4, granularity="per_group", group_size=32), None).name == "w4a16_g32"
 
 

@@ -29,7 +29,8 @@ _CHANNEL_STEPS = 8  # channel scales in an octave: 4 significant bits
 def integer_scales(w: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Scales float32 [n, G, 1], exact in `dtype`, for finite groups `w` float32 [n, G, group_size] of `bits` bits."""
     # In units near each row's largest weight, so that no square below overflows or vanishes.
-    unit = torch.ldexp(torch.ones(()), torch.frexp(w.abs().amax((1, 2), keepdim=True)).exponent.clamp(-100, 100))
+    largest = w.abs().amax((1, 2), keepdim=True)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp(-100, 100))
     w = w / unit
     most = w.gather(-1, w.abs().argmax(-1, keepdim=True))
     ideal = most / -(1 << bits - 1)

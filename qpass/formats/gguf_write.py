@@ -104,6 +104,7 @@ def _text(text: str) -> bytes:
 def _value(value: Any) -> bytes:
     if isinstance(value, list | tuple):
         kind = _kind(value[0]) if value else STRING
+        kind = _INT32 if kind == _UINT32 else kind  # as llama.cpp wants the types of tokens
         return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(_bare(item, kind) for item in value)
     kind = _kind(value)
     return struct.pack("<I", kind) + _bare(value, kind)

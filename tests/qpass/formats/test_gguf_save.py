@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import qpass
 from qpass.errors import CheckpointError
+from qpass.formats.gguf_config import load_tokenizer
 from qpass.formats.gguf_file import read_gguf
 
 pytest.importorskip("gguf")
@@ -109,3 +111,30 @@ def test_a_config_of_absurd_sizes_is_refused(tmp_path: Path) -> None:
     write_gguf(path, {"general.architecture": "llama", "llama.block_count": 10**9}, [entry])
     with pytest.raises(CheckpointError, match="block_count is 1000000000"):
         qpass.load(path)
+
+
+def test_a_byte_level_vocabulary_is_written_and_read_back(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, special_tokens=["<s>", "</s>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(["the cat sat on the mat, 12 times; the hat sat on the cat"] * 9, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    path = qpass.save(small(vocab_size=300), tmp_path / "m.gguf", format="gguf", tokenizer=tokenizer)
+    file = read_gguf(path)
+    start = path.read_bytes().index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type")
+    assert path.read_bytes()[start:start + 8] == struct.pack("<II", 9, 5)  # an array of int32: llama.cpp takes no other
+    types = file.metadata["tokenizer.ggml.token_type"]
+    count = len(tokenizer)
+    assert types[:2] == [3, 3] and set(types[2:count]) == {1} and set(types[count:]) == {5}
+    assert file.metadata["tokenizer.ggml.pre"] == "smollm" and len(file.metadata["tokenizer.ggml.tokens"]) == 300
+    read = load_tokenizer(path)
+    text = "the hat, 34 times!"
+    assert read(text)["input_ids"] == tokenizer(text)["input_ids"] and read.eos_token == "</s>"
+    with pytest.raises(CheckpointError, match="and the model has 260 rows"):
+        qpass.save(small(vocab_size=260), tmp_path / "n.gguf", format="gguf", tokenizer=tokenizer)
+    assert not (tmp_path / "n.gguf").exists()

@@ -25,8 +25,12 @@ class LlamaBench:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Load: its peak memory with a token made. Prefill and decode: a llama-bench or llama-batched-bench."""
-        if request["do"] == "load":
-            return self._load()
+        try:
+            return self._load() if request["do"] == "load" else self._time(request)
+        except (subprocess.CalledProcessError, KeyError, IndexError) as error:
+            return {"failed": f"{type(error).__name__}: {error}"[:200]}
+
+    def _time(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "prefill":
             rows = self._rows("llama-bench", "-p", str(request["tokens"]), "-n", "0", "-r", "1", "-o", "jsonl")
             return {"us": [request["tokens"] / rows[0]["avg_ts"] * 1e6]}
@@ -34,8 +38,8 @@ class LlamaBench:
         if batch == 1:
             rows = self._rows("llama-bench", "-p", "0", "-n", str(tokens), "-d", "128", "-r", "1", "-o", "jsonl")
             return {"us": [1e6 / rows[0]["avg_ts"]]}
-        rows = self._rows("llama-batched-bench", "-c", "4096", "-npp", "128", "-ntg", str(tokens), "-npl", str(batch),
-                          "--output-format", "jsonl")
+        rows = self._rows("llama-batched-bench", "-c", "4096", "-npp", "128", "-pps", "-ntg", str(tokens), "-npl",
+                          str(batch), "--output-format", "jsonl")
         return {"us": [batch / rows[-1]["speed_tg"] * 1e6]}
 
     def _rows(self, program: str, *arguments: str) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ METRICS: dict[str, dict[str, Any]] = {
     "generate(), batch 1": {"do": "generate", "tokens": 12},
     "prefill": {"do": "prefill", "tokens": 512}}
 GENERATE = ("qpass w4a8", "qpass w8a8", "torch bf16")
-FLOAT_PREFILL = 64
+FLOAT_PREFILL = 32
 """Tokens of the float model's prompt: processors without bfloat16 instructions take seconds for them."""
 
 
@@ -158,10 +158,16 @@ def _measure(made: Models, workers: Mapping[str, Worker], askers: Mapping[str, A
             mine = dict(request)
             if label == "torch bf16":
                 mine["tokens"] = FLOAT_PREFILL if request["do"] == "prefill" else 3
-            if "us" in ask(**mine):  # compiles, and warms what it reads
+            try:
+                answer = ask(**mine)  # compiles, and warms what it reads
+            except WorkerDied as why:
+                answer = {"failed": str(why)}
+            if "us" in answer:
                 takers[label] = partial(_turn, ask, mine)
                 made.outcomes[label].tokens[metric] = mine["tokens"] if request["do"] == "prefill" else mine.get(
                     "batch", 1)
+            else:
+                made.outcomes[label].timings[metric] = Timing(why_not=answer.get("failed") or answer.get("refused"))
         timings, others = take_turns_quietly(list(workers.values()), takers, rounds=3, seconds=0.0)
         made.others[metric] = others
         for label, timing in timings.items():

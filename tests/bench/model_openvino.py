@@ -34,6 +34,8 @@ class Model:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.request: Any = None
+        self.held = (0, 0)
+        """Sequences and tokens in the request's cache."""
 
     def load(self) -> dict[str, Any]:
         import openvino as ov
@@ -65,11 +67,18 @@ class Model:
             return {"versions": {"OpenVINO": ov.__version__.split("-")[0]}}
         if asked["do"] == "load":
             return self.load()
-        self.request.reset_state()
         if asked["do"] == "prefill":
+            self.request.reset_state()
+            self.held = (0, 0)
             return {"us": [self.step(1, asked["tokens"], 0)]}
-        self.step(asked["batch"], CONTEXT, 0)
-        return {"us": [self.step(asked["batch"], 1, CONTEXT + i) for i in range(asked["tokens"])]}
+        batch, tokens = asked["batch"], asked["tokens"]
+        if self.held[0] != batch or self.held[1] > 2 * CONTEXT:
+            self.request.reset_state()
+            self.step(batch, CONTEXT, 0)
+            self.held = (batch, CONTEXT)
+        past = self.held[1]
+        self.held = (batch, past + tokens)
+        return {"us": [self.step(batch, 1, past + i) for i in range(tokens)]}
 
 
 if __name__ == "__main__":

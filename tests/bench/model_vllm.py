@@ -74,7 +74,8 @@ class Model:
         if asked["do"] == "prefill":
             return {"us": [self.seconds(1, asked["tokens"], 1) * 1e6]}
         batch, tokens = asked["batch"], asked["tokens"]
-        step = (self.seconds(batch, CONTEXT, tokens + 1) - self.seconds(batch, CONTEXT, 1)) / tokens
+        context = CONTEXT if batch == 1 else CONTEXT // batch  # each turn reads the prompts twice
+        step = (self.seconds(batch, context, tokens + 1) - self.seconds(batch, context, 1)) / tokens
         return {"us": [step * 1e6]}
 
 

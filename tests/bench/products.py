@@ -37,7 +37,7 @@ class Options:
     """What to time: all shapes and forms, or fewer; how long a turn is."""
 
     full: bool = False
-    seconds: float = 0.12
+    seconds: float = 0.1
     tables: Sequence[str] = ()
     shapes: int | None = None
     tokens: Sequence[int] = ()

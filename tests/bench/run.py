@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true", help="every shape and batch in every table (an hour)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=0.12, help="length of a turn")
+    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn")
     parser.add_argument("--tables", nargs="+", default=(), choices=[table.name for table in TABLES])
     parser.add_argument("--shapes", type=int, metavar="N", help="only the first N shapes of each table")
     parser.add_argument("--tokens", nargs="+", type=int, default=())

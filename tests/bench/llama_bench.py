@@ -27,8 +27,10 @@ class LlamaBench:
         """Load: its peak memory with a token made. Prefill and decode: a llama-bench or llama-batched-bench."""
         try:
             return self._load() if request["do"] == "load" else self._time(request)
-        except (subprocess.CalledProcessError, KeyError, IndexError) as error:
-            return {"failed": f"{type(error).__name__}: {error}"[:200]}
+        except subprocess.CalledProcessError as error:
+            return {"failed": f"{Path(error.cmd[0]).name} ended with exit code {error.returncode}"}
+        except (KeyError, IndexError) as error:
+            return {"failed": f"{type(error).__name__} in what it printed: {error}"}
 
     def _time(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "prefill":

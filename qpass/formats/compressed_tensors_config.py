@@ -155,6 +155,8 @@ def _group(name: str, raw: Any, where: str) -> Group:
         raise CheckpointError(f"{where} says nothing of weights; this version reads quantized weights only, got "
                               f"{raw!r}")
     weights, inputs = raw["weights"], raw.get("input_activations")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise CheckpointError(f"{where}: input_activations are {inputs!r}, and must be fields")
     if raw.get("format") not in (*_FORMATS, None):
         raise CheckpointError(f"{where}: compressed-tensors format {raw['format']!r} is not read by this version; "
                               f"it reads "

@@ -203,3 +203,11 @@ def test_targets_must_be_names(targets: Any) -> None:
     group = {**config["config_groups"]["group_0"], "targets": targets}
     with pytest.raises(CheckpointError, match="targets are"):
         read_config({**config, "config_groups": {"group_0": group}}, "config.json")
+
+
+def test_activations_must_be_fields() -> None:
+    config = write_config(nn.Sequential(layer("w4a8")))
+    assert config is not None
+    group = {**config["config_groups"]["group_0"], "input_activations": [0, 0]}
+    with pytest.raises(CheckpointError, match="input_activations are"):
+        read_config({**config, "config_groups": {"group_0": group}}, "config.json")

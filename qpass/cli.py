@@ -19,6 +19,8 @@ _EXAMPLES = """examples:
   qpass explain ./llama-w4a8                               what was done, layer by layer
   qpass eval ./llama-w4a8 --text book.txt --reference ./Llama-3.2-1B
   qpass bench ./Llama-3.2-1B                               which recipe to use on this machine, measured
+  qpass inspect ./llama-awq                                what a checkpoint is, reading no weights
+  qpass convert ./llama-awq ./llama-ct --to compressed-tensors
   qpass kernels                                            what runs on this machine, and why the rest does not
 
 SRC is a Hugging Face model folder: config.json, safetensors, tokenizer. QPASS_DEBUG=1, 2 or 3 shows more.
@@ -83,6 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
     explain = command("explain", "say what was done to a quantized model, layer by layer", "qpass explain ./model-w4a8")
     _source(explain)
     _table(explain)
+
+    inspect = command("inspect", "say what a checkpoint is: format, bits, layers, size, and what would run here",
+                      "qpass inspect ./model-gptq")
+    inspect.add_argument("source", metavar="SRC", help="checkpoint folder or file, of any format that qpass reads")
+
+    convert = command("convert", "write a quantized checkpoint in another format, the same integers",
+                      "qpass convert ./model-awq ./model-ct --to compressed-tensors")
+    convert.add_argument("source", metavar="SRC", help="checkpoint folder or file, of any format that qpass reads")
+    convert.add_argument("destination", metavar="DST", help="folder to write; must not exist or be empty")
+    convert.add_argument("--to", required=True, metavar="FORMAT", help="compressed-tensors, gptq, awq or gguf")
 
     evaluate = command("eval", "perplexity on a text; with --reference also KL and top-1 agreement",
                        "qpass eval ./model-w4a8 --text book.txt --reference ./model --tokens 16384")

@@ -78,6 +78,18 @@ def run_explain(options: argparse.Namespace) -> None:
     _show(qpass.explain(qpass.load(source)), options)
 
 
+def run_inspect(options: argparse.Namespace) -> None:
+    """Print what the checkpoint is."""
+    print(qpass.inspect(options.source))
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Load, save in the other format, and print what changed."""
+    from qpass.convert_checkpoint import convert
+
+    print(convert(options.source, options.destination, to=options.to))
+
+
 def run_eval(options: argparse.Namespace) -> None:
     """Print perplexity, and the distance from the reference."""
     source, text = check_folder(options.source), Path(options.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
 from qpass.formats import compressed_tensors_config
+from qpass.formats.layer_writer import LayerWriter, writable_layers, writers
 from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, write_file
 from qpass.hf import save_config
-from qpass.layers import PackedWeight
+from qpass.layers import PackedWeight, QuantLinear
 from qpass.publish_folder import publish_folder
 from qpass.swap import TRIM_AFTER, give_back_freed_memory
 from qpass.tied_table import TiedTable
@@ -31,25 +33,30 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     model           any module; layers that are not quantized are written as they are, tied weights once
     tokenizer       whatever has `save_pretrained`, written beside the model
     max_shard_size  bytes, or text such as "5GB"; a bigger model becomes several files and an index
-    format          "compressed-tensors", or "gguf": one file for llama.cpp, `folder` itself if it ends in .gguf, in
-                    Q4_0, Q4_1 and Q8_0, with the tokenizer in it
+    format          "compressed-tensors", which holds every layer; "gptq" or "awq" where these can hold the integers; or
+                    "gguf": one file for llama.cpp, `folder` itself if it ends in .gguf, in Q4_0, Q4_1 and Q8_0, with
+                    the tokenizer in it
 
     One tensor at a time is in memory beside the model. Raises CheckpointError, leaving what was there untouched, if
-    the model holds weights without numbers or the files cannot be written.
+    the model holds weights without numbers, the format cannot hold its layers (each is listed with the reason) or the
+    files cannot be written.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"save takes an nn.Module, got {type(model).__name__}; torch.export.save writes exported "
                         f"programs")
-    if format not in ("compressed-tensors", "gguf"):
-        raise CheckpointError(f"models are written as compressed-tensors or gguf, not as {format!r}")
     if format == "gguf":
         from qpass.formats.gguf_save import save_gguf
 
         return save_gguf(model, folder, tokenizer=tokenizer)
     plan = model.__dict__.get("_qpass_plan")
-    quantization = compressed_tensors_config.write_config(model, plan.recipe.to_dict() if plan is not None else None)
-    shards = split_shards(list(_entries(model)), _bytes(max_shard_size))
+    writer, layers = _writer(model, format)
+    if writer is not None:
+        quantization: dict[str, Any] | None = writer.config(model, layers)
+    else:
+        recipe = plan.recipe.to_dict() if plan is not None else None
+        quantization = compressed_tensors_config.write_config(model, recipe)
+    shards = split_shards(list(_entries(model, writer, layers)), _bytes(max_shard_size))
     target = Path(folder).expanduser()
     with publish_folder(target, lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:
         if tokenizer is not None:
@@ -59,7 +66,18 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     return target
 
 
-def _entries(model: nn.Module) -> Iterator[Entry]:
+def _writer(model: nn.Module, format: str) -> tuple[LayerWriter | None, dict[str, QuantLinear]]:
+    """The writer of a format other than compressed-tensors, and the layers that it writes."""
+    if format == compressed_tensors_config.METHOD:
+        return None, {}
+    known = writers()
+    if format not in known:
+        raise CheckpointError(f"no format is written under the name {format!r}; there are "
+                              f"{', '.join([compressed_tensors_config.METHOD, *known, 'gguf'])}")
+    return known[format], writable_layers(model, known[format])
+
+
+def _entries(model: nn.Module, writer: LayerWriter | None, layers: dict[str, QuantLinear]) -> Iterator[Entry]:
     """Every tensor of the state dict once, under the first of its names."""
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -67,7 +85,13 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
         if isinstance(module, TiedTable):
             yield Entry(name=path, dtype=module.dtype, shape=tuple(module.shape), make=module.dequantize)
             continue
-        if isinstance(module, PackedWeight):
+        if writer is not None and path in layers:
+            if id(module._buffers) not in seen:
+                seen.add(id(module._buffers))
+                written = _Written(writer, layers[path])
+                for name, (dtype, shape) in writer.describe(layers[path]).items():
+                    yield Entry(name=prefix + name, dtype=dtype, shape=shape, make=partial(written.take, name))
+        elif isinstance(module, PackedWeight):
             if id(module._buffers) in seen:  # tied: another layer reads the very same packed tensors
                 described = {}
             else:
@@ -84,6 +108,19 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
                                       f"before save")
             yield Entry(name=prefix + name, dtype=tensor.dtype, shape=tuple(tensor.shape),
                         make=lambda tensor=tensor: tensor)  # type: ignore[misc]
+
+
+class _Written:
+    """A layer's tensors in a writer's format, packed when the first is asked for and each given away once."""
+
+    def __init__(self, writer: LayerWriter, layer: QuantLinear) -> None:
+        self._writer, self._layer = writer, layer
+        self._tensors: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            self._tensors = self._writer.tensors(self._layer)
+        return self._tensors.pop(name)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,62 @@
+"""Layer writer: what a format must say to write a model: each linear layer's tensors, and the config over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qpass.errors import CheckpointError
+from qpass.layers import PackedWeight, QuantLinear
+
+
+class LayerWriter(Protocol):
+    """A format that writes nn.Linear layers one by one. `describe` packs nothing and equals what `tensors` gives."""
+
+    name: str
+
+    def refuses(self, layer: QuantLinear) -> str | None: ...
+
+    def describe(self, layer: QuantLinear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: ...
+
+    def tensors(self, layer: QuantLinear) -> dict[str, Tensor]: ...
+
+    def config(self, model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Any]: ...
+
+
+def writers() -> dict[str, LayerWriter]:
+    """The writers of formats other than compressed-tensors, by name."""
+    from qpass.formats.awq_writer import AwqWriter
+    from qpass.formats.gptq_writer import GptqWriter
+
+    return {writer.name: writer for writer in (AwqWriter(), GptqWriter())}
+
+
+def writable_layers(model: nn.Module, writer: LayerWriter) -> dict[str, QuantLinear]:
+    """Every packed layer by path. Raises CheckpointError that lists those that the format cannot hold, and why."""
+    found: dict[str, QuantLinear] = {}
+    wrong: list[str] = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, PackedWeight):
+            continue
+        plain = isinstance(layer, QuantLinear) and isinstance(layer.origin.module, nn.Linear)
+        why = writer.refuses(layer) if plain else "it is no nn.Linear, and the format knows no others"  # type: ignore[arg-type]
+        if why is not None:
+            wrong.append(f"{path}: {why}")
+        elif isinstance(layer, QuantLinear):
+            found[path] = layer
+    if wrong or not found:
+        lines = wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
+        raise CheckpointError(f"the model cannot be saved as {writer.name}:\n  " + "\n  ".join(
+            lines or ["nothing in it is quantized"]) + "\ncompressed-tensors, the default, holds every layer")
+    return found
+
+
+def float_linears(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Iterator[str]:
+    """Paths of nn.Linear layers that stay float; the head is not named, for no reader expects it quantized."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return (path for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and path not in layers and module is not head)
+

@@ -1,0 +1,96 @@
+"""Writers: GPTQ and AWQ there and back byte for byte, into each other with equal weights, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import qpass
+from qpass.cli import main
+from qpass.errors import CheckpointError
+from qpass.layers import PackedWeight
+from tests.qpass.formats.fixture_folders import SMALL
+
+pytest.importorskip("transformers", reason="Transformers is not installed")
+GPTQ = ("gptq/w4_g32_asym", "gptq/w4_g32_descact", "gptq/w3_g32")
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.dequantize(torch.float32) for name, layer in model.named_modules()
+            if isinstance(layer, PackedWeight)}
+
+
+@pytest.mark.parametrize(("name", "to"), [*((name, "gptq") for name in GPTQ), ("awq/gptqmodel_gemm_g32", "awq"),
+                                          ("compressed-tensors/w4a16_asym", "compressed-tensors")])
+def test_there_and_back_is_byte_for_byte(name: str, to: str, tmp_path: Path) -> None:
+    qpass.save(qpass.load(SMALL / name), tmp_path / "out", format=to)
+    before, after = (load_file(folder / "model.safetensors") for folder in (SMALL / name, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+
+
+@pytest.mark.parametrize(("name", "to"), [
+    ("gptq/w4_g32_asym", "awq"), ("awq/gptqmodel_gemm_g32", "gptq"), ("autoround/ar_w4_g32_asym", "compressed-tensors"),
+    ("gptq/w4_g32_descact", "compressed-tensors"), ("gptq/w3_g32", "compressed-tensors"),
+    ("compressed-tensors/w4a16_asym", "gptq"), ("compressed-tensors/w4a16_asym", "awq")])
+def test_formats_hold_the_same_weights(name: str, to: str, tmp_path: Path) -> None:
+    assert main(["convert", str(SMALL / name), str(tmp_path / "out"), "--to", to]) == 0
+    one, other = qpass.load(SMALL / name), qpass.load(tmp_path / "out")
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    ids = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=0, atol=0)
+
+
+def test_the_table_of_a_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(SMALL / "gptq" / "w4_g32_asym"), str(tmp_path / "out"), "--to", "awq"]) == 0
+    said = capsys.readouterr().out
+    assert "self_attn.q_proj" in said and "w4a16 g32 asym" in said and "GPTQ" in said and "AWQ" in said
+    assert main(["convert", str(SMALL / "gptq" / "w4_g32_asym"), str(tmp_path / "out"), "--to", "awq"]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_activation_order_survives_a_state_dict(tmp_path: Path) -> None:
+    model, other = (qpass.load(SMALL / "gptq" / "w4_g32_descact", dtype=torch.float32) for _ in range(2))
+    state = model.state_dict()
+    assert any(name.endswith(".weight_g_idx") for name in state)
+    for layer in other.modules():
+        if isinstance(layer, PackedWeight):
+            layer.input_order.copy_(torch.arange(layer.spec.in_features, dtype=torch.int32))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(other).values(), strict=True))
+    other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(other).values(), strict=True))
+    with torch.inference_mode():
+        ids = torch.arange(3, 12)[None]
+        expected = model(ids).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+        qpass.dequantize(other)
+        torch.testing.assert_close(other(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "to", "said"), [
+    ("gptq/w3_g32", "awq", "integers of 4 bits, not int3"), ("gptq/w4_g32_descact", "awq", "order nor a scale"),
+    ("gptq/w3_g32", "no_such", "'no_such'; there are compressed-tensors, awq, gptq, gguf")])
+def test_what_a_format_cannot_hold_is_refused_by_layer(name: str, to: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        qpass.save(qpass.load(SMALL / name), tmp_path / "out", format=to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_reads_no_tensor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("qpass.formats.safetensors_folder.SafetensorsFolder.read",
+                        lambda *a: pytest.fail("a tensor was read"))
+    for folder in sorted(SMALL.glob("*/*")):
+        if folder.parent.name in ("gptq", "awq", "autoround", "compressed-tensors"):
+            found = qpass.inspect(folder)
+            assert len(found.layers) == 7 and found.format and all(" g" in layer.numbers for layer in found.layers)
+    assert main(["inspect", str(SMALL / "gptq" / "w3_g32")]) == 0
+    said = capsys.readouterr().out
+    assert "GPTQ" in said and "w3a16 g32" in said and "linear_" in said and "quantized layers take" in said

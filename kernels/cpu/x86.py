@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.integer_scales import factor
 from qpass.kernels.cpu import native
 from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
@@ -21,6 +22,7 @@ ISAS = {"amx": ("amx_int8", 40), "vnni": ("avx512_vnni", 30), "avx2": ("avx2", 2
 
 _LARGEST_GROUP = (1 << 17) - 1  # times 128 * 128, the largest sum of products that int32 holds
 _ROWS_AT_A_TIME = 256
+_INTEGER_ROWS = 5  # of 16 bytes a block, before the multipliers of integer scales
 _ZERO_POINT, _COLSUM, _BIAS = 1, 2, 4
 
 
@@ -45,12 +47,43 @@ def _rows(blocked: Tensor, n: int) -> Tensor:
 def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
     if weight.scale.dtype not in native.DTYPE_INDEX:
         raise TypeError(f"scales must be float32, bfloat16 or float16 to be packed for x86, got {weight.scale.dtype}")
-    packed = {"qweight": native.pack(weight, spec.weight.bits), "scale": _blocked(weight.scale, 1)}
+    packed = {"qweight": native.pack(weight, spec.weight.bits), "scale": _packed_scale(weight.scale, spec)}
     if weight.zero_point is not None:
         packed["zero_point"] = _blocked(weight.zero_point, 0)
     if "colsum" in _names(spec):
         packed["colsum"] = _colsum(weight, spec)
     return packed
+
+
+def _packed_scale(scale: Tensor, spec: LinearSpec) -> Tensor:
+    """[Np / 16, G, 16]; integer scales of a checkpoint from anywhere are found here, and become int8 (product.h).
+
+    Then [Np / 16, G + 5, 16] holds, one after the other, a float32 scale a row, Np bytes of which the first says what
+    dtype the scales had, and the multipliers.
+    """
+    integer = (spec.activation is not None and spec.weight.bits == 4 and spec.weight.symmetric and spec.groups > 1
+               and spec.group_size % 32 == 0 and spec.in_features <= _LARGEST_GROUP)
+    parts = factor(scale) if integer else None
+    if parts is None:
+        return _blocked(scale, 1)
+    multiplier, channel = parts
+    channels = _blocked(channel[:, None], 1).flatten()
+    dtype = torch.zeros(len(channels), dtype=torch.int8)
+    dtype[0] = native.DTYPE_INDEX[scale.dtype]
+    flat = torch.cat((channels.view(torch.int8), dtype, _blocked(multiplier, 1).flatten()))
+    return flat.view(-1, spec.groups + _INTEGER_ROWS, 16)
+
+
+def _scale(packed: Packed) -> Tensor:
+    """[Np / 16, G, 16] in the dtype that the scales had when they were packed."""
+    scale = packed["scale"]
+    if scale.dtype != torch.int8:
+        return scale
+    flat, padded = scale.flatten(), scale.shape[0] * 16
+    channel = flat[:padded * 4].view(torch.float32).view(-1, 1, 16)
+    multiplier = flat[padded * 5:].view(scale.shape[0], -1, 16)
+    dtype = {index: dtype for dtype, index in native.DTYPE_INDEX.items()}[int(flat[padded * 4])]
+    return (multiplier * channel).to(dtype)
 
 
 def _colsum(weight: CanonicalWeight, spec: LinearSpec) -> Tensor:
@@ -67,7 +100,7 @@ def _colsum(weight: CanonicalWeight, spec: LinearSpec) -> Tensor:
 
 def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     n, k = spec.out_features, spec.in_features
-    tensors = {"qweight": native.unpack(packed["qweight"], n, k, spec.weight.bits), "scale": _rows(packed["scale"], n)}
+    tensors = {"qweight": native.unpack(packed["qweight"], n, k, spec.weight.bits), "scale": _rows(_scale(packed), n)}
     if not spec.weight.symmetric:
         tensors["zero_point"] = _rows(packed["zero_point"], n)
     return CanonicalWeight(tensors)
@@ -105,7 +138,7 @@ def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
     if spec.weight.bits == 4:  # low nibbles are the first 32 inputs of a block, high nibbles the others
         codes = torch.cat((codes & 15, codes >> 4), dim=2)
     q = (codes.to(torch.int16) - (1 << spec.weight.bits - 1)).to(torch.int8).flatten(1)
-    tensors = {"qweight": q[:, :spec.in_features], "scale": packed["scale"][block, :, row]}
+    tensors = {"qweight": q[:, :spec.in_features], "scale": _scale(packed)[block, :, row]}
     if not spec.weight.symmetric:
         tensors["zero_point"] = packed["zero_point"][block, :, row]
     return CanonicalWeight({name: tensor.contiguous() for name, tensor in tensors.items()})

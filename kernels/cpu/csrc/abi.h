@@ -8,7 +8,8 @@
 
 extern "C" {
 
-// One weight, with the size of every buffer, and where its output goes. dtypes are qpass::DType's numbers.
+// One weight, with the size of every buffer, and where its output goes. dtypes are qpass::DType's numbers; 3 as
+// scale_dtype means integer scales (product.h), for rounded activations only.
 struct qp_weight {
   const void *q, *scale, *zero_point, *colsum, *bias;
   void* out;

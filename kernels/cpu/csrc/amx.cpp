@@ -166,7 +166,7 @@ QPASS_AMX void product_q(const Weight& w, const QuantRows& x, const Output& out,
   const Blocking b = blocking_of(w, x.M, 0);
   const Space space = space_of(w, b, w.zero_point != nullptr);
   // Without zero points 4-bit sums stay 16 times too large to the end, where a power of two is taken out exactly.
-  const Codes rows = {x, out, w.bits == 4 && !w.zero_point ? 16.f : 1.f};
+  const Codes rows = {x, out, w.bits == 4 && !w.zero_point && !w.multiplier ? 16.f : 1.f};
   configure_tiles();
   for (int64_t m = 0; m < x.M; m += b.rows) {
     const int64_t M = x.M - m < b.rows ? x.M - m : b.rows;

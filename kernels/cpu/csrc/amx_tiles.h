@@ -2,6 +2,7 @@
 #pragma once
 #include "amx_plan.h"
 #include "avx512_decode.h"
+#include "avx512_multiplied.h"
 
 namespace qpass {
 namespace {
@@ -83,6 +84,7 @@ QPASS_AMX_INLINE void pack_floats(const FloatRows& x, int64_t m, int64_t k, int6
 // Blocks [k, k + count) of 16 outputs as signed bytes: 4 bits as 16 * weight, which costs one instruction a line
 // (unpacking was measured to be free beside the products), 8 bits as they are.
 QPASS_AMX_INLINE void unpack_codes(const Weight& w, int64_t block, int64_t k, int64_t count, int8_t* panel) {
+  if (w.multiplier) return unpack_multiplied(w, block, k, count, 0, (uint8_t*)panel);
   const int64_t slot = w.group_size / 32 % 2 ? kSplitTile : kTile;
   const __m512i sign = _mm512_set1_epi8((char)0x80), upper = _mm512_set1_epi8((char)0xf0);
   const __m512i up4 = _mm512_set1_epi64(0x01020408);  // output bits 4..7 are input bits 0..3

@@ -3,6 +3,7 @@
 // 4 bits: maddubs(code 0..15, x) adds two products, at most 2 * 15 * 128 = 3840, so the 8 lines of a block can be added
 // in int16 (30720) before they are widened; a line's low nibbles are 32 inputs, its high nibbles the next 32.
 // 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows.
+// Integer scales: a run's sum, its offset taken off, times the run's multiplier, adds up in int32 over the whole row.
 // Codes carry an offset (8 or 128) plus the weight's zero point: offset * sum(x) is taken off once a group.
 #pragma once
 
@@ -90,26 +91,46 @@ inline __attribute__((always_inline)) void sums64(const uint8_t* w, const int16_
   for (int i = 0; i < 4; i++) lines8<R>(w + i / 2 * 512, x + i / 2 * 32, ld, i & 1, part[i / 2]);
 }
 
-// R rows times one block of 16 outputs. `group_sums` is [R][G]; X is int8_t for 4 bits and int16_t for 8.
-template <int R, typename X>
+// R rows times one block of 16 outputs. `group_sums` is [R][inner_groups]; X is int8_t for 4 bits and int16_t for 8.
+template <int R, typename X, bool INTEGER>
 struct Columns {
   const Weight& w;
   const int32_t* group_sums;
   int64_t block, group = 0;
-  Sums<R> total;
+  const int64_t groups = inner_groups(w);
+  Sums<R> total, whole;
   __m256 y[R][2];
 
   Columns(const Weight& weight, const int32_t* sums, int64_t nb) : w(weight), group_sums(sums), block(nb) {
     for (int m = 0; m < R; m++)
       for (int h = 0; h < 2; h++) {
         y[m][h] = _mm256_setzero_ps();
-        total.v[m][h] = _mm256_setzero_si256();
+        total.v[m][h] = whole.v[m][h] = _mm256_setzero_si256();
       }
   }
 
   inline __attribute__((always_inline)) void add(const Sums<R>& part) {
     for (int m = 0; m < R; m++)
       for (int h = 0; h < 2; h++) total.v[m][h] = _mm256_add_epi32(total.v[m][h], part.v[m][h]);
+  }
+
+  inline __attribute__((always_inline)) void end_run() {
+    for (int h = 0; h < 2; h++) {
+      const __m128i* at = (const __m128i*)(w.multiplier + (block * groups + group) * 16 + h * 8);
+      const __m256i multiplier = _mm256_cvtepi8_epi32(_mm_loadl_epi64(at));
+      for (int m = 0; m < R; m++) {
+        __m256i sum = _mm256_sub_epi32(total.v[m][h], _mm256_set1_epi32(8 * group_sums[m * groups + group]));
+        whole.v[m][h] = _mm256_add_epi32(whole.v[m][h], _mm256_mullo_epi32(sum, multiplier));
+        total.v[m][h] = _mm256_setzero_si256();
+      }
+    }
+    group++;
+  }
+
+  inline __attribute__((always_inline)) void scale_rows() {
+    for (int h = 0; h < 2; h++)
+      for (int m = 0; m < R; m++)
+        y[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole.v[m][h]), scales8(w, block, 0, h), _mm256_setzero_ps());
   }
 
   inline __attribute__((always_inline)) void end_group() {
@@ -128,26 +149,28 @@ struct Columns {
   }
 
   inline __attribute__((always_inline)) void run(const X* x, int64_t ld) {
-    const int64_t runs = w.group_size / 32, block_bytes = w.bits * 128;
+    const int64_t runs = inner_size(w) / 32, block_bytes = w.bits * 128;
     const uint8_t* line = w.q + block * (w.Kp / 64) * block_bytes;
     Sums<R> part[2];
     int64_t left = runs;
     for (int64_t kb = 0; kb < w.Kp / 64; kb++, line += block_bytes, x += 64) {
       sums64<R>(line, x, ld, part);
-      for (int i = 0; i < 2 && group < w.groups; i++) {  // after the last group the rest of the block is padding
+      for (int i = 0; i < 2 && group < groups; i++) {  // after the last group the rest of the block is padding
         add(part[i]);
         if (--left) continue;
-        end_group();
+        if (INTEGER) end_run();
+        else end_group();
         left = runs;
       }
     }
+    if (INTEGER) scale_rows();
   }
 };
 
-template <int R, typename X>
-__attribute__((noinline)) void multiply(const Weight& w, const QuantRows& x, const X* rows, const int32_t* group_sums, const Output& out, int64_t m0,
-              int64_t block) {
-  Columns<R, X> c(w, group_sums + m0 * w.groups, block);
+template <int R, bool INTEGER, typename X>
+__attribute__((noinline)) void multiply(const Weight& w, const QuantRows& x, const X* rows, const int32_t* group_sums,
+                                        const Output& out, int64_t m0, int64_t block) {
+  Columns<R, X, INTEGER> c(w, group_sums + m0 * inner_groups(w), block);
   c.run(rows, x.Kp);
   for (int m = 0; m < R; m++) {
     __m256 y0 = c.y[m][0], y1 = c.y[m][1];
@@ -161,27 +184,27 @@ __attribute__((noinline)) void multiply(const Weight& w, const QuantRows& x, con
   }
 }
 
-template <typename X>
+template <bool INTEGER, typename X>
 void multiply_rows(const Weight& w, const QuantRows& x, const X* rows, const int32_t* group_sums, const Output& out,
                    int64_t m0, int64_t m1, int64_t block) {
   int64_t m = m0;
-  for (; m + 4 <= m1; m += 4) multiply<4>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
+  for (; m + 4 <= m1; m += 4) multiply<4, INTEGER>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
   if (m + 2 <= m1) {
-    multiply<2>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
+    multiply<2, INTEGER>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
     m += 2;
   }
-  if (m < m1) multiply<1>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
+  if (m < m1) multiply<1, INTEGER>(w, x, rows + (m - m0) * x.Kp, group_sums, out, m, block);
 }
 
 const int32_t* sums_of_groups(const Weight& w, const QuantRows& x) {
-  const int64_t runs = w.group_size / 32;
-  if (runs == 1 && w.groups == x.Kp / 32) return x.sums;
-  int32_t* sums = (int32_t*)scratch(4, x.M * w.groups * 4);
+  const int64_t runs = inner_size(w) / 32, groups = inner_groups(w);
+  if (runs == 1 && groups == x.Kp / 32) return x.sums;
+  int32_t* sums = (int32_t*)scratch(4, x.M * groups * 4);
   for (int64_t m = 0; m < x.M; m++)
-    for (int64_t g = 0; g < w.groups; g++) {
+    for (int64_t g = 0; g < groups; g++) {
       int32_t sum = 0;
       for (int64_t i = 0; i < runs; i++) sum += x.sums[m * (x.Kp / 32) + g * runs + i];
-      sums[m * w.groups + g] = sum;
+      sums[m * groups + g] = sum;
     }
   return sums;
 }
@@ -199,8 +222,9 @@ void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t b
         _mm256_storeu_si256((__m256i*)(wide + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i))));
     }
     for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
-      if (wide) multiply_rows(w, x, wide, group_sums, out, m0, m1, block);
-      else multiply_rows(w, x, x.q + m0 * x.Kp, group_sums, out, m0, m1, block);
+      if (wide) multiply_rows<false>(w, x, wide, group_sums, out, m0, m1, block);
+      else if (w.multiplier) multiply_rows<true>(w, x, x.q + m0 * x.Kp, group_sums, out, m0, m1, block);
+      else multiply_rows<false>(w, x, x.q + m0 * x.Kp, group_sums, out, m0, m1, block);
     }
   }
 }

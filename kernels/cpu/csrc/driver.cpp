@@ -22,6 +22,8 @@ constexpr int64_t kUnit = 32;                    // columns: what the threads sh
 constexpr int64_t kMinWork = 1 << 15;            // multiply-adds that are worth a thread
 constexpr int64_t kSerialElements = 16 << 10;    // below this, rounding x costs less than a barrier
 
+constexpr int32_t kIntegerScales = 3;            // as scale_dtype
+
 bool is_dtype(int32_t dtype) { return dtype >= 0 && dtype <= 2; }
 
 struct Job {
@@ -31,15 +33,20 @@ struct Job {
 
 const char* read_weight(const qp_weight& w, int64_t M, int64_t K, int32_t activation, Job& job) {
   if (w.bits != 4 && w.bits != 8) return "bits must be 4 or 8";
-  if (!is_dtype(w.scale_dtype) || !is_dtype(w.bias_dtype) || !is_dtype(w.out_dtype)) return "unknown dtype";
+  const bool integer = w.scale_dtype == kIntegerScales;
+  if ((!integer && !is_dtype(w.scale_dtype)) || !is_dtype(w.bias_dtype) || !is_dtype(w.out_dtype)) return "unknown dtype";
   if (w.N < 1 || w.N > (int64_t(1) << 40) / K) return "the number of outputs is out of range";
   const int64_t Np = padded(w.N, 32), Kp = padded(K, 64), G = w.groups;
   if (G < 1 || G > K || (G > 1 && (K % G != 0 || K / G % 32 != 0)))
     return "groups must divide K into multiples of 32, or be 1";
   if (K / G >= 1 << 17) return "more than 131071 inputs in one group could overflow int32";
-  const int64_t scale_bytes = bytes_of((DType)w.scale_dtype), bias_bytes = bytes_of((DType)w.bias_dtype);
+  if (integer && (w.bits != 4 || w.zero_point || G < 2)) return "integer scales go with symmetric 4-bit weights in groups";
+  if (integer && !activation) return "integer scales need rounded activations";
+  if (integer && K >= 1 << 17) return "more than 131071 inputs could overflow int32 with integer scales";
+  const int64_t scale_bytes = integer ? 0 : bytes_of((DType)w.scale_dtype), bias_bytes = bytes_of((DType)w.bias_dtype);
   if (!w.q || w.q_bytes != Np * Kp * w.bits / 8) return "qweight has the wrong size";
-  if (!w.scale || w.scale_bytes != Np * G * scale_bytes) return "scale has the wrong size";
+  if (!w.scale || w.scale_bytes != (integer ? Np * (G + 5) : Np * G * scale_bytes)) return "scale has the wrong size";
+  if ((integer || w.scale_dtype == (int32_t)DType::f32) && (uintptr_t)w.scale % 4) return "scale is not aligned";
   if (w.zero_point && w.zero_point_bytes != Np * G) return "zero_point has the wrong size";
   if (activation == 2 && !w.colsum) return "asymmetric activations need colsum";
   if (w.colsum && w.colsum_bytes != Np * 4) return "colsum has the wrong size";
@@ -47,6 +54,13 @@ const char* read_weight(const qp_weight& w, int64_t M, int64_t K, int32_t activa
   if (M > 0 && (!w.out || w.out_bytes / bytes_of((DType)w.out_dtype) / w.N != M)) return "out has the wrong size";
   job.weight = {(const uint8_t*)w.q, w.scale, (const int8_t*)w.zero_point, (const float*)w.colsum, w.N, K, Np, Kp, G,
                 G == 1 ? Kp : K / G, w.bits, (DType)w.scale_dtype};
+  if (integer) {
+    job.weight.scale_dtype = DType::f32;
+    job.weight.groups = 1;
+    job.weight.group_size = Kp;
+    job.weight.multiplier = (const int8_t*)w.scale + Np * 5;
+    job.weight.multipliers = G;
+  }
   job.out = {w.out, w.N, (DType)w.out_dtype, w.bias, (DType)w.bias_dtype};
   return nullptr;
 }

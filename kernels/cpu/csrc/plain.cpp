@@ -61,6 +61,18 @@ inline void finish(const Output& out, int64_t m, int64_t n, float y) {
   store_float(out.data, out.dtype, m * out.ld + n, y);
 }
 
+// Integer scales: the exact sum over the row, each run of inputs times its multiplier.
+int32_t whole_row(const Weight& w, const int8_t* codes, int64_t block, int64_t column) {
+  const int64_t size = inner_size(w);
+  uint32_t total = 0;  // unsigned: buffers that hold other multipliers than product.h allows may wrap around
+  for (int64_t g = 0; g < w.multipliers; g++) {
+    int32_t sum = 0;
+    for (int64_t k = g * size; k < (g + 1) * size; k++) sum += (int32_t)codes[k] * weight_at(w, block, column, k);
+    total += (uint32_t)sum * (uint32_t)w.multiplier[(block * w.multipliers + g) * 16 + column];
+  }
+  return (int32_t)total;
+}
+
 void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
   for (int64_t n = block_begin * 16; n < block_end * 16 && n < w.N; n++) {
     const int64_t block = n / 16, column = n % 16;
@@ -69,8 +81,8 @@ void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t b
       for (int64_t g = 0; g < w.groups; g++) {
         const int64_t at = (block * w.groups + g) * 16 + column;
         const int zp = w.zero_point ? w.zero_point[at] : 0;
-        int32_t sum = 0;
-        for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size; k++)
+        int32_t sum = w.multiplier ? whole_row(w, x.q + m * x.Kp, block, column) : 0;
+        for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size && !w.multiplier; k++)
           sum += (int32_t)x.q[m * x.Kp + k] * weight_at(w, block, column, k);
         for (int64_t i = g * w.group_size / 32; i < (g + 1) * w.group_size / 32; i++)
           sum -= zp * x.sums[m * (x.Kp / 32) + i];

@@ -9,6 +9,10 @@
 //   scale      [Np/16][G][16] in scale_dtype (1 for padded outputs)
 //   zero_point [Np/16][G][16] int8 (0 for padded outputs), null when symmetric
 //   colsum     [Np] float, sum over k of (q - zero_point) * scale: only for asymmetric activations, else null
+// Integer scales (symmetric 4 bits): scale[n][g] = multiplier[n][g] * channel[n]. One int8 buffer [Np/16][G + 5][16] then
+// holds, one after the other, channel [Np] float, Np bytes of which the first is the dtype that the scales had, and
+// multiplier [Np/16][G][16], -15..15. Kernels see one group a row, scaled by `channel`, and add
+// multiplier * (sum of the inputs that share it) in int32: |sum| <= 15 * 8 * 128 * K < 2^31 for K < 2^17.
 // G = groups, group_size = K / G. Native kernels take group sizes that are multiples of 32, or one group per row
 // (then any K: group_size is set to Kp).
 //
@@ -29,7 +33,13 @@ struct Weight {
   int64_t N, K, Np, Kp, groups, group_size;
   int32_t bits;
   DType scale_dtype;
+  const int8_t* multiplier = nullptr;  // only with integer scales; then groups is 1
+  int64_t multipliers = 0;             // of a row, each for K / multipliers inputs, a multiple of 32
 };
+
+// Runs of inputs whose codes are summed before anything else happens to the sum: groups, or those of one multiplier.
+inline int64_t inner_groups(const Weight& w) { return w.multiplier ? w.multipliers : w.groups; }
+inline int64_t inner_size(const Weight& w) { return w.multiplier ? w.K / w.multipliers : w.group_size; }
 
 // Rows quantized to int8. Row m starts at q + m * Kp; bytes K..Kp are 0.
 struct QuantRows {

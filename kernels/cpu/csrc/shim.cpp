@@ -53,6 +53,8 @@ void set(const Tensor& t, ScalarType dtype, const char* what, const void*& data,
   bytes = t.numel() * (int64_t)t.element_size();
 }
 
+constexpr int64_t kIntegerRows = 5;  // of the int8 buffer of integer scales, before its multipliers: see product.h
+
 struct Parts {
   Tensor qweight, scale;
   Maybe zero_point, colsum, bias;
@@ -68,9 +70,10 @@ qp_weight describe(Parts& p, int64_t n, int64_t bits) {
   if (p.colsum) set(*p.colsum, ScalarType::Float, "colsum", w.colsum, w.colsum_bytes);
   if (p.bias) set(*p.bias, p.bias->scalar_type(), "bias", w.bias, w.bias_bytes);
   w.N = n;
-  w.groups = p.scale.size(1);
+  const bool integer = p.scale.scalar_type() == ScalarType::Char;
+  w.groups = p.scale.size(1) - (integer ? kIntegerRows : 0);
   w.bits = narrow(bits, "bits");
-  w.scale_dtype = number_of(p.scale.scalar_type(), "scale");
+  w.scale_dtype = integer ? 3 : number_of(p.scale.scalar_type(), "scale");
   w.bias_dtype = p.bias ? number_of(p.bias->scalar_type(), "bias") : 0;
   return w;
 }

@@ -9,50 +9,65 @@
 // - A prefetch 2 KB ahead of each line.
 //
 // |code * weight * 16| <= 240 * 128, so int32 sums are exact for groups of up to 131072 inputs.
+// With integer scales more than 8 rows read a panel of 16 outputs whose weights were multiplied once for all of them.
 // Row i's arithmetic does not depend on how many rows are processed together.
 #include "vnni_block.h"
 #include "avx512_float.h"
+#include "avx512_multiplied.h"
 #include "avx512_quantize.h"
 #include "scratch.h"
 
 namespace qpass {
 namespace {
 
-using RowsFunction = void (*)(const Weight&, const QuantRows&, const Output&, const int32_t*, int64_t, int64_t, int64_t);
+using RowsFunction = void (*)(const Weight&, const QuantRows&, const Output&, const int32_t*, const uint8_t*, int64_t,
+                              int64_t, int64_t);
 
-template <int BITS>
+template <int BITS, bool INTEGER = false>
 RowsFunction rows_function(int64_t rows) {
-  static constexpr RowsFunction table[8] = {vnni_rows<BITS, 1>, vnni_rows<BITS, 2>, vnni_rows<BITS, 3>,
-                                            vnni_rows<BITS, 4>, vnni_rows<BITS, 5>, vnni_rows<BITS, 6>,
-                                            vnni_rows<BITS, 7>, vnni_rows<BITS, 8>};
+  static constexpr RowsFunction table[8] = {
+      vnni_rows<BITS, 1, INTEGER>, vnni_rows<BITS, 2, INTEGER>, vnni_rows<BITS, 3, INTEGER>, vnni_rows<BITS, 4, INTEGER>,
+      vnni_rows<BITS, 5, INTEGER>, vnni_rows<BITS, 6, INTEGER>, vnni_rows<BITS, 7, INTEGER>, vnni_rows<BITS, 8, INTEGER>};
   return table[rows - 1];
 }
 
 constexpr int64_t kRowBytes = 256 << 10;  // codes that stay in L2 while a block of 16 outputs passes over them
 
-void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
-  const int64_t M = x.M, runs = w.group_size / 32;
-  int32_t* sums = (int32_t*)scratch(4, M * w.groups * 4);
-  for (int64_t m = 0; m < M; m++) {
-    for (int64_t g = 0; g < w.groups; g++) {
+// The sums of codes of `groups` runs of inputs a row.
+int32_t* sums_of(const QuantRows& x, int64_t groups, int64_t size) {
+  int32_t* sums = (int32_t*)scratch(4, x.M * groups * 4);
+  for (int64_t m = 0; m < x.M; m++) {
+    for (int64_t g = 0; g < groups; g++) {
       int32_t sum = 0;
-      for (int64_t r = 0; r < runs; r++) sum += x.sums[m * (x.Kp / 32) + g * runs + r];
-      sums[m * w.groups + g] = sum;
+      for (int64_t r = 0; r < size / 32; r++) sum += x.sums[m * (x.Kp / 32) + g * (size / 32) + r];
+      sums[m * groups + g] = sum;
     }
   }
-  const auto function = w.bits == 4 ? rows_function<4> : rows_function<8>;
+  return sums;
+}
+
+void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
+  const int64_t M = x.M;
+  const bool panels = w.multiplier && M > 8;
+  // A panel holds bytes for which all that is left of the scales is one a row: a weight of 8 bits a channel.
+  const int32_t* sums = panels ? sums_of(x, 1, x.Kp) : sums_of(x, inner_groups(w), inner_size(w));
+  const auto function = w.bits == 8 || panels ? rows_function<8> : w.multiplier ? rows_function<4, true> : rows_function<4>;
+  const int64_t block_bytes = w.Kp / 64 * w.bits * 128;
   if (M <= 8) {
-    if (M > 0) function(M)(w, x, out, sums, 0, block_begin, block_end);
+    if (M > 0) function(M)(w, x, out, sums, w.q + block_begin * block_bytes, 0, block_begin, block_end);
     return;
   }
+  uint8_t* panel = panels ? (uint8_t*)scratch(5, w.Kp * 16) : nullptr;
   int64_t step = kRowBytes / x.Kp / 8 * 8;
   if (step < 8) step = 8;
   for (int64_t m0 = 0; m0 < M; m0 += step) {
     const int64_t end = m0 + step < M ? m0 + step : M;
     for (int64_t b = block_begin; b < block_end; b++) {
+      if (panels) unpack_multiplied(w, b, 0, w.Kp / 64, 128, panel);
+      const uint8_t* first = panels ? panel : w.q + b * block_bytes;
       for (int64_t m = m0; m < end; m += 8) {
         const int64_t rows = end - m < 8 ? end - m : 8;
-        function(rows)(w, x, out, sums, m, b, b + 1);
+        function(rows)(w, x, out, sums, first, m, b, b + 1);
       }
     }
   }

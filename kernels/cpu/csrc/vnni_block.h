@@ -59,26 +59,41 @@ QPASS_AVX512_INLINE void vnni_close(const Weight& w, int64_t block, int64_t grou
   }
 }
 
-// Rows m0 .. m0 + ROWS times blocks [block_begin, block_end). `group_sums` [M][groups] are sums of codes.
+// Ends a run of inputs that share a multiplier: its sum, without the offset, times the multiplier.
+template <int ROWS>
+QPASS_AVX512_INLINE void vnni_close_run(const Weight& w, int64_t block, int64_t run, const int32_t* sums,
+                                        const __m512i (&total)[ROWS], __m512i (&whole)[ROWS]) {
+  const int8_t* at = w.multiplier + (block * w.multipliers + run) * 16;
+  const __m512i multiplier = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++) {
+    const __m512i offset = _mm512_set1_epi32(8 * sums[m * w.multipliers + run]);
+    whole[m] = _mm512_add_epi32(whole[m], _mm512_mullo_epi32(_mm512_sub_epi32(total[m], offset), multiplier));
+  }
+}
+
+// Rows m0 .. m0 + ROWS times blocks [block_begin, block_end). `group_sums` [M][inner_groups] are sums of codes;
+// `first` is where the weights of block_begin lie.
 // Groups are runs of 32 inputs; one that ends inside a 64-input block closes on `low`, and `high` opens the next.
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, bool INTEGER>
 QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
-                            int64_t m0, int64_t block_begin, int64_t block_end) {
+                            const uint8_t* first, int64_t m0, int64_t block_begin, int64_t block_end) {
   constexpr int64_t kBytes = BITS * 128;
-  const int64_t runs = w.group_size / 32, ld = x.Kp;
-  const int32_t* sums = group_sums + m0 * w.groups;
+  const int64_t groups = INTEGER ? w.multipliers : w.groups;
+  const int64_t runs = (INTEGER ? inner_size(w) : w.group_size) / 32, ld = x.Kp;
+  const int32_t* sums = group_sums + m0 * groups;
   for (int64_t b = block_begin; b < block_end; b++) {
-    const uint8_t* q = w.q + b * (w.Kp / 64) * kBytes;
+    const uint8_t* q = first + (b - block_begin) * (w.Kp / 64) * kBytes;
     const int8_t* codes = x.q + m0 * ld;
     __m512 acc[ROWS];
-    __m512i low[ROWS], high[ROWS];
+    __m512i low[ROWS], high[ROWS], whole[ROWS];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++) {
       acc[m] = _mm512_setzero_ps();
-      low[m] = high[m] = _mm512_setzero_si512();
+      low[m] = high[m] = whole[m] = _mm512_setzero_si512();
     }
     int64_t run = 0;
-    for (int64_t g = 0; g < w.groups; g++) {
+    for (int64_t g = 0; g < groups; g++) {
       const int64_t end = (g + 1) * runs;
       for (; run + 2 <= end; run += 2, q += kBytes, codes += 64) vnni_block<BITS, ROWS>(q, codes, ld, low, high);
 #pragma GCC unroll 8
@@ -90,9 +105,15 @@ QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& o
         vnni_block<BITS, ROWS>(q, codes, ld, low, high);
         run += 2, q += kBytes, codes += 64;
       }
-      vnni_close<BITS, ROWS>(w, b, g, sums, low, acc);
+      if (INTEGER) vnni_close_run<ROWS>(w, b, g, sums, low, whole);
+      else vnni_close<BITS, ROWS>(w, b, g, sums, low, acc);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; m++) low[m] = _mm512_setzero_si512();
+    }
+    if (INTEGER) {
+      const __m512 scale = group_scales(w, b, 0);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[m]), scale, acc[m]);
     }
     const Columns columns = columns_of(w, out, b, 1.f);
 #pragma GCC unroll 8

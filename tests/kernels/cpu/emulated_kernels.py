@@ -27,7 +27,8 @@ class CWeight(ctypes.Structure):
     _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero_point", ctypes.c_void_p),
                 ("colsum", ctypes.c_void_p), ("N", ctypes.c_int64), ("K", ctypes.c_int64), ("Np", ctypes.c_int64),
                 ("Kp", ctypes.c_int64), ("groups", ctypes.c_int64), ("group_size", ctypes.c_int64),
-                ("bits", ctypes.c_int32), ("scale_dtype", ctypes.c_int32)]
+                ("bits", ctypes.c_int32), ("scale_dtype", ctypes.c_int32), ("multiplier", ctypes.c_void_p),
+                ("multipliers", ctypes.c_int64)]
 
 
 class CQuantRows(ctypes.Structure):
@@ -118,6 +119,23 @@ def make_weight(n: int, k: int, group: int | None, bits: int, symmetric: bool, s
     weight = Weight(bits=bits, q=q, scale=scales, zero_point=zero_point, packed=packed, c=CWeight(
         *map(pointer, packed), n, k, np_, kp, groups, k // groups if groups > 1 else kp, bits, DTYPES[scales.dtype]))
     colsum[:n] = weight.dense.sum(1)
+    return weight
+
+
+def make_integer_weight(n: int, k: int, group: int, channel: Callable[[Tensor], Tensor], q: Tensor | None = None,
+                        multiplier: Tensor | None = None) -> Weight:
+    """A symmetric 4-bit weight whose scales are multipliers -15..15 (never 0) times a float32 scale a row."""
+    groups, kp, np_ = k // group, padded(k, 64), padded(n, 32)
+    if q is None:
+        q = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    if multiplier is None:
+        multiplier = (torch.randint(1, 16, (n, groups)) * (torch.randint(0, 2, (n, groups)) * 2 - 1)).to(torch.int8)
+    channels = channel(torch.rand(n, 1)).float()
+    packed = (pack(q, 4), blocks_of(channels, 1), blocks_of(multiplier, 1), torch.zeros(np_))
+    weight = Weight(bits=4, q=q, scale=multiplier * channels, zero_point=None, packed=packed, c=CWeight(
+        pointer(packed[0]), pointer(packed[1]), None, pointer(packed[3]), n, k, np_, kp, 1, kp, 4, 0,
+        pointer(packed[2]), groups))
+    packed[3][:n] = weight.dense.sum(1)
     return weight
 
 

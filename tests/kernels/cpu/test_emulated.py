@@ -20,6 +20,7 @@ from tests.kernels.cpu.emulated_kernels import (
     Codes,
     blocks_of,
     compile_emulation,
+    make_integer_weight,
     make_weight,
     oracle,
     padded,
@@ -89,6 +90,40 @@ def test_product_agrees_with_float64_and_across_instruction_sets(library: ctypes
         assert torch.equal(product_q(library, VNNI, w, x, bias, dtype), every)
         for m in ROWS:  # fewer rows, other rows in front, and the columns in two calls
             assert torch.equal(product_q(library, AMX, w, x.rows(slice(65 - m, 65)), bias, dtype, cut=2), every[-m:]), m
+
+
+@pytest.mark.parametrize("x_symmetric", ACTIVATIONS)
+@pytest.mark.parametrize(("group", "k"), [(32, 96), (32, 320), (64, 640), (96, 288), (128, 640), (160, 480)])
+def test_integer_scales(library: ctypes.CDLL, group: int, k: int, x_symmetric: bool) -> None:
+    """Exact to the bit with powers of two; with any scales close to float64, and on VNNI, AMX and any rows the same."""
+    torch.manual_seed(k)
+    w = make_integer_weight(37, k, group, power_of_two)
+    x = random_codes(ROWS[-1], k, x_symmetric, power_of_two)
+    expected = oracle(w, x, None)[0].float()
+    for m in (1, 3, 8, 9, 17, 33):
+        for isa in (VNNI, AMX):
+            assert torch.equal(product_q(library, isa, w, x.rows(slice(m))), expected[:m]), (m, isa)
+    w, x = make_integer_weight(37, k, group, random_scale(torch.float32)), random_codes(
+        ROWS[-1], k, x_symmetric, random_scale(torch.float32))
+    bias = torch.randn(37)
+    expected64, size = oracle(w, x, bias)
+    every = product_q(library, AMX, w, x, bias)
+    assert ((every.double() - expected64).abs() <= size * 2.0**-22 + 1e-7).all()
+    for m in ROWS:
+        for isa in (VNNI, AMX):
+            assert torch.equal(product_q(library, isa, w, x.rows(slice(65 - m, 65)), bias, cut=2), every[-m:]), (m, isa)
+
+
+@pytest.mark.parametrize("isa", [pytest.param(VNNI, id="vnni"), pytest.param(AMX, id="amx")])
+def test_extreme_integer_scales(library: ctypes.CDLL, isa: int) -> None:
+    k = 256
+    q = torch.tensor([-8, 7, 0, -1], dtype=torch.int8).repeat_interleave(8)[:, None].expand(32, k).contiguous()
+    multiplier = torch.tensor([15, -15], dtype=torch.int8).repeat(16)[:, None].expand(32, 4).contiguous()
+    codes = torch.tensor([-128, 127, 0, 1], dtype=torch.int8).repeat(5)[:17].unsqueeze(1).expand(17, k).contiguous()
+    w = make_integer_weight(32, k, 64, torch.ones_like, q, multiplier)
+    for m in (8, 17):
+        x = Codes(q=codes[:m], scale=torch.ones(m), zero_point=None)
+        assert torch.equal(product_q(library, isa, w, x), oracle(w, x, None)[0].float())
 
 
 @pytest.mark.parametrize("isa", [pytest.param(VNNI, id="vnni"), pytest.param(AMX, id="amx")])

@@ -100,6 +100,9 @@ inline __m512 _mm512_castsi512_ps(__m512i v) { return same_bits<__m512>(v); }
 EMULATED_LANES(_mm512_add_epi32, a.at[i] + b.at[i])
 EMULATED_LANES(_mm512_sub_epi32, a.at[i] - b.at[i])
 EMULATED_LANES(_mm512_mullo_epi32, a.at[i] * b.at[i])
+EMULATED_LANES(_mm512_mullo_epi16, (a.at[i] * (b.at[i] & 0xffff) & 0xffff) | (a.at[i] >> 16) * (b.at[i] >> 16) << 16)
+// Bytes borrow nothing from each other: the upper bits are set aside and put right afterwards.
+EMULATED_LANES(_mm512_sub_epi8, ((a.at[i] | 0x80808080) - (b.at[i] & 0x7f7f7f7f)) ^ ((a.at[i] ^ ~b.at[i]) & 0x80808080))
 EMULATED_LANES(_mm512_and_si512, a.at[i] & b.at[i])
 EMULATED_LANES(_mm512_andnot_si512, ~a.at[i] & b.at[i])
 EMULATED_LANES(_mm512_xor_si512, a.at[i] ^ b.at[i])

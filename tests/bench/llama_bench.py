@@ -52,8 +52,9 @@ class LlamaBench:
     def _load(self) -> dict[str, Any]:
         start = time.perf_counter()
         # Read, not mapped: a mapped file's pages would count beside the repacked weights.
-        process = subprocess.Popen([self.programs / "llama-bench", "-m", self.file, "-t", self.threads, "-p", "0", "-n",
-                                    "1", "-r", "1", "-lm", "none"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [self.programs / "llama-bench", "-m", self.file, "-t", self.threads, "-p", "0", "-n", "1", "-r", "1", "-lm",
+             "none"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:

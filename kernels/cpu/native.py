@@ -78,13 +78,23 @@ def library() -> ctypes.CDLL:
 
 
 def _load() -> ctypes.CDLL:
-    # torch is imported by now, so the library finds torch's OpenMP runtime loaded and shares its threads.
-    found = ctypes.CDLL(str(build.build()))
+    found = _open()
     for name, arguments in _SIGNATURES.items():
         getattr(found, name).argtypes = arguments
         getattr(found, name).restype = _I32
     found.qp_last_error.restype = ctypes.c_char_p
     return found
+
+
+def _open() -> ctypes.CDLL:
+    # torch is imported by now, so the library finds torch's OpenMP runtime loaded and shares its threads.
+    if (shipped := build.shipped_library()) is not None:
+        try:
+            return ctypes.CDLL(str(shipped))
+        except OSError:  # made for another C library, say
+            if build.compiler() is None:
+                raise
+    return ctypes.CDLL(str(build.build()))
 
 
 @cache

@@ -1,0 +1,129 @@
+"""Compile library: the C++ sources beside this file in, one shared library out, with one compiler process a core.
+
+It needs neither torch nor qpass, only where torch's headers and libraries are: setup.py loads it by its path to put a
+library into a wheel. A library's last bytes are a hash of those before them: loading one that a full disk or a crash
+cut short would end the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
+SOURCES = Path(__file__).parent / "csrc"
+_HASH = hashlib.sha256().digest_size
+_TORCH_HEADERS = 250_000  # what reading torch's headers costs, in characters of a file of ours
+
+
+class BuildFailed(Exception):
+    """The library could not be built; the message is a sentence fit for a refusal."""
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command: CXX, else the first of g++, clang++ and c++ that exists (Inductor's choice too)."""
+    wanted = os.environ.get("CXX")
+    for candidate in [wanted] if wanted else ["g++", "clang++", "c++"]:
+        words = shlex.split(candidate)
+        if words and (path := shutil.which(words[0])):
+            return [path, *words[1:]]
+    return None
+
+
+def missing_compiler() -> str:
+    """The sentence that says which compiler was looked for."""
+    wanted = os.environ.get("CXX")
+    looked = f"CXX={wanted!r} is not a program that can be run" if wanted else "none of g++, clang++, c++ was found"
+    return f"needs a C++ compiler to build the native library once, and {looked}; install g++ or set CXX"
+
+
+def library_name(digest: str) -> str:
+    """The file name of a library made from what `digest` is a hash of."""
+    return f"qpass_x86-{digest}.so"
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Of every source file and flag: what a library that came with the package must fit."""
+    digest = hashlib.sha256(repr((FLAGS, platform.machine(), sys.platform)).encode())
+    for file in sorted(SOURCES.iterdir()):
+        if file.suffix in (".h", ".cpp"):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def whole(library: Path) -> bool:
+    """Whether the file is there, with all of its bytes as they were written."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_HASH]).digest() == content[-_HASH:]
+
+
+def compile_library(command: list[str], torch: Path, target: Path) -> None:
+    """Write the library to `target`: readers see none or a whole one. `torch` is torch's folder in site-packages.
+
+    Raises BuildFailed with the compiler's first error, OSError if `target`'s folder cannot be written.
+    """
+    include, link = ["-I", str(torch / "include")], ["-shared", "-L", str(torch / "lib"), "-ltorch_cpu"]
+    sources = sorted(SOURCES.glob("*.cpp"), key=_cost, reverse=True)  # the longest first keeps every core busy
+    at_once = [*command, *FLAGS, *include, *map(str, sources), *link, "-o", os.devnull]
+    with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", suffix=".partial", dir=target.parent) as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        lines = [[*command, *FLAGS, *include, "-c", str(source), "-o", made]
+                 for source, made in zip(sources, objects, strict=True)]
+        made = Path(folder, target.name)
+        pool = ThreadPoolExecutor(_cores())
+        try:
+            for _ in pool.map(_run, lines):
+                pass
+            _run([*command, *FLAGS, *objects, *link, "-o", str(made)])
+        except _Failed as why:
+            raise BuildFailed(f"the native library did not compile: {why}; run this to see all of it: "
+                              f"{shlex.join(at_once)}") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())  # the loader does not look behind the sections
+        os.replace(made, target)
+
+
+class _Failed(Exception):
+    pass
+
+
+def _run(line: list[str]) -> None:
+    done = subprocess.run(line, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        errors = [text for text in done.stderr.splitlines() if "error" in text] or done.stderr.splitlines()
+        raise _Failed(errors[0] if errors else "no message")
+
+
+def _cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cost(source: Path) -> int:
+    """A guess at how long a file takes to compile: its length with every header of ours that it includes."""
+    seen: set[Path] = set()
+    cost, waiting = 0, [source]
+    while waiting:
+        file = waiting.pop()
+        if file not in seen and file.exists():
+            seen.add(file)
+            text = file.read_text()
+            cost += len(text) + (_TORCH_HEADERS if "#include <torch/" in text else 0)
+            waiting += [SOURCES / name for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)]
+    return cost

@@ -23,7 +23,8 @@ from pathlib import Path
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 SOURCES = Path(__file__).parent / "csrc"
 _HASH = hashlib.sha256().digest_size
-_TORCH_HEADERS = 250_000  # what reading torch's headers costs, in characters of a file of ours
+_NO_LOOPS = ("-O1",)  # for files that only pass tensors on; they hold torch's templates, and -O3 takes them a second
+_TORCH_HEADERS = 20_000  # what reading torch's headers costs, in characters of a file of ours
 
 
 class BuildFailed(Exception):
@@ -81,7 +82,8 @@ def compile_library(command: list[str], torch: Path, target: Path) -> None:
     at_once = [*command, *FLAGS, *include, *map(str, sources), *link, "-o", os.devnull]
     with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", suffix=".partial", dir=target.parent) as folder:
         objects = [f"{folder}/{source.stem}.o" for source in sources]
-        lines = [[*command, *FLAGS, *include, "-c", str(source), "-o", made]
+        lines = [[*command, *FLAGS, *(_NO_LOOPS if source.stem.startswith("shim") else ()), *include, "-c", str(source),
+                  "-o", made]
                  for source, made in zip(sources, objects, strict=True)]
         made = Path(folder, target.name)
         pool = ThreadPoolExecutor(_cores())

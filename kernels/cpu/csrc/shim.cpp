@@ -1,57 +1,8 @@
 // Shim: the ops of namespace qpass_x86 on libtorch's stable ABI; tensors in, calls of the C ABI, new tensors out.
 // The schemas stand in kernels/cpu/x86_ops.py. Only what the C ABI cannot see is checked here: dtypes, devices, layout.
-#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))  // PyTorch 2.11 and later load the same library
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "abi.h"
+#include "shim_tensors.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-
-[[noreturn]] __attribute__((noinline, cold)) void refuse(const char* what, const std::string& why) {
-  throw std::runtime_error(std::string("qpass_x86: ") + what + why);
-}
-
-// Nothing is put together, and no memory taken, as long as all is well: this stands several times in every call.
-inline void require(bool ok, const char* what, const char* why = "") {
-  if (!ok) refuse(what, why);
-}
-
-int32_t narrow(int64_t value, const char* what) {
-  require(value == (int32_t)value, what, " is out of range");
-  return (int32_t)value;
-}
-
-int32_t number_of(ScalarType dtype, const char* what) {
-  if (dtype == ScalarType::Float) return (int32_t)qpass::DType::f32;
-  if (dtype == ScalarType::BFloat16) return (int32_t)qpass::DType::bf16;
-  require(dtype == ScalarType::Half, what, " must be float32, bfloat16 or float16");
-  return (int32_t)qpass::DType::f16;
-}
-
-// A contiguous CPU tensor of one of our dtypes; keeps what it may have copied alive as long as the call lasts.
-Tensor flat(const Tensor& t, const char* what) {
-  require(t.is_cpu(), what, " must be on the CPU");
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-void set(const Tensor& t, ScalarType dtype, const char* what, const void*& data, int64_t& bytes) {
-  require(t.is_cpu() && t.is_contiguous(), what, " must be a contiguous CPU tensor");
-  require(t.scalar_type() == dtype, what, " has the wrong dtype");
-  data = t.const_data_ptr();
-  bytes = t.numel() * (int64_t)t.element_size();
-}
 
 constexpr int64_t kIntegerRows = 5;  // of the int8 buffer of integer scales, before its multipliers: see product.h
 
@@ -127,25 +78,37 @@ struct Codes {
   }
 };
 
-Tensor linear(Tensor x, Tensor qweight, Tensor scale, Maybe zero_point, Maybe colsum, Maybe bias, int64_t n,
-              int64_t k, int64_t bits, int64_t activation, int64_t isa) {
+Parts parts_of(Arguments& args) {
+  return {args.tensor(), args.tensor(), args.maybe(), args.maybe(), args.maybe()};  // braces keep the order
+}
+
+void linear(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count, 11);
+  Tensor x = args.tensor();
+  Parts parts = parts_of(args);
+  const int64_t n = args.integer(), k = args.integer(), bits = args.integer(), activation = args.integer();
+  const int64_t isa = args.integer();
   x = rows_of(x, k, "x");
   number_of(x.scalar_type(), "x");
-  Parts parts = {qweight, scale, zero_point, colsum, bias};
   std::vector<qp_weight> w = {describe(parts, n, bits)};
   Tensor out = allocate(x, n, x.scalar_type(), w[0]);
   run(x, k, activation, isa, w);
-  return out;
+  stack[0] = torch::stable::detail::from(out);
 }
 
-Tensor linear_q(Tensor xq, Tensor x_scale, Maybe x_zero_point, Tensor qweight, Tensor scale, Maybe zero_point,
-                Maybe colsum, Maybe bias, int64_t n, int64_t k, int64_t bits, ScalarType dtype, int64_t isa) {
+void linear_q(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count, 13);
+  const Tensor xq = args.tensor(), x_scale = args.tensor();
+  const Maybe x_zero_point = args.maybe();
+  Parts parts = parts_of(args);
+  const int64_t n = args.integer(), k = args.integer(), bits = args.integer();
+  const ScalarType dtype = args.dtype();
+  const int64_t isa = args.integer();
   const Codes codes(xq, x_scale, x_zero_point, k);
-  Parts parts = {qweight, scale, zero_point, colsum, bias};
   std::vector<qp_weight> w = {describe(parts, n, bits)};
   Tensor out = allocate(codes.q, n, dtype, w[0]);
   codes.run(k, isa, w);
-  return out;
+  stack[0] = torch::stable::detail::from(out);
 }
 
 // `has` says what follows qweight and scale of each weight in `tensors`: 1 zero_point, 2 colsum, 4 bias, added up.
@@ -178,33 +141,43 @@ std::vector<Tensor> outputs(const Tensor& x, std::vector<Parts>& parts, const st
   return out;
 }
 
-std::vector<Tensor> linear_list(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> n, std::vector<int64_t> has,
-                                int64_t k, int64_t bits, int64_t activation, int64_t isa) {
+void linear_list(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count, 8);
+  Tensor x = args.tensor();
+  const std::vector<Tensor> tensors = args.tensors();
+  const std::vector<int64_t> n = args.integers(), has = args.integers();
+  const int64_t k = args.integer(), bits = args.integer(), activation = args.integer(), isa = args.integer();
   x = rows_of(x, k, "x");
   number_of(x.scalar_type(), "x");
   std::vector<Parts> parts = split(tensors, n, has);
   std::vector<qp_weight> w;
-  std::vector<Tensor> out = outputs(x, parts, n, bits, x.scalar_type(), w);
+  const std::vector<Tensor> out = outputs(x, parts, n, bits, x.scalar_type(), w);
   run(x, k, activation, isa, w);
-  return out;
+  stack[0] = torch::stable::detail::from(out);
 }
 
-std::vector<Tensor> linear_q_list(Tensor xq, Tensor x_scale, Maybe x_zero_point, std::vector<Tensor> tensors,
-                                  std::vector<int64_t> n, std::vector<int64_t> has, int64_t k, int64_t bits,
-                                  ScalarType dtype, int64_t isa) {
+void linear_q_list(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count, 10);
+  const Tensor xq = args.tensor(), x_scale = args.tensor();
+  const Maybe x_zero_point = args.maybe();
+  const std::vector<Tensor> tensors = args.tensors();
+  const std::vector<int64_t> n = args.integers(), has = args.integers();
+  const int64_t k = args.integer(), bits = args.integer();
+  const ScalarType dtype = args.dtype();
+  const int64_t isa = args.integer();
   const Codes codes(xq, x_scale, x_zero_point, k);
   std::vector<Parts> parts = split(tensors, n, has);
   std::vector<qp_weight> w;
-  std::vector<Tensor> out = outputs(codes.q, parts, n, bits, dtype, w);
+  const std::vector<Tensor> out = outputs(codes.q, parts, n, bits, dtype, w);
   codes.run(k, isa, w);
-  return out;
+  stack[0] = torch::stable::detail::from(out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_q", TORCH_BOX(&linear_q));
-  m.impl("linear_list", TORCH_BOX(&linear_list));
-  m.impl("linear_q_list", TORCH_BOX(&linear_q_list));
+  m.impl("linear", &linear);
+  m.impl("linear_q", &linear_q);
+  m.impl("linear_list", &linear_list);
+  m.impl("linear_q_list", &linear_q_list);
 }

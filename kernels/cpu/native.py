@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import NoKernel
-from qpass.kernels.cpu import build
+from qpass.kernels.cpu import build, compile_library
 from qpass.weight import CanonicalWeight
 
 ISA_INDEX = {"x86_64": 0, "avx2": 1, "avx512_vnni": 2, "amx_int8": 3}
@@ -42,7 +42,7 @@ def refuses() -> str | None:
         return _failure
     if sys.platform != "linux" or sys.byteorder != "little":
         return f"is built for little-endian Linux, this is {sys.byteorder}-endian {sys.platform}"
-    return None if build.compiler() or build.find_library() else build.missing_compiler()
+    return None if compile_library.compiler() or build.find_library() else compile_library.missing_compiler()
 
 
 def prepare() -> str | None:
@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL:
             if (why := refuses()) is None:
                 try:
                     _loaded = _load()
-                except (build.BuildFailed, OSError) as error:
+                except (compile_library.BuildFailed, OSError) as error:
                     why = str(error)
             _failure = why
         if _loaded is None:
@@ -92,7 +92,7 @@ def _open() -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(shipped))
         except OSError:  # made for another C library, say
-            if build.compiler() is None:
+            if compile_library.compiler() is None:
                 raise
     return ctypes.CDLL(str(build.build()))
 

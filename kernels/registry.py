@@ -239,6 +239,7 @@ def force_kernel(name: str) -> Iterator[None]:
 def load_builtin() -> None:
     """Import the kernels that come with qpass; compiles nothing."""
     import qpass.kernels.cpu.x86
+    import qpass.kernels.cpu.x86_experts
     import qpass.kernels.experts_loop
     import qpass.kernels.reference.experts
     import qpass.kernels.reference.linear  # noqa: F401

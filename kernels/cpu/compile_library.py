@@ -1,8 +1,8 @@
 """Compile library: the C++ sources beside this file in, one shared library out, with one compiler process a core.
 
 It needs neither torch nor qpass, only where torch's headers and libraries are: setup.py loads it by its path to put a
-library into a wheel. A library's last bytes are a hash of those before them: loading one that a full disk or a crash
-cut short would end the process.
+library into a wheel (QPASS_NATIVE=1, or 0 to leave it out). A library's last bytes are a hash of those before them:
+loading one that a full disk or a crash cut short would end the process.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_quantize_weight": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _POINTER, _POINTER, _I32),
     "qp_quantize_pack": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I32),
     "qp_all_finite": (_POINTER, _I32, _I64, _I32),
+    "qp_experts": (_I32, _POINTER, _I64, _I64, _I64, _POINTER, _POINTER, _I32, _POINTER, _I32, _I32),
     "qp_quantize": (_I32, _POINTER, _I32, _I64, _I64, _POINTER, _POINTER, _POINTER),
 }
 _lock = threading.Lock()
@@ -108,7 +109,7 @@ def pack(weight: CanonicalWeight, bits: int) -> Tensor:
     q = weight.qweight.contiguous()
     n, k = q.shape
     packed = torch.empty(padded(n, 32) * padded(k, 64) * bits // 8, dtype=torch.uint8)
-    _succeed(library().qp_pack(q.data_ptr(), q.numel(), n, k, bits, packed.data_ptr(), packed.numel(),
+    succeed(library().qp_pack(q.data_ptr(), q.numel(), n, k, bits, packed.data_ptr(), packed.numel(),
                                torch.get_num_threads()))
     return packed
 
@@ -117,7 +118,7 @@ def unpack(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
     """The inverse of `pack`: int8 [n, k]."""
     packed = packed.contiguous()
     q = torch.empty(n, k, dtype=torch.int8)
-    _succeed(library().qp_unpack(packed.data_ptr(), packed.numel(), n, k, bits, q.data_ptr(), q.numel(),
+    succeed(library().qp_unpack(packed.data_ptr(), packed.numel(), n, k, bits, q.data_ptr(), q.numel(),
                                  torch.get_num_threads()))
     return q
 
@@ -130,7 +131,7 @@ def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bo
                "scale": torch.empty(n, k // group_size, dtype=weight.dtype)}
     if not symmetric:
         tensors["zero_point"] = torch.empty(n, k // group_size, dtype=torch.int8)
-    _succeed(library().qp_quantize_weight(
+    succeed(library().qp_quantize_weight(
         weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
         tensors["qweight"].data_ptr(), tensors["scale"].data_ptr(),
         None if symmetric else tensors["zero_point"].data_ptr(), torch.get_num_threads()))
@@ -145,7 +146,7 @@ def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool
               "scale": torch.empty(blocks, groups, 16, dtype=weight.dtype)}
     if not symmetric:
         packed["zero_point"] = torch.empty(blocks, groups, 16, dtype=torch.int8)
-    _succeed(library().qp_quantize_pack(
+    succeed(library().qp_quantize_pack(
         weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
         packed["qweight"].data_ptr(), packed["qweight"].numel(), packed["scale"].data_ptr(),
         None if symmetric else packed["zero_point"].data_ptr(), torch.get_num_threads()))
@@ -157,7 +158,7 @@ def all_finite(weight: Tensor) -> bool:
     dtype = DTYPE_INDEX[weight.dtype]
     code = library().qp_all_finite(weight.data_ptr(), dtype, weight.numel(), torch.get_num_threads())
     if code < 0:
-        _succeed(code)
+        succeed(code)
     return bool(code == 0)
 
 
@@ -167,7 +168,7 @@ def quantize(x: Tensor, isa: str, *, symmetric: bool = True) -> tuple[Tensor, Te
     m, k = x.shape
     q, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1)
     zero_point = None if symmetric else torch.empty(m, 1)
-    _succeed(library().qp_quantize(ISA_INDEX[isa], x.data_ptr(), DTYPE_INDEX[x.dtype], m, k, q.data_ptr(),
+    succeed(library().qp_quantize(ISA_INDEX[isa], x.data_ptr(), DTYPE_INDEX[x.dtype], m, k, q.data_ptr(),
                                    scale.data_ptr(), None if zero_point is None else zero_point.data_ptr()))
     return q, scale, zero_point
 
@@ -177,6 +178,7 @@ def padded(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _succeed(code: int) -> None:
+def succeed(code: int) -> None:
+    """Raises ValueError with the library's last error unless `code` is 0."""
     if code != 0:
         raise ValueError(library().qp_last_error().decode())

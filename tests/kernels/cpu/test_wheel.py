@@ -25,7 +25,8 @@ model = torch.nn.Sequential(torch.nn.Linear(64, 48)).eval()
 x = torch.randn(3, 64)
 want = model(x)
 qpass.quantize(model, "w8a8")
-print(model[0].weight.spec.kernel, float((model(x) - want).abs().max() / want.abs().max()) < 0.05, native.loaded())
+error = float((model(x) - want).abs().max() / want.abs().max())
+print("linear_w8a8_" in str(qpass.explain(model)), error < 0.05, native.loaded())
 """
 
 
@@ -60,8 +61,7 @@ def test_a_wheel_with_the_library_needs_no_compiler(tmp_path: Path) -> None:
                           env={**environment, "PYTHONPATH": str(target), "PATH": str(nothing),
                                "QPASS_CACHE_DIR": str(cache)}, check=False)
     assert done.returncode == 0, done.stderr
-    kernel, close, loaded = done.stdout.split()
-    assert kernel.startswith("linear_w8a8_") and close == loaded == "True"
+    assert done.stdout.split() == ["True", "True", "True"]
     assert not cache.exists() and "compiling" not in done.stderr
 
 

@@ -1,0 +1,317 @@
+// Experts: sorts tokens by expert, rounds each token once, and runs every expert's two products over its tokens.
+//
+// The work of a product is cut into (expert, run of columns) and handed to whichever thread is free: experts are uneven.
+// No result depends on that: an output is computed by one thread from one row and one column, and a token's experts are
+// added in the order of its places. Of experts that no token chose no byte is read.
+#include "experts.h"
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "convert.h"
+#include "experts_gate.h"
+#include "scratch.h"
+
+namespace qpass {
+
+const Isa* available_isa(int32_t isa);
+
+namespace {
+
+constexpr int64_t kWorkspace = 256 << 20, kMinTokens = 64;
+constexpr int64_t kMinWork = 1 << 15;  // multiply-adds that are worth a thread
+
+// The weights of one of the two products, of all experts.
+struct Blocks {
+  Weight first;
+  Output out;
+  int64_t bias_bytes;
+
+  Weight of(int64_t e) const {
+    Weight w = first;
+    const int64_t per_group = e * w.Np * w.groups;
+    w.q += e * w.Np * w.Kp * w.bits / 8;
+    w.scale = (const char*)w.scale + per_group * bytes_of(w.scale_dtype);
+    if (w.zero_point) w.zero_point += per_group;
+    if (w.colsum) w.colsum += e * w.Np;
+    return w;
+  }
+};
+
+const char* read_blocks(const qp_weight& w, int64_t E, int64_t N, int64_t K, int32_t activation, Blocks& blocks) {
+  if (w.bits != 4 && w.bits != 8) return "bits must be 4 or 8";
+  if (w.scale_dtype < 0 || w.scale_dtype > 2 || w.bias_dtype < 0 || w.bias_dtype > 2) return "unknown dtype";
+  const int64_t Np = padded(N, 32), Kp = padded(K, 64), G = w.groups;
+  if (w.N != N) return "another number of outputs than the experts have";
+  if (G < 1 || G > K || (G > 1 && (K % G != 0 || K / G % 32 != 0)))
+    return "groups must divide K into multiples of 32, or be 1";
+  if (K / G >= 1 << 17) return "more than 131071 inputs in one group could overflow int32";
+  if (!w.q || w.q_bytes != E * (Np * Kp * w.bits / 8)) return "qweight has the wrong size";
+  if (!w.scale || w.scale_bytes != E * Np * G * bytes_of((DType)w.scale_dtype)) return "scale has the wrong size";
+  if (w.zero_point && w.zero_point_bytes != E * Np * G) return "zero_point has the wrong size";
+  if (activation < 0 || activation > 2) return "activation must be 0, 1 or 2";
+  if (activation == 2 && !w.colsum) return "asymmetric activations need colsum";
+  if (w.colsum && w.colsum_bytes != E * Np * 4) return "colsum has the wrong size";
+  const int64_t bias_bytes = N * bytes_of((DType)w.bias_dtype);
+  if (w.bias && w.bias_bytes != E * bias_bytes) return "bias has the wrong size";
+  blocks.first = {(const uint8_t*)w.q, w.scale, (const int8_t*)w.zero_point, (const float*)w.colsum, N, K, Np, Kp, G,
+                  G == 1 ? Kp : K / G, w.bits, (DType)w.scale_dtype};
+  blocks.out = {nullptr, N, DType::f32, w.bias, (DType)w.bias_dtype};
+  blocks.bias_bytes = bias_bytes;
+  return nullptr;
+}
+
+// Rows of a product's activation in the work space: codes with what belongs to them, or floats.
+struct Rows {
+  int8_t* q = nullptr;
+  float *scale = nullptr, *zero_point = nullptr, *x = nullptr;
+  int32_t* sums = nullptr;
+};
+
+// Hands out parts of one allocation; the first pass, over no memory, only adds up.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    T* at = base ? (T*)(base + used) : nullptr;
+    used += padded(count * (int64_t)sizeof(T), 64);
+    return at;
+  }
+  Rows rows(int64_t count, int64_t Kp, int32_t activation) {
+    Rows r;
+    if (activation == 0) {
+      r.x = take<float>(count * Kp);
+      return r;
+    }
+    r.q = take<int8_t>(count * Kp);
+    r.scale = take<float>(count);
+    r.zero_point = take<float>(count);
+    r.sums = take<int32_t>(count * (Kp / 32));
+    return r;
+  }
+};
+
+// One expert's rows [begin, begin + count) of the sorted pairs, and a run of its 16-column blocks.
+struct Task {
+  int64_t expert, begin, count, block_begin, block_end;
+};
+
+struct Call {
+  const Isa& isa;
+  const qp_tokens& tokens;
+  const qp_gate& gate;
+  Blocks up, down;
+  int32_t activation, down_activation;
+  int64_t E, H, I;
+  int32_t threads;
+};
+
+// Tokens [t0, t0 + T) in the work space.
+struct Space {
+  Rows token, sorted, hidden;  // [T], [pairs], [pairs]
+  float *y, *z, *total;        // [pairs, up outputs], [pairs, H], [T, H]
+  Space(Arena& arena, const Call& c, int64_t T) {
+    const int64_t P = T * c.tokens.places;
+    token = arena.rows(T, c.up.first.Kp, c.activation);
+    sorted = arena.rows(P, c.up.first.Kp, c.activation);
+    hidden = arena.rows(P, c.down.first.Kp, c.down_activation);
+    y = arena.take<float>(P * c.up.first.N);
+    z = arena.take<float>(P * c.H);
+    total = arena.take<float>(T * c.H);
+  }
+};
+
+void sum_codes(const int8_t* q, int64_t Kp, int32_t* sums) {
+  for (int64_t run = 0; run < Kp / 32; run++) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < 32; k++) sum += q[run * 32 + k];
+    sums[run] = sum;
+  }
+}
+
+// Token t as the first product wants it, row `row` of the work space.
+void read_token(const Call& c, int64_t t, const Rows& to, int64_t row) {
+  const int64_t H = c.H, Kp = c.up.first.Kp;
+  const DType dtype = (DType)c.tokens.x_dtype;
+  if (c.tokens.codes) {
+    int8_t* q = to.q + row * Kp;
+    memcpy(q, c.tokens.codes + t * H, (size_t)H);
+    memset(q + H, 0, (size_t)(Kp - H));
+    to.scale[row] = c.tokens.scale[t];
+    if (c.tokens.zero_point) to.zero_point[row] = c.tokens.zero_point[t];
+    return sum_codes(q, Kp, to.sums + row * (Kp / 32));
+  }
+  const char* from = (const char*)c.tokens.x + t * H * bytes_of(dtype);
+  if (c.activation) {
+    return c.isa.quantize(from, dtype, 1, H, Kp, c.activation == 2, to.q + row * Kp, to.scale + row,
+                          to.zero_point + row, to.sums + row * (Kp / 32));
+  }
+  float* x = to.x + row * Kp;
+  for (int64_t k = 0; k < H; k++) x[k] = load_float(from, dtype, k);
+  memset(x + H, 0, (size_t)(Kp - H) * 4);
+}
+
+void copy_row(const Rows& from, int64_t i, const Rows& to, int64_t j, int64_t Kp) {
+  if (from.x) {
+    memcpy(to.x + j * Kp, from.x + i * Kp, (size_t)Kp * 4);
+    return;
+  }
+  memcpy(to.q + j * Kp, from.q + i * Kp, (size_t)Kp);
+  memcpy(to.sums + j * (Kp / 32), from.sums + i * (Kp / 32), (size_t)(Kp / 32) * 4);
+  to.scale[j] = from.scale[i];
+  to.zero_point[j] = from.zero_point[i];
+}
+
+// h = gate(y), rounded or padded for the second product.
+void make_hidden(const Call& c, float* y, int64_t p, const Rows& to) {
+  const int64_t I = c.I, Kp = c.down.first.Kp;
+  if (c.down_activation == 0) {
+    float* x = to.x + p * Kp;
+    apply_gate(c.gate, y, I, x);
+    memset(x + I, 0, (size_t)(Kp - I) * 4);
+    return;
+  }
+  apply_gate(c.gate, y, I, y);
+  c.isa.quantize(y, DType::f32, 1, I, Kp, c.down_activation == 2, to.q + p * Kp, to.scale + p, to.zero_point + p,
+                 to.sums + p * (Kp / 32));
+}
+
+void multiply(const Call& c, const Blocks& blocks, int32_t activation, int parts, const Rows& rows, float* y,
+              const Task& task) {
+  const Weight w = blocks.of(task.expert);
+  Output out = blocks.out;
+  out.data = y + task.begin * w.N;
+  if (out.bias) out.bias = (const char*)out.bias + task.expert * blocks.bias_bytes;
+  if (activation == 0) {
+    const FloatRows x = {rows.x + task.begin * w.Kp, task.count, w.Kp, parts};
+    return c.isa.product_f(w, x, out, task.block_begin, task.block_end);
+  }
+  const QuantRows x = {rows.q + task.begin * w.Kp, rows.scale + task.begin,
+                       activation == 2 ? rows.zero_point + task.begin : nullptr, rows.sums + task.begin * (w.Kp / 32),
+                       task.count, w.Kp};
+  c.isa.product_q(w, x, out, task.block_begin, task.block_end);
+}
+
+// (expert, columns) pieces: about eight a thread, so that uneven experts even out, each at least 64 columns.
+std::vector<Task> tasks_of(const std::vector<int64_t>& starts, const Weight& w, int64_t E, int64_t threads) {
+  std::vector<Task> tasks;
+  int64_t chosen = 0;
+  for (int64_t e = 0; e < E; e++) chosen += starts[e + 1] > starts[e];
+  const int64_t units = w.Np / 32, pieces = (8 * threads + chosen - 1) / (chosen ? chosen : 1);
+  int64_t step = (units + pieces - 1) / pieces;
+  if (step < 2) step = 2;
+  for (int64_t e = 0; e < E; e++) {
+    const int64_t count = starts[e + 1] - starts[e];
+    for (int64_t u = 0; count > 0 && u < units; u += step)
+      tasks.push_back({e, starts[e], count, u * 2, (u + step < units ? u + step : units) * 2});
+  }
+  return tasks;
+}
+
+void mix_tokens(const Call& c, const Space& s, int64_t t0, int64_t T) {
+  const int64_t places = c.tokens.places, H = c.H, Kp = c.up.first.Kp;
+  const int64_t* index = c.tokens.index + t0 * places;
+  const auto known = [&](int64_t pair) { return index[pair] >= 0 && index[pair] < c.E; };
+  std::vector<int64_t> starts((size_t)c.E + 1), at((size_t)(T * places)), token((size_t)(T * places));
+  for (int64_t pair = 0; pair < T * places; pair++) starts[known(pair) ? index[pair] + 1 : 0]++;
+  starts[0] = 0;
+  for (int64_t e = 0; e < c.E; e++) starts[e + 1] += starts[e];
+  std::vector<int64_t> next(starts);
+  for (int64_t pair = 0; pair < T * places; pair++) {
+    at[pair] = known(pair) ? next[index[pair]]++ : -1;
+    if (at[pair] >= 0) token[at[pair]] = pair / places;
+  }
+  const int64_t P = starts[c.E], work = P * (c.up.first.Np + c.down.first.Np) * Kp;
+  const int64_t worth = work / kMinWork + 1;
+  const int64_t team = team_size(c.threads, worth);
+  const std::vector<Task> first = tasks_of(starts, c.up.first, c.E, team), second = tasks_of(starts, c.down.first, c.E, team);
+  const int parts = c.tokens.x_dtype == (int)DType::bf16 ? 1 : c.tokens.x_dtype == (int)DType::f16 ? 2 : 3;
+  bool no_memory = false;  // an exception must not leave a parallel region
+  const auto guarded = [&](const auto& body) {
+    try {
+      body();
+    } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+      no_memory = true;
+    }
+  };
+#pragma omp parallel num_threads((int)team) if (team > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; t++) read_token(c, t0 + t, s.token, t);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < P; p++) copy_row(s.token, token[p], s.sorted, p, Kp);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < (int64_t)first.size(); i++)
+      guarded([&] { multiply(c, c.up, c.activation, parts, s.sorted, s.y, first[i]); });
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < P; p++) make_hidden(c, s.y + p * c.up.first.N, p, s.hidden);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < (int64_t)second.size(); i++)
+      guarded([&] { multiply(c, c.down, c.down_activation, 3, s.hidden, s.z, second[i]); });
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; t++) {
+      float* total = s.total + t * H;
+      for (int64_t n = 0; n < H; n++) total[n] = 0;
+      for (int64_t j = 0; j < places; j++) {
+        if (at[t * places + j] < 0) continue;
+        const float* z = s.z + at[t * places + j] * H;
+        const float weight = c.tokens.weight[(t0 + t) * places + j];
+        for (int64_t n = 0; n < H; n++) total[n] = total[n] + z[n] * weight;
+      }
+      for (int64_t n = 0; n < H; n++) store_float(c.tokens.out, (DType)c.tokens.out_dtype, (t0 + t) * H + n, total[n]);
+    }
+  }
+  if (no_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+}  // namespace qpass
+
+using namespace qpass;
+
+extern "C" int32_t qp_experts(int32_t isa, const qp_tokens* tokens, int64_t experts, int64_t hidden,
+                              int64_t intermediate, const qp_gate* gate, const qp_weight* up, int32_t activation,
+                              const qp_weight* down, int32_t down_activation, int32_t threads) {
+  const Isa* found = available_isa(isa);
+  if (!found) return fail("experts: this machine does not have instruction set %d", (int)isa);
+  if (!tokens || !gate || !up || !down) return fail("experts: a null pointer was given");
+  const int64_t most = int64_t(1) << 20, T = tokens->T, places = tokens->places;
+  if (experts < 1 || experts > most || hidden < 1 || hidden > most || intermediate < 1 || intermediate > most || T < 0 ||
+      T > (int64_t(1) << 32) || places < 0 || places > most)
+    return fail("experts: sizes are out of range");
+  if (tokens->x_dtype < 0 || tokens->x_dtype > 2 || tokens->out_dtype < 0 || tokens->out_dtype > 2)
+    return fail("experts: unknown dtype");
+  if (T > 0 && (!(tokens->codes ? (const void*)tokens->scale : tokens->x) || !tokens->out ||
+                (places > 0 && (!tokens->index || !tokens->weight))))
+    return fail("experts: a null pointer was given");
+  if (tokens->codes && activation != (tokens->zero_point ? 2 : 1)) return fail("experts: codes do not fit the activation");
+  if (gate->function < 0 || gate->function > kIdentity) return fail("experts: unknown gate function");
+  Call call = {*found, *tokens, *gate, {}, {}, activation, down_activation, experts, hidden, intermediate, threads};
+  if (const char* why = read_blocks(*up, experts, gate->gated ? 2 * intermediate : intermediate, hidden, activation, call.up))
+    return fail("experts: first weight: %s", why);
+  if (const char* why = read_blocks(*down, experts, hidden, intermediate, down_activation, call.down))
+    return fail("experts: second weight: %s", why);
+  try {
+    Arena one = {nullptr};
+    const Space sizes(one, call, 1);
+    int64_t rows = kWorkspace / one.used;
+    if (rows < kMinTokens) rows = kMinTokens;
+    if (rows > T) rows = T;
+    for (int64_t t = 0; t < T; t += rows) {
+      const int64_t n = T - t < rows ? T - t : rows;
+      Arena measure = {nullptr};
+      const Space measured(measure, call, n);
+      Arena arena = {(char*)scratch(0, measure.used)};
+      mix_tokens(call, Space(arena, call, n), t, n);
+    }
+  } catch (const std::bad_alloc&) {
+    return fail("experts: out of memory for the work space");
+  }
+  return 0;
+}

@@ -45,6 +45,8 @@ def pack_blocks(weights: Iterable[CanonicalWeight], part: LinearSpec, experts: i
     blocks: Packed = {}
     for expert, weight in enumerate(weights):
         packed = layout.pack(weight, part)
+        if layout.even is not None:
+            packed = layout.even(packed, part)
         for name in layout.names(part):
             if name not in blocks:
                 blocks[name] = torch.empty((experts, *packed[name].shape), dtype=packed[name].dtype,

@@ -23,6 +23,9 @@ class Layout:
     bit, faster than the two do; `finite(weight)` says whether a weight holds neither NaN nor Inf. Both give None for a
     weight that they do not take.
 
+    `even(packed, spec)` is the same weight with tensors whose shapes and dtypes do not depend on its values, as experts
+    that share one tensor need; without it `pack` gives such.
+
     `names(spec)` are the tensors of a packed weight in the order in which ops receive them.
     """
 
@@ -33,6 +36,7 @@ class Layout:
     rows: Callable[[Packed, LinearSpec, Tensor], CanonicalWeight] | None = None
     quantize: Callable[[Tensor, LinearSpec], Packed | None] | None = None
     finite: Callable[[Tensor], bool | None] | None = None
+    even: Callable[[Packed, LinearSpec], Packed] | None = None
 
 
 def _canonical_names(spec: LinearSpec) -> tuple[str, ...]:

@@ -144,8 +144,12 @@ def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
     return CanonicalWeight({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
+def _even(packed: Packed, spec: LinearSpec) -> Packed:
+    return {**packed, "scale": _scale(packed)}
+
+
 X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize,
-                    finite=_finite)
+                    finite=_finite, even=_even)
 """Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
 
 

@@ -63,5 +63,9 @@ class CheckpointError(QPassError):
     """A checkpoint that is damaged, incomplete, or disagrees with its own config."""
 
 
+class CalibrationError(QPassError, ValueError):
+    """Calibration data that cannot be used: nothing in it, layers that it never reaches, activations that are NaN."""
+
+
 class EvaluationError(QPassError, ValueError):
     """A text, ids or models that cannot be evaluated or compared: too short, no tokenizer, different vocabularies."""

@@ -107,6 +107,17 @@ def match(sites: Sequence[Site], recipe: Recipe) -> tuple[Match, ...]:
     return tuple(matches)
 
 
+def matching(targets: Sequence[str], sites: Sequence[Site]) -> frozenset[str]:
+    """Names of the sites that one of `targets` matches. Raises UnmatchedRule for a target that matches none."""
+    found: set[str] = set()
+    for target in targets:
+        hits = _resolve(target, sites)[1]
+        if not hits:
+            raise UnmatchedRule(_unmatched(Entry(target=target, scheme=None, text=f"target {target}"), sites))
+        found.update(sites[index].name for index in hits)
+    return frozenset(found)
+
+
 def _resolve(target: str, sites: Sequence[Site]) -> tuple[Tier, frozenset[int]]:
     """The tier at which `target` speaks for this model, and the indices of the sites that it matches there."""
     def hits(test: Callable[[Site], object]) -> frozenset[int]:

@@ -102,7 +102,7 @@ def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None,
     decisions = decide(sites, wanted, device=device or _device(model))
     return Plan(rows=tuple(plan_row(d) for d in decisions), decisions=decisions, recipe=wanted,
                 capture_method=captured.method,
-                notes=(*captured.notes, *_beaten(wanted, decisions), *_not_here(wanted), *_float_heads(decisions)))
+                notes=(*captured.notes, *_beaten(wanted, decisions), *_wanted_data(wanted), *_float_heads(decisions)))
 
 
 def plan_row(decision: Decision) -> PlanRow:
@@ -148,11 +148,10 @@ def _int8(decision: Decision) -> LinearSpec:
                       in_features=site.in_features)
 
 
-def _not_here(recipe: Recipe) -> list[str]:
-    """What quantize will refuse of a recipe that can be planned."""
-    asked = ", ".join(recipe.algorithms)
-    return [f"the recipe asks for {asked}, and this version rounds to nearest only: quantize will refuse it"
-            ] if asked else []
+def _wanted_data(recipe: Recipe) -> list[str]:
+    """Which of the recipe's algorithms will ask for calibration data."""
+    asked = ", ".join(algorithm.name for algorithm in recipe.algorithms if algorithm.needs_data)
+    return [f"the recipe's {asked} needs data: qpass.quantize(model, recipe, calibration=...)"] if asked else []
 
 
 def _check_float(model: Any) -> None:

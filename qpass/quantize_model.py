@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from qpass.activation_scale import ActivationScale
+from qpass.calibrate.prepare import Preparation, Prepared, check_data
+from qpass.calibrate.run import Limits
 from qpass.calibrate.static_activation import static_scales
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
 from qpass.graph_swap import float_graph, is_plain_graph, quantize_graph
@@ -18,10 +24,12 @@ from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipe_files import as_recipe
 from qpass.refuse_training import allow_training, refuse_training
 from qpass.swap import TRIM_AFTER, give_back_freed_memory, restore, share_scales, swap_site
-from qpass.weight import check_weight
+from qpass.weight import CanonicalWeight, check_weight
 
 
 def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, calibration: Iterable[Any] | None = None,
+             tokenizer: Any = None, num_samples: int = 128, max_seq_length: int = 512, seed: int = 0,
+             work_folder: str | os.PathLike[str] | None = None, memory_limit: int | None = None,
              device: torch.device | str | None = None, progress: bool = True, allow_nonfinite: bool = False) -> Any:
     """Quantize `model` in place by `recipe` and return the same object.
 
@@ -29,8 +37,14 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     recipe          a preset name, Scheme, Recipe, dict, torchao config, or path to a YAML or JSON recipe
     example_inputs  what one call of the model takes: a tensor, a tuple of positional or a dict of keyword arguments;
                     by default the model's own `dummy_inputs`. Only shapes and dtypes are used.
-    calibration     inputs of the model, each as `example_inputs`, for static activation scales: the model runs on
-                    them once, in float, and the range of each layer's input is recorded
+    calibration     data for the recipe's algorithms and for static activation scales: an iterable of model inputs
+                    (each as `example_inputs`), a list of texts, or the path of a text file (or a list of paths); at
+                    most `num_samples` samples of `max_seq_length` tokens are used. Tokens that an `attention_mask`
+                    hides do not count for the algorithms
+    tokenizer       for texts: a tokenizer or its path, by default that of the folder the model was loaded from
+    seed            of whatever an algorithm draws at random; equal calls give equal models
+    work_folder     keeps what calibration has done, so that the same call goes on after an interruption
+    memory_limit    bytes of activations in memory during calibration; what is beyond lies in files
     device          where the quantized model should live; by default each layer stays where it is
     progress        show a bar on stderr
     allow_nonfinite quantize NaN and Inf in weights as 0 instead of refusing
@@ -39,11 +53,12 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     still float or packed. Raises a subclass of QPassError that names the layer before anything is changed.
     """
     chosen = as_recipe(recipe)
-    if chosen.algorithms:
-        raise RecipeError(f"the recipe asks for {', '.join(chosen.algorithms)}, and this version rounds to nearest "
-                          "only; remove algorithms")
+    check_data(chosen.algorithms, calibration is not None)
     where = None if device is None else _usable(device)
     if is_plain_graph(model):
+        if chosen.algorithms:
+            raise RecipeError(f"{', '.join(a.name for a in chosen.algorithms)} works on the modules of a model, which a "
+                              f"{type(model).__name__} does not have; quantize the nn.Module it was made from")
         if where is not None and not isinstance(model, nn.Module):
             raise TypeError("an ExportedProgram stays on the device that it was exported on; quantize it without "
                             "`device`, or export the model on the other one")
@@ -56,10 +71,19 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     plan = make_plan(model, chosen, example_inputs=example_inputs, device=where)
     targets = [d for d in plan.decisions if d.status == "quantize" and d.site.kind != "embedding"]
     _check_weights(model, targets, allow_nonfinite)
-    scales = static_scales(model, targets, calibration)
+    preparation = Preparation(model=model, plan=plan, example_inputs=example_inputs, data=calibration,
+                              tokenizer=tokenizer, num_samples=num_samples, max_seq_length=max_seq_length,
+                              limits=Limits(work_folder=None if work_folder is None else Path(work_folder),
+                                            memory_limit=memory_limit, seed=seed))
+    prepared = preparation.prepare() if chosen.algorithms else None
+    scales = {} if chosen.algorithms else static_scales(model, targets, preparation.inputs())
     remember(model, plan)
     try:
-        _swap_all(model, targets, where, progress, scales)
+        if prepared is not None:
+            plan = replace(plan, notes=(*plan.notes, *_calibrate_all(model, targets, prepared, where, progress)))
+            remember(model, plan)
+        else:
+            _swap_all(model, targets, where, progress, scales)
     except BaseException:
         # What was reached is packed and must save, explain and refuse to train as such.
         if any(isinstance(module, PackedWeight) for module in model.modules()):
@@ -166,20 +190,48 @@ def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | 
               scales: Mapping[str, ActivationScale]) -> None:
     from tqdm import tqdm
 
-    done, freed = 0, 0
-    try:
-        with tqdm(total=len(targets), desc="quantizing", unit="layer", disable=not progress) as bar:
-            _prepare_kernels(targets, bar)
+    with tqdm(total=len(targets), desc="quantizing", unit="layer", disable=not progress) as bar:
+        _prepare_kernels(targets, bar)
+        install = _Installer(model, device, len(targets), bar)
+        with install:
             for decision in targets:
                 bar.set_postfix_str(decision.site.name, refresh=False)
-                swap_site(model, decision, device, scales.get(decision.site.name))
-                freed += decision.site.numel * decision.site.dtype.itemsize
-                if freed >= TRIM_AFTER:
-                    give_back_freed_memory()
-                    freed = 0
-                done += 1
-                bar.update()
-    except BaseException as error:
-        error.add_note(f"qpass: interrupted after {done} of {len(targets)} layers; each layer is whole, either packed "
-                       "or float. qpass.dequantize(model) makes all of them float again.")
-        raise
+                install(decision, None, scales.get(decision.site.name))
+
+
+def _calibrate_all(model: nn.Module, targets: list[Decision], run: Prepared, device: torch.device | None,
+                   progress: bool) -> list[str]:
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    with tqdm(total=len(targets), desc="calibrating", unit="layer", disable=not progress) as bar:
+        _prepare_kernels(targets, bar)
+        with _Installer(model, device, len(targets), bar) as install:
+            notes = run(install, bar)
+    return [f"{run.told}, in {time.perf_counter() - started:.1f} s", *notes]
+
+
+class _Installer:
+    """Swaps one site after another, gives memory back, and says how far it got if the block is left by an exception."""
+
+    def __init__(self, model: nn.Module, device: torch.device | None, total: int, bar: Any) -> None:
+        self.model, self.device, self.total, self.bar = model, device, total, bar
+        self.done = self.freed = 0
+
+    def __call__(self, decision: Decision, canonical: CanonicalWeight | None,
+                 scale: ActivationScale | None = None) -> None:
+        swap_site(self.model, decision, self.device, scale, canonical)
+        self.freed += decision.site.numel * decision.site.dtype.itemsize
+        if self.freed >= TRIM_AFTER:
+            give_back_freed_memory()
+            self.freed = 0
+        self.done += 1
+        self.bar.update()
+
+    def __enter__(self) -> _Installer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            error.add_note(f"qpass: interrupted after {self.done} of {self.total} layers; each layer is whole, either "
+                           "packed or float. qpass.dequantize(model) makes all of them float again.")

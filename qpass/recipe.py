@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import qpass.codecs  # noqa: F401  (so that every preset and weight type is known)
+from qpass.algorithm import Algorithm, as_algorithm
 from qpass.errors import RecipeError
 from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs, check_defined, preset
 
@@ -56,7 +57,7 @@ class Recipe:
     scheme          for every site that nothing else decides: a preset name or a Scheme; None keeps them in float
     ignore          targets that stay float; None means the default, `lm_head` where the model has one
     overrides       target -> preset name, Scheme or None
-    algorithms      names of calibration algorithms, in order
+    algorithms      what calibration does, in order: each a name (`gptq`), {name: settings} or an Algorithm
     on_indivisible  a group size that does not divide: "adjust" to the largest power of two >= 32 that does,
                     "skip" the layer (it stays float, and the report says so), or "error"
     on_unsupported_activation
@@ -70,14 +71,15 @@ class Recipe:
     scheme: Scheme | None
     ignore: tuple[str, ...] | None
     overrides: tuple[Rule, ...]
-    algorithms: tuple[str, ...]
+    algorithms: tuple[Algorithm, ...]
     on_indivisible: OnIndivisible
     on_unsupported_activation: OnUnsupportedActivation
     strict: bool
 
     def __init__(self, scheme: str | Scheme | None, *, ignore: Sequence[str] | None = None,
                  overrides: Mapping[str, str | Scheme | None] | Sequence[Rule] | None = None,
-                 algorithms: Sequence[str] = (), on_indivisible: OnIndivisible = "adjust",
+                 algorithms: Sequence[str | Mapping[str, Any] | Algorithm] = (),
+                 on_indivisible: OnIndivisible = "adjust",
                  on_unsupported_activation: OnUnsupportedActivation = "keep", strict: bool = False) -> None:
         if on_indivisible not in ("adjust", "skip", "error"):
             raise RecipeError(f"on_indivisible must be 'adjust', 'skip' or 'error', got {on_indivisible!r}")
@@ -90,7 +92,7 @@ class Recipe:
         put(self, "scheme", as_scheme(scheme))
         put(self, "ignore", None if ignore is None else _strings(ignore, "ignore"))
         put(self, "overrides", _rules(overrides))
-        put(self, "algorithms", _strings(algorithms, "algorithms"))
+        put(self, "algorithms", _algorithms(algorithms))
         put(self, "on_indivisible", on_indivisible)
         put(self, "on_unsupported_activation", on_unsupported_activation)
         put(self, "strict", strict)
@@ -103,7 +105,7 @@ class Recipe:
             "scheme": scheme_to_data(self.scheme),
             "ignore": None if self.ignore is None else list(self.ignore),
             "overrides": {rule.target: scheme_to_data(rule.scheme) for rule in self.overrides},
-            "algorithms": list(self.algorithms),
+            "algorithms": [algorithm.to_data() for algorithm in self.algorithms],
             "on_indivisible": self.on_indivisible,
             "on_unsupported_activation": self.on_unsupported_activation,
             "strict": self.strict,
@@ -174,6 +176,18 @@ def _strings(values: object, what: str) -> tuple[str, ...]:
     found = tuple(values)
     if wrong := [value for value in found if not isinstance(value, str)]:
         raise RecipeError(f"{what} must hold names, got {wrong[0]!r}")
+    return found
+
+
+def _algorithms(values: object) -> tuple[Algorithm, ...]:
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise RecipeError(f"algorithms must be a list of names or of {{name: settings}}, got {values!r}")
+    found = tuple(as_algorithm(value) for value in values)
+    for algorithm in found:
+        for target in algorithm.targets:
+            check_target(target)
+    if len(set(found)) < len(found):
+        raise RecipeError(f"an algorithm is listed twice with the same settings: {', '.join(a.name for a in found)}")
     return found
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qpass.algorithm import Algorithm
 from qpass.errors import RecipeError
+from qpass.llm_compressor_modifiers import algorithm_of
 from qpass.recipe import Recipe, Rule
 from qpass.scheme import PRESETS, ActivationArgs, Granularity, Scheme, WeightArgs, preset, scheme_for
 
@@ -32,7 +34,7 @@ def from_llm_compressor(data: Mapping[str, Any]) -> Recipe:
     modifiers = list(_modifiers(data)) if _SCHEME_FIELDS.isdisjoint(data) else [("QuantizationModifier", data)]
     rules: list[Rule] = []
     ignore: list[str] = []
-    algorithms: list[str] = []
+    algorithms: list[Algorithm] = []
     for name, fields in modifiers:
         fields = fields or {}
         if not isinstance(fields, Mapping):
@@ -40,7 +42,7 @@ def from_llm_compressor(data: Mapping[str, Any]) -> Recipe:
         rules += _modifier_rules(name, fields)
         ignore += [entry for entry in _listed(fields.get("ignore")) if entry not in ignore]
         if name != "QuantizationModifier":
-            algorithms.append(name.removesuffix("Modifier").lower())
+            algorithms.append(algorithm_of(name, fields))
     if not rules:
         raise RecipeError("this recipe quantizes nothing: no modifier has a scheme or config_groups")
     return Recipe(None, ignore=ignore, overrides=rules, algorithms=algorithms)
@@ -115,8 +117,6 @@ def _modifiers(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _modifier_rules(name: str, fields: Mapping[str, Any]) -> list[Rule]:
     if fields.get("kv_cache_scheme"):
         raise RecipeError(f"{name} has a kv_cache_scheme; quantized caches are not available, remove it")
-    if fields.get("actorder"):
-        raise RecipeError(f"{name} has actorder={fields['actorder']!r}; reordered groups are not available, remove it")
     if name == "QuantizationModifier":
         for key, value in fields.items():
             if key in _SCHEME_FIELDS or key in _NO_NUMBERS or value in (None, {}, []):

@@ -14,6 +14,7 @@ from qpass.kernels.registry import kernel
 from qpass.layers import Origin, PackedWeight, QuantLinear
 from qpass.plan_model import Decision
 from qpass.quant_weight import QuantWeight
+from qpass.site import Site
 from qpass.spec import LinearSpec
 from qpass.tied_table import TiedTable
 from qpass.weight import CanonicalWeight, quantize_weight
@@ -22,10 +23,11 @@ TRIM_AFTER = 4 << 20  # bytes freed; for less, give_back_freed_memory is not wor
 
 
 def swap_site(model: nn.Module, decision: Decision, device: torch.device | None = None,
-              scale: ActivationScale | None = None) -> PackedWeight:
+              scale: ActivationScale | None = None, canonical: CanonicalWeight | None = None) -> PackedWeight:
     """Quantize, pack and replace the parameter of one site, on `device` (by default where it is).
 
-    `scale` is the static scale of its activation, where the decision's spec has one.
+    `scale` is the static scale of its activation, where the decision's spec has one; `canonical` is the weight's
+    integers where calibration has found them, by default it is rounded to nearest.
 
     Until the packed layer is whole the model is untouched; then one assignment per place puts it in. Peak memory
     beyond the model is one layer of int8 codes and one packed layer.
@@ -38,7 +40,13 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     parameter = owner._parameters[leaf]
     if parameter is None:
         raise WeightError(f"{site.name} is gone from the model since the plan was made; plan again")
-    return _replace(model, owner, leaf, parameter, decision, spec, device, scale)
+    if canonical is None:
+        weight = parameter.detach() if device is None else parameter.detach().to(device)
+        canonical = quantized(weight.t() if site.transposed else weight, spec)
+        del weight
+    elif device is not None:
+        canonical = CanonicalWeight({name: tensor.to(device) for name, tensor in canonical.tensors.items()})
+    return _replace(model, owner, leaf, parameter, site, spec, canonical, device, scale)
 
 
 def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | Packed:
@@ -47,12 +55,8 @@ def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | Packed:
     return (None if faster is None else faster(weight, spec)) or quantize_weight(weight, spec)
 
 
-def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, decision: Decision,
-             spec: LinearSpec, device: torch.device | None, scale: ActivationScale | None) -> PackedWeight:
-    site = decision.site
-    weight = parameter.detach() if device is None else parameter.detach().to(device)
-    canonical = quantized(weight.t() if site.transposed else weight, spec)
-    del weight
+def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, site: Site, spec: LinearSpec,
+             canonical: CanonicalWeight, device: torch.device | None, scale: ActivationScale | None) -> PackedWeight:
     holders = _holders(model, parameter)
     tables = [(holder, name) for holder, name in holders if isinstance(holder, nn.Embedding)]
     holders = [held for held in holders if held not in tables]

@@ -52,7 +52,7 @@ def token_streams(source: Any, model: Any, tokenizer: Any) -> list[Tensor]:
         source = source["input_ids"]
     if isinstance(source, (str, Path)):
         text = _read(source)
-        ids = torch.as_tensor(_tokenizer(model, tokenizer)(text, verbose=False)["input_ids"])
+        ids = torch.as_tensor(tokenizer_of(model, tokenizer)(text, verbose=False)["input_ids"])
     else:
         ids = torch.as_tensor(source).cpu()
     if ids.numel() == 0:
@@ -85,7 +85,8 @@ def _read(source: str | Path) -> str:
     return text
 
 
-def _tokenizer(model: Any, tokenizer: Any) -> Any:
+def tokenizer_of(model: Any, tokenizer: Any) -> Any:
+    """The tokenizer given, the one at the path given, or that of the folder the model came from."""
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
     held = getattr(model, "_orig_mod", model)

@@ -23,10 +23,12 @@ _weights = st.one_of(
 _schemes = st.one_of(st.sampled_from(list(PRESETS.values())), st.builds(
     Scheme, name=_names, weight=_weights,
     activation=st.one_of(st.none(), st.builds(ActivationArgs, symmetric=st.booleans()))))
+_algorithms = st.sampled_from([(), ("gptq",), ({"smoothquant": {"alpha": 0.8}}, "gptq"), (
+    {"gptq": {"targets": ["*.mlp.*"], "actorder": None}}, {"scales": None})])
 _recipes = st.builds(
     Recipe, st.one_of(st.none(), _schemes), ignore=st.one_of(st.none(), st.lists(_names, max_size=3)),
     overrides=st.dictionaries(_names, st.one_of(st.none(), _schemes), max_size=3),
-    algorithms=st.lists(_names, max_size=2), on_indivisible=st.sampled_from(["adjust", "skip", "error"]),
+    algorithms=_algorithms, on_indivisible=st.sampled_from(["adjust", "skip", "error"]),
     strict=st.booleans())
 
 
@@ -68,6 +70,12 @@ def test_overrides_as_rules_or_as_a_mapping() -> None:
     ({"ignore": [""]}, "needs a target"),
     ({"ignore": ["re:("]}, "not a regular expression"),
     ({"algorithms": "gptq"}, "algorithms must be a list"),
+    ({"algorithms": ["gptk"]}, "no algorithm is named 'gptk'; closest: gptq"),
+    ({"algorithms": [{"gptq": {"damp": 1}}]}, "unknown setting 'damp' of algorithm gptq; allowed: targets"),
+    ({"algorithms": [{"gptq": {"block_size": 0}}]}, "block_size of algorithm gptq must be positive, got 0"),
+    ({"algorithms": [{"gptq": {"targets": "lm_head"}}]}, "must be a list of targets"),
+    ({"algorithms": [{"gptq": {}, "scales": {}}]}, "a name or {name: settings}"),
+    ({"algorithms": ["gptq", "gptq"]}, "listed twice"),
     ({"overrides": ["lm_head"]}, "must hold Rule objects"),
     ({"overrides": "lm_head"}, "must map targets to schemes"),
     ({"overrides": {"": "w8a8"}}, "needs a target"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from qpass.algorithm import Gptq, SmoothQuant
 from qpass.errors import RecipeError
 from qpass.recipe import Recipe
 from qpass.recipe_dialects import group_scheme
@@ -86,7 +87,22 @@ def test_llm_compressor_config_groups_and_algorithms(tmp_path: Path) -> None:
         "re:.*q_proj": preset("w4a8_channel"), "Conv1D": preset("w4a8_channel"),
         "Linear": Scheme(name="w4a16_g32", weight=preset("w4a16").with_group_size(32).weight)}
     assert recipe.ignore == ("lm_head",) and recipe.scheme is None
-    assert recipe.algorithms == ("smoothquant", "gptq")
+    assert recipe.algorithms == (SmoothQuant(alpha=0.8), Gptq(dampening_frac=0.01))
+
+
+def test_llm_compressor_modifiers() -> None:
+    def of(name: str, **fields: object) -> object:
+        return as_recipe({name: {"targets": ["Linear"], "scheme": "W4A16", **fields}}).algorithms
+
+    assert of("GPTQModifier", block_size=64, actorder=None, offload_hessians=True) == (
+        Gptq(block_size=64, actorder=None),)
+    assert of("GPTQModifier", actorder="weight") == of("GPTQModifier") == (Gptq(),)
+    for name, fields, message in (("GPTQModifier", {"actorder": "group"}, "use static"),
+                                  ("SmoothQuantModifier", {"mappings": [["a", "b"]]}, "read from the model's graph"),
+                                  ("GPTQModifier", {"sparsity": 0.5}, "sparsity=0.5, which cannot be expressed"),
+                                  ("SparseGPTModifier", {}, "SparseGPTModifier asks for an algorithm")):
+        with pytest.raises(RecipeError, match=message):
+            of(name, **fields)
 
 
 def test_llm_compressor_one_modifier_and_short_forms() -> None:

@@ -1,0 +1,163 @@
+"""Algorithm: the name and settings of one step of calibration, as a recipe lists them; and the table of all of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from qpass.errors import DuplicateRegistration, RecipeError
+
+SCALE_METHODS: tuple[str, ...] = ("absmax", "signed", "search", "hqq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """Settings that every algorithm has; each algorithm is a frozen subclass, registered under its `name`.
+
+    targets  which quantized sites it works on, as rules name them (a name, glob, re:REGEX, class or kind);
+             empty means all of them
+    """
+
+    name: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = True
+    wiring: ClassVar[str] = ""  # the module whose `calibrate(settings, work)` runs it on one block
+    targets: tuple[str, ...] = ()
+
+    @property
+    def propagates(self) -> bool:
+        """Whether the inputs of a block should carry the errors of the blocks quantized before it."""
+        return bool(getattr(self, "propagate", True))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, (str, Mapping)):
+            raise RecipeError(f"targets of algorithm {self.name} must be a list of targets, got {self.targets!r}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+    def to_data(self) -> str | dict[str, Any]:
+        """The name alone where every setting has its default, otherwise {name: settings that differ}."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if "targets" in changed:
+            changed["targets"] = list(self.targets)
+        return {self.name: changed} if changed else self.name
+
+    def check(self, holds: bool, field: str, allowed: str) -> None:
+        """Raise RecipeError, naming what is allowed, unless `holds`."""
+        if not holds:
+            raise RecipeError(f"{field} of algorithm {self.name} must be {allowed}, got {getattr(self, field)!r}")
+
+    def check_type(self, field: str, *kinds: type) -> None:
+        """Raise RecipeError unless the field is exactly of one of `kinds`; True is no number here."""
+        self.check(type(getattr(self, field)) in kinds, field, " or ".join(kind.__name__ for kind in kinds))
+
+
+ALGORITHMS: dict[str, type[Algorithm]] = {}
+_Kind = TypeVar("_Kind", bound=type[Algorithm])
+
+
+def register_algorithm(kind: _Kind) -> _Kind:
+    """Class decorator: make an Algorithm known by its `name`. Raises DuplicateRegistration if the name is taken."""
+    if kind.name in ALGORITHMS:
+        raise DuplicateRegistration(f"an algorithm named {kind.name!r} is registered already; choose another name")
+    ALGORITHMS[kind.name] = kind
+    return kind
+
+
+@register_algorithm
+@dataclass(frozen=True, kw_only=True)
+class Scales(Algorithm):
+    """Better group scales from the weight alone, then rounding to nearest.
+
+    method  absmax: amax(|w|) / ((qmax - qmin) / 2), as without this algorithm
+            signed: the sign of the scale chosen so that the group's largest weight meets -2^(bits-1), then searched
+            search: range shrunk in small steps, the best by error with the group's own gain restored afterwards
+            hqq:    half-quadratic solver (Badri and Shaji, 2023), error in the p-norm, p = 0.7
+    """
+
+    name: ClassVar[str] = "scales"
+    needs_data: ClassVar[bool] = False
+    wiring: ClassVar[str] = "qpass.calibrate.scales"
+    method: str = "signed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.method in SCALE_METHODS, "method", " or ".join(SCALE_METHODS))
+
+
+@register_algorithm
+@dataclass(frozen=True, kw_only=True)
+class Gptq(Algorithm):
+    """GPTQ (Frantar et al., 2022): columns rounded one after another, each error spread over those still to come.
+
+    dampening_frac  part of the Hessian's mean diagonal that is added to the diagonal; raised tenfold, and said, where
+                    the Hessian is not positive definite
+    block_size      columns whose errors are spread at once; a matter of speed alone
+    actorder        "static": columns in order of falling activation energy, groups and scales as without (nothing on
+                    disk changes); None: as they stand
+    scales          how the scales are found, see Scales.method
+    propagate       the inputs of a block carry the errors of the blocks quantized before it; costs one more run of
+                    each block
+    """
+
+    name: ClassVar[str] = "gptq"
+    wiring: ClassVar[str] = "qpass.calibrate.gptq"
+    dampening_frac: float = 0.01
+    block_size: int = 128
+    actorder: str | None = "static"
+    scales: str = "absmax"
+    propagate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_type("dampening_frac", float, int)
+        self.check(0 <= self.dampening_frac < 10, "dampening_frac", "from 0 to 10")
+        self.check_type("block_size", int)
+        self.check(self.block_size > 0, "block_size", "positive")
+        self.check(self.actorder in ("static", None), "actorder", "'static' or None")
+        self.check(self.scales in SCALE_METHODS, "scales", " or ".join(SCALE_METHODS))
+        self.check_type("propagate", bool)
+
+
+@register_algorithm
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant(Algorithm):
+    """SmoothQuant (Xiao et al., 2022): each input channel is divided by s and its weights multiplied by s.
+
+    alpha  s = amax(|x|)^alpha / amax(|w|)^(1 - alpha), per channel; 0.5 shares the difficulty evenly
+
+    The division is folded into what produces the input (a norm, a linear), as the graph shows it; an input that
+    nothing can take it from is left alone, and named in the report.
+    """
+
+    name: ClassVar[str] = "smoothquant"
+    wiring: ClassVar[str] = "qpass.calibrate.smoothquant"
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_type("alpha", float, int)
+        self.check(0 <= self.alpha <= 1, "alpha", "from 0 to 1")
+
+
+def as_algorithm(value: object) -> Algorithm:
+    """An Algorithm from one, from a name, or from {name: settings}; RecipeError names what is allowed."""
+    if isinstance(value, Algorithm):
+        return value
+    name, settings = value, {}
+    if isinstance(value, Mapping):
+        if len(value) != 1:
+            raise RecipeError(f"an algorithm is a name or {{name: settings}}, got {dict(value)!r}")
+        name, settings = next(iter(value.items()))
+        settings = {} if settings is None else settings
+    if not isinstance(name, str) or not isinstance(settings, Mapping):
+        raise RecipeError(f"an algorithm is a name or {{name: settings}}, got {value!r}")
+    kind = ALGORITHMS.get(name.lower())
+    if kind is None:
+        near = difflib.get_close_matches(name.lower(), ALGORITHMS, n=1)
+        raise RecipeError(f"no algorithm is named {name!r}" + (f"; closest: {near[0]}" if near else "")
+                          + f" (there are {', '.join(ALGORITHMS)})")
+    allowed = [f.name for f in fields(kind)]
+    if unknown := [key for key in settings if key not in allowed]:
+        raise RecipeError(f"unknown setting {unknown[0]!r} of algorithm {name}; allowed: {', '.join(allowed)}")
+    return kind(**settings)

@@ -1,0 +1,221 @@
+"""Block work: one block in float32, its calls and its sites in; what algorithms observe and change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qpass.algorithm import Algorithm
+from qpass.calibrate.activation_store import ActivationStore
+from qpass.calibrate.blocks import Block
+from qpass.calibrate.pairs import Pair
+from qpass.decide import Decision
+from qpass.errors import CalibrationError
+from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from qpass.scheme import ActivationArgs
+from qpass.site import Site
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight, dequantize_weight
+
+_aten = torch.ops.aten
+_WEIGHT_AT = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2), _aten.bmm.default: (0, 1),
+              _aten.linear.default: (0, 1)}
+OnInput = Callable[[str, Tensor], None]
+
+
+@dataclass(eq=False, kw_only=True)
+class SiteWork:
+    """One site of the block: its parameter, and the integers found for it so far."""
+
+    site: Site
+    spec: LinearSpec
+    parameter: nn.Parameter
+    owner: nn.Module
+    canonical: CanonicalWeight | None = None
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether the weight is rounded to integers on scales of rows or of groups along a row."""
+        return (self.spec.weight.type == "int" and len(self.site.shape) == 2
+                and self.spec.weight.granularity in ("per_tensor", "per_channel", "per_group"))
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which scales are stored: the model's own for this weight, float32 at most."""
+        return self.site.dtype if self.site.dtype.itemsize <= 4 else torch.float32
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the block multiplies with it now, float32 [N, K]."""
+        data = self.parameter.detach()
+        return data.t() if self.site.transposed else data
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.parameter.data = value.t().contiguous() if self.site.transposed else value.contiguous()
+
+    def settle(self, canonical: CanonicalWeight) -> None:
+        """These integers are the result; from now on the block multiplies with what they stand for."""
+        self.canonical = canonical
+        self.weight = dequantize_weight(canonical, self.spec)
+
+
+@dataclass(eq=False, kw_only=True)
+class BlockWork:
+    """A block while it is calibrated.
+
+    calls    arguments of the block, one a sample, in float32: those that the algorithms calibrate on
+    masks    one a sample: which tokens [B, T] count, None if all do
+    notes    sentences for the report
+    tell     shows a few words in the progress line
+    pairs    inputs within the block whose channels can be rescaled
+    keep     takes the float block's outputs from the first observation, if they are wanted
+    seed     of whatever an algorithm draws at random here
+    """
+
+    block: Block
+    module: nn.Module
+    sites: dict[str, SiteWork]
+    calls: ActivationStore
+    masks: Sequence[Tensor | None]
+    aimed: Mapping[Algorithm, frozenset[str]]
+    notes: list[str] = field(default_factory=list)
+    tell: Callable[[str], None] = lambda text: None
+    pairs: Sequence[Pair] = ()
+    keep: ActivationStore | None = None
+    seed: int = 0
+
+    def chosen(self, algorithm: Algorithm) -> list[SiteWork]:
+        """The sites that this algorithm works on, in order."""
+        names = self.aimed[algorithm]
+        return [work for name, work in self.sites.items() if name in names]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The block's parameters by their name in the model."""
+        start = f"{self.block.path}." if self.block.path else ""
+        return {start + name: parameter for name, parameter in self.module.named_parameters()}
+
+    def never_reached(self, names: Sequence[str]) -> None:
+        """Raise CalibrationError: no token of the calibration data came to these sites."""
+        raise CalibrationError(f"the calibration data never reached {', '.join(names)}; add samples that do, or add "
+                               "the layers to ignore")
+
+    def outputs(self, calls: Iterable[Any] | None = None) -> Iterator[Any]:
+        """What the block gives for each of its calls, as it is now."""
+        with torch.no_grad(), self._rounding_activations():
+            for args, kwargs in self.calls if calls is None else calls:
+                yield self.module(*args, **kwargs)
+
+    def observe(self, names: Iterable[str], on_input: OnInput) -> None:
+        """Run the block on every call; `on_input(site, x)` gets each named site's input as float32 rows [T, K].
+
+        Rows of masked tokens are left out, wherever the input still has one row a token.
+        """
+        current: list[Tensor | None] = [None]
+        keep = self.keep if self.keep is not None and not len(self.keep) else None
+
+        def rows(name: str, x: Tensor) -> None:
+            mask, flat = current[0], x.detach().reshape(-1, x.shape[-1])
+            if mask is not None and len(flat) == mask.numel():
+                flat = flat[mask.reshape(-1).to(flat.device)]
+            if len(flat):
+                on_input(name, flat.float())
+
+        with ExitStack() as watching:
+            self._watch(names, rows, watching)
+            for number, output in enumerate(self._outputs_with(current)):
+                self.tell(f"{number + 1} of {len(self.calls)} samples")
+                if keep is not None:
+                    keep.append(output)
+
+    def _outputs_with(self, current: list[Tensor | None]) -> Iterator[Any]:
+        def calls() -> Iterator[Any]:
+            for mask, call in zip(self.masks, self.calls, strict=True):
+                current[0] = mask
+                yield call
+
+        return self.outputs(calls())
+
+    def _watch(self, names: Iterable[str], rows: OnInput, watching: ExitStack) -> None:
+        inside: dict[int, str] = {}
+        for name in names:
+            work = self.sites[name]
+            if work.site.swap == "module":
+                handle = work.owner.register_forward_pre_hook(_hook(name, rows), with_kwargs=True)
+                watching.callback(handle.remove)
+            else:
+                inside[work.parameter.untyped_storage().data_ptr()] = name
+        if inside:
+            watching.enter_context(_Products(inside, rows))
+
+    @contextmanager
+    def _rounding_activations(self) -> Iterator[None]:
+        """Within, inputs of settled sites are rounded as their scheme says, where the site is a module of its own."""
+        with ExitStack() as undo:
+            for work in self.sites.values():
+                args = work.spec.activation
+                simple = args is not None and (args.type, args.bits, args.granularity, args.dynamic) == (
+                    "int", 8, "per_token", True)
+                if work.canonical is not None and args is not None and simple and work.site.swap == "module":
+                    handle = work.owner.register_forward_pre_hook(_rounding(args))
+                    undo.callback(handle.remove)
+            yield
+
+
+def sites_of(model: nn.Module, decisions: Sequence[Decision]) -> dict[str, SiteWork]:
+    """The sites of one block, by name, in the order given."""
+    found = {}
+    for decision in decisions:
+        assert decision.spec is not None
+        owner = model.get_submodule(decision.site.owner)
+        found[decision.site.name] = SiteWork(site=decision.site, spec=decision.spec, owner=owner,
+                                             parameter=model.get_parameter(decision.site.name))
+    return found
+
+
+def rounded(x: Tensor, args: ActivationArgs) -> Tensor:
+    """`x` [..., K] as the product sees it once its dynamic quantization has rounded it."""
+    if args.symmetric:
+        q, scale = quantize_symmetric(x)
+        return (q.float() * scale).to(x.dtype)
+    q, scale, zero_point = quantize_asymmetric(x)
+    return ((q.float() - zero_point) * scale).to(x.dtype)
+
+
+def _rounding(args: ActivationArgs) -> Callable[..., Any]:
+    return lambda module, given: (rounded(given[0], args), *given[1:])
+
+
+def _hook(name: str, rows: OnInput) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows(name, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    return hook
+
+
+class _Products(TorchDispatchMode):
+    """Sees every matrix product, and hands on the other operand of those that read a watched weight's memory."""
+
+    def __init__(self, pointers: dict[int, str], rows: OnInput) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pointers, self.rows = pointers, rows
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        places = _WEIGHT_AT.get(func, ())
+        for place in places:
+            name = self.pointers.get(args[place].untyped_storage().data_ptr())
+            if name is not None:
+                x = args[places[1 - places.index(place)]]
+                self.rows(name, x.mT if place == places[0] else x)  # W @ x has its rows in columns
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,97 @@
+"""GPTQ mathematics: a weight, its input's Hessian and a grid in, integers out; pure mathematics, no model.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022). Columns are
+rounded one after another; the error of each is spread over the columns still to come so that the change of the output,
+tr((W - Q) H (W - Q)^T) with H = X^T X, is smallest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpass.calibrate.scale_search import Grid
+
+_MOST_DAMPENING = 1e3
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper triangular U [K, K] with H^-1 = U^T U, in the order given; and the dampening that it took."""
+
+    upper: Tensor
+    dampening: float
+
+
+def inverse_factor(hessian: Tensor, order: Tensor, dampening_frac: float) -> InverseFactor:
+    """Factor the inverse of the dampened Hessian [K, K], columns taken in `order` [K].
+
+    Columns that no input reaches (a zero on the diagonal) get a 1 there and stay uncoupled. Where the matrix is not
+    positive definite the dampening is raised tenfold until it is. Raises ValueError for a Hessian with NaN or Inf.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the Hessian holds NaN or Inf")
+    h = hessian[order][:, order].clone()
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1
+    mean, part = float(diagonal.mean()), dampening_frac
+    while True:
+        damped = h.clone()
+        damped.diagonal().add_(part * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not int(failed) and bool(torch.isfinite(upper).all()):
+                return InverseFactor(upper, part)
+        part = max(part * 10, 1e-3)
+        if part > _MOST_DAMPENING:
+            raise ValueError(f"the Hessian is not positive definite even with dampening {part:g}")
+
+
+def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends: tuple[int, int],
+         block_size: int = 128) -> Tensor:
+    """Codes float32 [N, K], whole numbers from `ends`, for `weight` float32 [N, K] on a grid of static groups.
+
+    `order` [K] is the order in which columns are rounded, the one that `factor` was made in.
+    """
+    n, k = weight.shape
+    group = order // (k // grid.scale.shape[1])
+    # Columns as rows, so that each step reads and writes memory in one piece.
+    w = weight.t()[order].contiguous()
+    scale = grid.scale.t()[group].contiguous()
+    zero = None if grid.zero_point is None else grid.zero_point.t()[group].contiguous()
+    codes = torch.empty_like(w)
+    upper = factor.upper
+    for start in range(0, k, block_size):
+        stop = min(start + block_size, k)
+        errors = torch.empty(stop - start, n, dtype=w.dtype, device=w.device)
+        inside = upper[start:stop, start:stop]
+        pivots = inside.diagonal().tolist()
+        for i in range(stop - start):
+            column = w[start + i]
+            q = torch.div(column, scale[start + i]).round_()
+            if zero is None:
+                q.clamp_(*ends)
+                error = torch.addcmul(column, q, scale[start + i], value=-1)
+            else:
+                z = zero[start + i]
+                q.add_(z).clamp_(*ends)
+                error = torch.addcmul(column, q - z, scale[start + i], value=-1)
+            codes[start + i] = q
+            errors[i] = error.div_(pivots[i])
+            if start + i + 1 < stop:
+                w[start + i + 1:stop].addr_(inside[i, i + 1:], errors[i], alpha=-1)
+        if stop < k:
+            w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    found = torch.empty_like(codes)
+    found[order] = codes
+    return found.t().contiguous()
+
+
+def energy_order(hessian: Tensor, actorder: str | None) -> Tensor:
+    """Columns by falling diagonal for "static", as they stand for None."""
+    if actorder is None:
+        return torch.arange(len(hessian), device=hessian.device)
+    return hessian.diagonal().argsort(descending=True, stable=True)

@@ -1,0 +1,92 @@
+"""Prepare: a model, its plan and the user's data in; a calibration that is ready to run, everything checked, out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qpass.algorithm import Algorithm
+from qpass.calibrate.blocks import find_blocks
+from qpass.calibrate.pairs import find_pairs
+from qpass.calibrate.run import Bar, Calibration, Install, Limits, aimed_at, without_data
+from qpass.calibrate.samples import read_samples
+from qpass.capture import capture
+from qpass.decide import Decision
+from qpass.errors import RecipeError
+from qpass.plan_model import Plan
+
+
+def check_data(algorithms: Sequence[Algorithm], given: bool) -> None:
+    """Raise RecipeError if data is missing for an algorithm."""
+    asking = [algorithm.name for algorithm in algorithms if algorithm.needs_data]
+    if asking and not given:
+        raise RecipeError(f"the recipe asks for {', '.join(asking)}, which needs data: pass calibration=..., a list of "
+                          "model inputs or of texts, or the path of a text file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What `quantize` was given for calibration; `prepare` reads and checks it before anything is changed."""
+
+    model: nn.Module
+    plan: Plan
+    example_inputs: Any
+    data: Any
+    tokenizer: Any
+    num_samples: int
+    max_seq_length: int
+    limits: Limits
+
+    def inputs(self) -> list[Any] | None:
+        """The data as inputs of the model, for static scales alone; None if none was given."""
+        if self.data is None:
+            return None
+        samples = read_samples(self.data, self.model, tokenizer=self.tokenizer, num_samples=self.num_samples,
+                               max_seq_length=self.max_seq_length)
+        return [sample.args if sample.args else sample.kwargs for sample in samples]
+
+    def prepare(self) -> Prepared:
+        """Raises CalibrationError for data that cannot be used, UnmatchedRule for an algorithm's target."""
+        targets = [decision for decision in self.plan.decisions if decision.status == "quantize"]
+        aimed = aimed_at(self.plan.recipe.algorithms, self.plan.decisions)
+        names = ", ".join(algorithm.name for algorithm in aimed)
+        static = [d.site.name for d in targets if d.spec is not None and d.spec.activation is not None
+                  and d.spec.activation.static]
+        if static and self.data is None:
+            raise RecipeError(f"{len(static)} layers have static activation scales, the first is {static[0]}, which "
+                              "need data: pass calibration=...")
+        if self.data is None:
+            return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=None, told=names)
+        samples = read_samples(self.data, self.model, tokenizer=self.tokenizer, num_samples=self.num_samples,
+                               max_seq_length=self.max_seq_length)
+        captured = capture(self.model, self.example_inputs)
+        blocks = find_blocks(captured, [decision.site for decision in targets])
+        run = Calibration(self.model, blocks, targets, aimed, samples, self.limits, find_pairs(captured))
+        told = f"{names} on {len(samples)} samples, {len(blocks)} blocks"
+        return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=run, told=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A calibration that is ready: call it with what takes the results. `told` says in words what it is."""
+
+    model: nn.Module
+    targets: list[Decision]
+    aimed: dict[Algorithm, frozenset[str]]
+    calibration: Calibration | None
+    told: str
+
+    def __call__(self, install: Install, bar: Bar) -> list[str]:
+        """Calibrate and install every target; returns notes for the report."""
+        if self.calibration is None:
+            return without_data(self.model, self.targets, self.aimed, install)
+        inside = {name for block in self.calibration.blocks for name in block.sites}
+        rest = [decision for decision in self.targets if decision.site.name not in inside]
+        for decision in rest:
+            install(decision, None, None)
+        notes = [f"{decision.site.name}: the example inputs never reached it; rounded to nearest without data"
+                 for decision in rest]
+        return notes + self.calibration.run(install, bar)

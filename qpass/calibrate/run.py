@@ -1,0 +1,212 @@
+"""Run: a model, its decisions, algorithms and data in; block by block, the integers found, handed over to be packed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qpass.activation_scale import ActivationScale
+from qpass.algorithm import Algorithm
+from qpass.as_found import in_eval_mode
+from qpass.calibrate.activation_range import static_scales_of
+from qpass.calibrate.activation_store import ActivationStore, Budget
+from qpass.calibrate.block_work import BlockWork, sites_of
+from qpass.calibrate.blocks import Block
+from qpass.calibrate.pairs import Pair
+from qpass.calibrate.prefix import call_of, check_finite
+from qpass.calibrate.samples import Sample
+from qpass.calibrate.work_folder import WorkFolder, fingerprint_of
+from qpass.decide import Decision
+from qpass.match import matching
+from qpass.weight import CanonicalWeight
+
+Install = Callable[[Decision, CanonicalWeight | None, ActivationScale | None], None]
+
+
+class Bar(Protocol):
+    """The part of tqdm's progress bar that is used here."""
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How a calibration may use the machine.
+
+    work_folder   keeps what was done, so that the same call goes on after an interruption; None keeps nothing
+    memory_limit  bytes of activations in memory, beyond which they lie in files; None sets no limit
+    seed          of whatever an algorithm draws at random
+    """
+
+    work_folder: Path | None = None
+    memory_limit: int | None = None
+    seed: int = 0
+
+
+def aimed_at(algorithms: Sequence[Algorithm], decisions: Sequence[Decision]) -> dict[Algorithm, frozenset[str]]:
+    """Algorithm -> names of the sites that it works on. Raises UnmatchedRule for a target that matches no site."""
+    sites = [decision.site for decision in decisions]
+    quantized = frozenset(d.site.name for d in decisions if d.status == "quantize")
+    return {algorithm: quantized & matching(algorithm.targets, sites) if algorithm.targets else quantized
+            for algorithm in algorithms}
+
+
+def without_data(model: nn.Module, decisions: Sequence[Decision], aimed: Mapping[Algorithm, frozenset[str]],
+                 install: Install) -> list[str]:
+    """Run algorithms that need no data, one site after another. Returns notes for the report."""
+    notes: list[str] = []
+    for decision in decisions:
+        block = Block(path=decision.site.owner, sites=(decision.site.name,), last_reader=0)
+        work = BlockWork(block=block, module=model, sites=sites_of(model, [decision]), masks=(), notes=notes,
+                         calls=ActivationStore(Budget(None, Path())), aimed=aimed)
+        with _own_tensors(model.get_submodule(decision.site.owner), recurse=False):
+            for algorithm in aimed:
+                import_module(algorithm.wiring).calibrate(algorithm, work)
+        install(decision, work.sites[decision.site.name].canonical, None)
+    return notes
+
+
+class Calibration:
+    """One run over a model's blocks."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], decisions: Sequence[Decision],
+                 aimed: Mapping[Algorithm, frozenset[str]], samples: Sequence[Sample], limits: Limits,
+                 pairs: Sequence[Pair] = ()) -> None:
+        self.pairs = pairs
+        self.model, self.blocks, self.aimed, self.samples, self.limits = model, blocks, aimed, samples, limits
+        self.decisions = {decision.site.name: decision for decision in decisions}
+        self.propagate = any(algorithm.propagates for algorithm in aimed)
+        self.notes: list[str] = []
+
+    def run(self, install: Install, bar: Bar) -> list[str]:
+        """Calibrate every block in order and hand each of its sites to `install`; returns notes for the report.
+
+        Memory: the model, one block in float32, one block's activations, and what the algorithm holds of one block.
+        After an exception the block at hand is float and as it was.
+        """
+        with tempfile.TemporaryDirectory(prefix="qpass-activations-") as scratch, in_eval_mode(self.model), (
+                torch.no_grad()):
+            folder = self.limits.work_folder
+            budget = Budget(self.limits.memory_limit, Path(scratch) if folder is None else folder / "activations")
+            kept = None if folder is None else WorkFolder(folder, self._fingerprint())
+            outputs: dict[int, ActivationStore] = {}
+            for number, block in enumerate(self.blocks):
+                place = f"{block.path or 'the model'} ({number + 1} of {len(self.blocks)})"
+                bar.set_postfix_str(f"{place}: inputs")
+                with _own_tensors(self.model.get_submodule(block.path)) as originals:
+                    work = self._work(number, budget, outputs, lambda text, at=place: bar.set_postfix_str(
+                        f"{at}: {text}", refresh=False))
+                    for earlier in [n for n in outputs if self.blocks[n].last_reader <= number]:
+                        outputs.pop(earlier).clear()
+                    following = ActivationStore(budget)
+                    self._calibrate(number, work, kept, originals, None if self.propagate else following)
+                    scales = static_scales_of(work)
+                    if number + 1 < len(self.blocks):
+                        if not len(following):
+                            work.tell("outputs")
+                            for output in work.outputs():
+                                following.append(output)
+                        outputs[number] = following
+                    work.calls.clear()
+                self.notes += work.notes
+                for name in block.sites:
+                    install(self.decisions[name], work.sites[name].canonical, scales.get(name))
+            with suppress(OSError):
+                budget.folder.rmdir()
+        return self.notes
+
+    def _work(self, number: int, budget: Budget, outputs: Mapping[int, ActivationStore],
+              tell: Callable[[str], None]) -> BlockWork:
+        block, calls = self.blocks[number], ActivationStore(budget)
+        for index, sample in enumerate(self.samples):
+            call = call_of(self.model, self.blocks, number, sample, {n: store[index] for n, store in outputs.items()})
+            check_finite(call, block.path, index)
+            calls.append(call)
+        sites = sites_of(self.model, [self.decisions[name] for name in block.sites])
+        start = f"{block.path}." if block.path else ""
+        pairs = [pair for pair in self.pairs if all(name.startswith(start) for name in pair.parameters)]
+        module = self.model.get_submodule(block.path)
+        return BlockWork(block=block, pairs=pairs, module=module, sites=sites, calls=calls,
+                         masks=[sample.mask for sample in self.samples], aimed=self.aimed, tell=tell,
+                         seed=self.limits.seed + number)
+
+    def _calibrate(self, number: int, work: BlockWork, kept: WorkFolder | None, originals: Mapping[str, Tensor],
+                   float_outputs: ActivationStore | None) -> None:
+        found = None if kept is None else kept.load(number)
+        if found is not None:
+            if float_outputs is not None:
+                for output in work.outputs():
+                    float_outputs.append(output)
+            _restore(work, found)
+            return
+        work.keep = float_outputs
+        for algorithm in self.aimed:
+            import_module(algorithm.wiring).calibrate(algorithm, work)
+        work.keep = None
+        if kept is not None:
+            kept.save(number, _result(work, originals))
+
+    def _fingerprint(self) -> str:
+        said = json.dumps([[a.to_data() for a in self.aimed], self.limits.seed,
+                           [f"{name} {d.spec}" for name, d in self.decisions.items()]])
+        return fingerprint_of(self.model, self.samples, said)
+
+
+@contextmanager
+def _own_tensors(module: nn.Module, recurse: bool = True) -> Any:
+    """Within, the module's parameters and buffers are float32, and may be replaced (`.data = `) but not written into.
+
+    Yields name -> tensor as it was. Afterwards they have their dtype again; after an exception also their numbers.
+    """
+    held = {name: tensor for name, tensor in (*module.named_parameters(recurse=recurse),
+                                              *module.named_buffers(recurse=recurse)) if tensor.is_floating_point()}
+    originals = {name: tensor.data for name, tensor in held.items()}
+    widened = {name: data.float() if data.dtype.itemsize < 4 else data for name, data in originals.items()}
+    try:
+        for name, tensor in held.items():
+            tensor.data = widened[name]
+        yield originals
+        for name, tensor in held.items():
+            same = tensor.data.data_ptr() == widened[name].data_ptr()
+            tensor.data = originals[name] if same else tensor.data.to(originals[name].dtype)
+    except BaseException:
+        for name, tensor in held.items():
+            tensor.data = originals[name]
+        raise
+
+
+def _result(work: BlockWork, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Integers of every settled site, and every other parameter of the block that an algorithm has changed."""
+    found = {}
+    settled = set()
+    for name, site in work.sites.items():
+        if site.canonical is not None:
+            settled.add(id(site.parameter))
+            found.update({f"site|{name}|{key}": tensor for key, tensor in site.canonical.tensors.items()})
+    for name, parameter in work.module.named_parameters():
+        before = originals.get(name)
+        if before is not None and id(parameter) not in settled and not torch.equal(before.float(), parameter.float()):
+            found[f"parameter|{name}"] = parameter.data
+    return found
+
+
+def _restore(work: BlockWork, found: Mapping[str, Tensor]) -> None:
+    """Put back what `_result` kept."""
+    for name, site in work.sites.items():
+        prefix = f"site|{name}|"
+        tensors = {key.removeprefix(prefix): tensor.to(site.parameter.device) for key, tensor in found.items()
+                   if key.startswith(prefix)}
+        if tensors:
+            site.settle(CanonicalWeight(tensors))
+    for name, parameter in work.module.named_parameters():
+        if f"parameter|{name}" in found:
+            parameter.data = found[f"parameter|{name}"].to(parameter.device)

@@ -1,0 +1,160 @@
+"""Scale search: a float weight in, group scales and zero points out, from the weight alone; pure mathematics.
+
+Every method returns scales as they are stored (rounded to `dtype`, never 0) and w ~ (q - zero_point) * scale with
+qmin = -2^(bits-1), qmax = 2^(bits-1) - 1. A scale may be negative: the grid qmin..qmax is longer on its negative side,
+and a negative scale turns that side to where the group's largest weight is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight, quantize_weight
+
+_HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH, _HQQ_ROUNDS = 0.7, 10.0, 1.01, 20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales [N, G] and, if asymmetric, zero points [N, G], float32 with values as stored."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def find_grid(weight: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype,
+              importance: Tensor | None = None) -> Grid:
+    """The grid of `weight` float32 [N, K]; `importance` [K] weighs the error of each column in the searches."""
+    if method == "absmax" or spec.weight.granularity == "per_tensor":
+        plain = quantize_weight(weight, spec, dtype)
+        zero = plain.zero_point
+        return Grid(plain.scale.float(), None if zero is None else zero.float())
+    grouped = weight.view(spec.out_features, spec.groups, -1)
+    weights = None if importance is None else importance.view(1, spec.groups, -1)
+    qmin, qmax = grid_ends(spec)
+    if method == "hqq":
+        return _hqq(grouped, qmin, qmax, dtype, symmetric=spec.weight.symmetric)
+    if spec.weight.symmetric:
+        return _search_symmetric(grouped, qmin, qmax, dtype, weights, signed=method == "signed")
+    return _search_asymmetric(grouped, qmin, qmax, dtype, weights)
+
+
+def round_to_grid(weight: Tensor, grid: Grid, spec: LinearSpec, dtype: torch.dtype) -> CanonicalWeight:
+    """`weight` [N, K] rounded to the nearest point of `grid`."""
+    qmin, qmax = grid_ends(spec)
+    q = (weight.view(spec.out_features, spec.groups, -1) / grid.scale.unsqueeze(-1)).round_()
+    if grid.zero_point is not None:
+        q += grid.zero_point.unsqueeze(-1)
+    return canonical_of(q.clamp_(qmin, qmax).view(spec.out_features, -1), grid, dtype)
+
+
+def canonical_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> CanonicalWeight:
+    """Codes [N, K] of any dtype and their grid as a canonical weight."""
+    tensors = {"qweight": codes.to(torch.int8), "scale": grid.scale.to(dtype)}
+    if grid.zero_point is not None:
+        tensors["zero_point"] = grid.zero_point.to(torch.int8)
+    return CanonicalWeight(tensors)
+
+
+def grid_ends(spec: LinearSpec) -> tuple[int, int]:
+    """qmin and qmax."""
+    return -(1 << spec.weight.bits - 1), (1 << spec.weight.bits - 1) - 1
+
+
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as it will be read back, in float32: rounded to `dtype`, finite, not zero; its sign is kept."""
+    info = torch.finfo(dtype)
+    stored = scale.clamp(-info.max, info.max).to(dtype).float()
+    return torch.where(stored == 0, torch.full_like(stored, info.tiny), stored)
+
+
+def _error(w: Tensor, q: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
+    """Squared error [N, G] of codes without zero point."""
+    d = (q * scale.unsqueeze(-1)).sub_(w).square_()
+    return (d if weights is None else d.mul_(weights)).sum(-1)
+
+
+def _search_symmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weights: Tensor | None, *,
+                      signed: bool) -> Grid:
+    """Try ranges around amax; each candidate scale is refitted to its own codes by least squares.
+
+    The refit, scale = <w, q> / <q, q>, keeps <w, q * scale> == |q * scale|^2, so that a search by error does not
+    shrink the weight as a clipped range alone would.
+    """
+    amax = w.abs().amax(-1)
+    top = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    sign = torch.where(top > 0, -1.0, 1.0) if signed else torch.ones_like(amax)
+    best = torch.full_like(amax, torch.inf)
+    found = torch.ones_like(amax)
+    # The largest weight lands on this number of steps: from beyond the end (clipped) to well within it.
+    for steps in torch.linspace(-qmin - 1.2, -qmin + 1.2, 13).tolist() if signed else (
+            torch.linspace(qmax - 0.2, qmax + 1.8, 11).tolist()):
+        for refit in (False, True):
+            scale = storable(sign * amax / steps, dtype)
+            q = (w / scale.unsqueeze(-1)).round_().clamp_(qmin, qmax)
+            if refit:
+                m = q if weights is None else q * weights
+                scale = storable((m * w).sum(-1) / (m * q).sum(-1).clamp_min(1e-30), dtype)
+                q = (w / scale.unsqueeze(-1)).round_().clamp_(qmin, qmax)
+            error = _error(w, q, scale, weights)
+            better = error < best
+            best, found = torch.where(better, error, best), torch.where(better, scale, found)
+    return Grid(storable(torch.where(amax == 0, torch.finfo(dtype).eps, found), dtype), None)
+
+
+def _search_asymmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weights: Tensor | None) -> Grid:
+    """Try ranges scaled about their middle, each with the zero points next to the exact one."""
+    low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
+    span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    best = torch.full_like(low, torch.inf)
+    scales, zeros = torch.ones_like(low), torch.zeros_like(low)
+    for part in torch.linspace(0.80, 1.04, 13).tolist():
+        scale = storable(span * part / (qmax - qmin), dtype)
+        middle = (qmin + qmax) / 2 - (low + high) / 2 / scale
+        for zero in (middle.floor(), middle.ceil()):
+            zero = zero.clamp(qmin, qmax)
+            z = zero.unsqueeze(-1)
+            q = (w / scale.unsqueeze(-1)).round_().add_(z).clamp_(qmin, qmax).sub_(z)
+            error = _error(w, q, scale, weights)
+            better = error < best
+            best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
+            zeros = torch.where(better, zero, zeros)
+    return Grid(torch.where(high == low, torch.finfo(dtype).eps, scales), zeros)
+
+
+def _hqq(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, *, symmetric: bool) -> Grid:
+    """Half-quadratic quantization: min |e|_p + b/2 |e - (w - w_q)|^2 over e and the grid, in turns, b growing.
+
+    The e step is the generalized soft threshold of the p-norm. The grid step fits scale and zero point (the scale
+    alone if symmetric) to w - e; HQQ's own fits the zero point alone.
+    """
+    low, high = w.amin(-1, keepdim=True).clamp_max(0), w.amax(-1, keepdim=True).clamp_min(0)
+    if symmetric:
+        top = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+        scale, zero = torch.where(top > 0, -1.0, 1.0) * top.abs() / -qmin, torch.zeros_like(low)
+    else:
+        scale = (high - low) / (qmax - qmin)
+        zero = (qmin - low / scale.clamp_min(1e-30)).round().clamp(qmin, qmax)
+    scale = storable(scale, dtype)
+    beta, best = _HQQ_BETA, torch.full_like(low, torch.inf)
+    found, zeros = scale, zero
+    for _ in range(_HQQ_ROUNDS):
+        q = ((w / scale).round_() + zero).clamp_(qmin, qmax) - zero
+        e = w - q * scale
+        cost = e.abs().pow_(_HQQ_NORM).sum(-1, keepdim=True)
+        better = cost < best
+        best, found, zeros = (torch.where(better, cost, best), torch.where(better, scale, found),
+                              torch.where(better, zero, zeros))
+        size = e.abs()
+        shrunk = torch.sign(e) * (size - size.clamp_min(1e-8).pow_(_HQQ_NORM - 1) / beta).clamp_min_(0)
+        aim = w - shrunk
+        scale = storable((q * aim).sum(-1, keepdim=True) / (q * q).sum(-1, keepdim=True).clamp_min(1e-30), dtype)
+        if not symmetric:
+            zero = (zero + (q - aim / scale).mean(-1, keepdim=True)).round().clamp(qmin, qmax)
+        beta *= _HQQ_GROWTH
+    scale = storable(torch.where(high == low, torch.finfo(dtype).eps, found).squeeze(-1), dtype)
+    return Grid(scale, None if symmetric else zeros.squeeze(-1))

@@ -57,8 +57,9 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     where = None if device is None else _usable(device)
     if is_plain_graph(model):
         if chosen.algorithms:
-            raise RecipeError(f"{', '.join(a.name for a in chosen.algorithms)} works on the modules of a model, which a "
-                              f"{type(model).__name__} does not have; quantize the nn.Module it was made from")
+            names = ", ".join(algorithm.name for algorithm in chosen.algorithms)
+            raise RecipeError(f"{names} works on the modules of a model, and a {type(model).__name__} has none; "
+                              "quantize the nn.Module it was made from")
         if where is not None and not isinstance(model, nn.Module):
             raise TypeError("an ExportedProgram stays on the device that it was exported on; quantize it without "
                             "`device`, or export the model on the other one")

@@ -1,4 +1,4 @@
-"""Work folder: what calibration found for each block goes into files; a run that was interrupted takes it from there."""
+"""Work folder: what calibration found for each block goes into files, from which an interrupted run goes on."""
 
 from __future__ import annotations
 

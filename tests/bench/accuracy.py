@@ -4,7 +4,7 @@
     python tests/bench/accuracy.py --model DIR --texts DIR --only gptq     rows whose name contains "gptq"
     python tests/bench/accuracy.py ... --samples 32 --windows 4            quicker, for development
 
-DIR of the model is a bf16 checkpoint of Transformers with its tokenizer; the texts are files `austen-*.txt` and `sotu*`.
+The model is a bf16 checkpoint of Transformers with its tokenizer; the texts are files `austen-*.txt` and `sotu*.txt`.
 Calibration samples are spread over the calibration books, windows over the evaluation texts; all rows see the same.
 Mathematics is in float32. KL is in nats a token against the bf16 model, in float64 sums; every row is the quantized
 model itself, and beside it (`float`) the KL of its dequantized weights in ordinary layers.

@@ -102,8 +102,9 @@ def test_better_than_nearest_and_the_same_when_loaded(name: str, tmp_path: Path)
     assert torch.equal(output_of(again, data[0]), output_of(model, data[0]))
 
 
-@pytest.mark.parametrize("settings", [{"propagate": False}, {"actorder": None}, {"block_size": 16}, {"scales": "signed"},
-                                      {"targets": ["*.mlp.*"]}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {"propagate": False}, {"actorder": None}, {"block_size": 16}, {"scales": "signed"}, {"targets": ["*.mlp.*"]},
+], ids=str)
 def test_settings(settings: dict[str, object]) -> None:
     data, reference = tokens(), small_model("llama", torch.bfloat16).float()
     scheme = PRESETS["w4a8"].with_group_size(32)

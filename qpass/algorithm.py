@@ -22,6 +22,7 @@ class Algorithm:
 
     name: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
+    matches_float: ClassVar[bool] = False  # wants the float model's outputs of the block
     wiring: ClassVar[str] = ""  # the module whose `calibrate(settings, work)` runs it on one block
     targets: tuple[str, ...] = ()
 
@@ -138,6 +139,37 @@ class SmoothQuant(Algorithm):
         super().__post_init__()
         self.check_type("alpha", float, int)
         self.check(0 <= self.alpha <= 1, "alpha", "from 0 to 1")
+
+
+@register_algorithm
+@dataclass(frozen=True, kw_only=True)
+class AutoRound(Algorithm):
+    """AutoRound (Cheng et al., 2023): rounding and scales moved by signed gradients to match a whole block's output.
+
+    iterations  steps; each draws `batch_size` samples and moves every rounding of the block at once
+    step_size   of a rounding, in grid steps, at first; it falls linearly to 0. None is 1 / iterations
+    scale_step  step of a scale, as a part of the rounding's; 0 leaves the scales
+    scales      how the scales are found at first, see Scales.method; after gptq its scales and integers are the start
+    """
+
+    name: ClassVar[str] = "autoround"
+    wiring: ClassVar[str] = "qpass.calibrate.autoround"
+    matches_float: ClassVar[bool] = True
+    iterations: int = 200
+    batch_size: int = 8
+    step_size: float | None = None
+    scale_step: float = 1.0
+    scales: str = "absmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("iterations", "batch_size"):
+            self.check_type(field, int)
+            self.check(getattr(self, field) > 0, field, "positive")
+        self.check(self.step_size is None or 0 < self.step_size <= 1, "step_size", "None, or from 0 to 1")
+        self.check_type("scale_step", float, int)
+        self.check(self.scale_step >= 0, "scale_step", "0 or more")
+        self.check(self.scales in SCALE_METHODS, "scales", " or ".join(SCALE_METHODS))
 
 
 def as_algorithm(value: object) -> Algorithm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qpass.algorithm import Algorithm, Gptq, SmoothQuant
+from qpass.algorithm import Algorithm, AutoRound, Gptq, SmoothQuant
 from qpass.errors import RecipeError
 
 # Fields that say how the work is done or which layers are meant, and change no number of the algorithm itself.
@@ -47,5 +47,11 @@ def _smoothquant(fields: dict[str, Any]) -> Algorithm:
     return SmoothQuant(alpha=fields.pop("smoothing_strength", 0.5))
 
 
+def _autoround(fields: dict[str, Any]) -> Algorithm:
+    fields.pop("enable_torch_compile", None)  # how it runs, not what it finds
+    return AutoRound(iterations=fields.pop("iters", 200), batch_size=fields.pop("batch_size", 8),
+                     step_size=fields.pop("lr", None))
+
+
 _MODIFIERS: dict[str, Callable[[dict[str, Any]], Algorithm]] = {
-    "GPTQModifier": _gptq, "SmoothQuantModifier": _smoothquant}
+    "GPTQModifier": _gptq, "SmoothQuantModifier": _smoothquant, "AutoRoundModifier": _autoround}

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from qpass.activation_args import ActivationArgs
 from qpass.algorithm import Algorithm
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.blocks import Block
@@ -18,7 +20,6 @@ from qpass.calibrate.pairs import Pair
 from qpass.decide import Decision
 from qpass.errors import CalibrationError
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
-from qpass.scheme import ActivationArgs
 from qpass.site import Site
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
@@ -38,6 +39,7 @@ class SiteWork:
     parameter: nn.Parameter
     owner: nn.Module
     canonical: CanonicalWeight | None = None
+    _exact: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -64,8 +66,14 @@ class SiteWork:
     def weight(self, value: Tensor) -> None:
         self.parameter.data = value.t().contiguous() if self.site.transposed else value.contiguous()
 
+    @property
+    def exact(self) -> Tensor:
+        """The float weight that the site's integers stand for, float32 [N, K]."""
+        return self.weight if self._exact is None else self._exact
+
     def settle(self, canonical: CanonicalWeight) -> None:
         """These integers are the result; from now on the block multiplies with what they stand for."""
+        self._exact = self.exact
         self.canonical = canonical
         self.weight = dequantize_weight(canonical, self.spec)
 
@@ -78,6 +86,7 @@ class BlockWork:
     masks    one a sample: which tokens [B, T] count, None if all do
     notes    sentences for the report
     tell     shows a few words in the progress line
+    targets  the float model's outputs of the block, one a sample, if an algorithm matches them
     pairs    inputs within the block whose channels can be rescaled
     keep     takes the float block's outputs from the first observation, if they are wanted
     seed     of whatever an algorithm draws at random here
@@ -92,6 +101,7 @@ class BlockWork:
     notes: list[str] = field(default_factory=list)
     tell: Callable[[str], None] = lambda text: None
     pairs: Sequence[Pair] = ()
+    targets: ActivationStore | None = None
     keep: ActivationStore | None = None
     seed: int = 0
 
@@ -164,12 +174,9 @@ class BlockWork:
         """Within, inputs of settled sites are rounded as their scheme says, where the site is a module of its own."""
         with ExitStack() as undo:
             for work in self.sites.values():
-                args = work.spec.activation
-                simple = args is not None and (args.type, args.bits, args.granularity, args.dynamic) == (
-                    "int", 8, "per_token", True)
-                if work.canonical is not None and args is not None and simple and work.site.swap == "module":
-                    handle = work.owner.register_forward_pre_hook(_rounding(args))
-                    undo.callback(handle.remove)
+                hook = None if work.canonical is None else rounding_hook(work)
+                if hook is not None:
+                    undo.callback(work.owner.register_forward_pre_hook(hook).remove)
             yield
 
 
@@ -193,8 +200,29 @@ def rounded(x: Tensor, args: ActivationArgs) -> Tensor:
     return ((q.float() - zero_point) * scale).to(x.dtype)
 
 
-def _rounding(args: ActivationArgs) -> Callable[..., Any]:
-    return lambda module, given: (rounded(given[0], args), *given[1:])
+def rounding_hook(work: SiteWork, *, straight_through: bool = False) -> Callable[..., Any] | None:
+    """A forward pre-hook that rounds the site's input as its scheme says, for int8 per token in a module of its own.
+
+    `straight_through` lets gradients pass as if nothing was rounded.
+    """
+    args = work.spec.activation
+    if args is None or work.site.swap != "module" or (args.type, args.bits, args.granularity, args.dynamic) != (
+            "int", 8, "per_token", True):
+        return None
+
+    def hook(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = given[0]
+        y = x + (rounded(x, args) - x).detach() if straight_through else rounded(x, args)
+        return (y, *given[1:])
+
+    return hook
+
+
+def first_tensor(output: object) -> Tensor:
+    """The first floating tensor of what a module gave, in order."""
+    leaves = tree_leaves(output)
+    held = leaves if any(isinstance(leaf, Tensor) for leaf in leaves) else list(vars(leaves[0]).values())
+    return next(leaf for leaf in held if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 def _hook(name: str, rows: OnInput) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qpass.calibrate.block_work import BlockWork
+from qpass.calibrate.block_work import BlockWork, first_tensor
 from qpass.calibrate.pairs import Pair, Taker
 
 _TOLERANCE = 1e-3  # of the block's largest output; float32 rounding stays well below
@@ -36,9 +36,9 @@ def fold_checked(work: BlockWork, pair: Pair, factors: Tensor) -> bool:
     """Fold, run the block once before and once after, and take it back unless the outputs agree."""
     parameters = work.parameters
     before = {name: parameters[name].data for name in pair.parameters}
-    wanted = _first_tensor(next(work.outputs()))
+    wanted = first_tensor(next(work.outputs()))
     fold(parameters, pair, factors)
-    got = _first_tensor(next(work.outputs()))
+    got = first_tensor(next(work.outputs()))
     if bool(torch.isfinite(got).all()) and float((got - wanted).abs().max()) <= _TOLERANCE * float(wanted.abs().max()):
         return True
     for name, data in before.items():
@@ -55,11 +55,3 @@ def _divide(parameter: nn.Parameter, taker: Taker, factors: Tensor) -> None:
     shape = [1] * parameter.ndim
     shape[taker.dim] = -1
     parameter.data = ((parameter.data + taker.offset) / divisor.view(shape) - taker.offset).to(parameter.dtype)
-
-
-def _first_tensor(output: object) -> Tensor:
-    from torch.utils._pytree import tree_leaves
-
-    leaves = tree_leaves(output)
-    held = leaves if any(isinstance(leaf, Tensor) for leaf in leaves) else list(vars(leaves[0]).values())
-    return next(leaf for leaf in held if isinstance(leaf, Tensor) and leaf.is_floating_point())

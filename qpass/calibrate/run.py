@@ -85,6 +85,7 @@ class Calibration:
         self.model, self.blocks, self.aimed, self.samples, self.limits = model, blocks, aimed, samples, limits
         self.decisions = {decision.site.name: decision for decision in decisions}
         self.propagate = any(algorithm.propagates for algorithm in aimed)
+        self.matches = any(algorithm.matches_float for algorithm in aimed)
         self.notes: list[str] = []
 
     def run(self, install: Install, bar: Bar) -> list[str]:
@@ -99,14 +100,18 @@ class Calibration:
             budget = Budget(self.limits.memory_limit, Path(scratch) if folder is None else folder / "activations")
             kept = None if folder is None else WorkFolder(folder, self._fingerprint())
             outputs: dict[int, ActivationStore] = {}
+            exact: dict[int, ActivationStore] = {}
             for number, block in enumerate(self.blocks):
                 place = f"{block.path or 'the model'} ({number + 1} of {len(self.blocks)})"
                 bar.set_postfix_str(f"{place}: inputs")
                 with _own_tensors(self.model.get_submodule(block.path)) as originals:
                     work = self._work(number, budget, outputs, lambda text, at=place: bar.set_postfix_str(
                         f"{at}: {text}", refresh=False))
-                    for earlier in [n for n in outputs if self.blocks[n].last_reader <= number]:
-                        outputs.pop(earlier).clear()
+                    if self.matches:
+                        exact[number] = work.targets = self._float_outputs(number, budget, exact)
+                    for stores in (outputs, exact):
+                        for earlier in [n for n in stores if n < number and self.blocks[n].last_reader <= number]:
+                            stores.pop(earlier).clear()
                     following = ActivationStore(budget)
                     self._calibrate(number, work, kept, originals, None if self.propagate else following)
                     scales = static_scales_of(work)
@@ -138,6 +143,15 @@ class Calibration:
         return BlockWork(block=block, pairs=pairs, module=module, sites=sites, calls=calls,
                          masks=[sample.mask for sample in self.samples], aimed=self.aimed, tell=tell,
                          seed=self.limits.seed + number)
+
+    def _float_outputs(self, number: int, budget: Budget, exact: Mapping[int, ActivationStore]) -> ActivationStore:
+        """What the block gives in the float model, before anything of it is changed."""
+        found = ActivationStore(budget)
+        for index, sample in enumerate(self.samples):
+            args, kwargs = call_of(self.model, self.blocks, number, sample,
+                                   {n: store[index] for n, store in exact.items()})
+            found.append(self.model.get_submodule(self.blocks[number].path)(*args, **kwargs))
+        return found
 
     def _calibrate(self, number: int, work: BlockWork, kept: WorkFolder | None, originals: Mapping[str, Tensor],
                    float_outputs: ActivationStore | None) -> None:

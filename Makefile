@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all check bench bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make check     ruff, mypy --strict, layering, packaging, file sizes"
 	@echo "make bench     the benchmarks, each next to what it is compared with"
+	@echo "make bench-accuracy MODEL=DIR TEXTS=DIR   KL of every way to quantize a checkpoint"
 	@echo "make clean     remove what these made"
 
 demo: $(VENV)/.demo
@@ -43,6 +44,9 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/bench/run.py $(if $(PEERS),--peers $(PEERS)) $(BENCH_ARGS)
+
+bench-accuracy: $(VENV)/.test
+	$(BIN)/python tests/bench/accuracy.py --model $(MODEL) --texts $(TEXTS) $(BENCH_ARGS)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok else \

@@ -22,6 +22,7 @@ class Algorithm:
 
     name: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
+    rounds: ClassVar[bool] = True  # makes the integers; False: prepares the weights, which are then rounded to nearest
     matches_float: ClassVar[bool] = False  # wants the float model's outputs of the block
     wiring: ClassVar[str] = ""  # the module whose `calibrate(settings, work)` runs it on one block
     targets: tuple[str, ...] = ()
@@ -133,6 +134,7 @@ class SmoothQuant(Algorithm):
 
     name: ClassVar[str] = "smoothquant"
     wiring: ClassVar[str] = "qpass.calibrate.smoothquant"
+    rounds: ClassVar[bool] = False
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
@@ -172,11 +174,37 @@ class AutoRound(Algorithm):
         self.check(self.scales in SCALE_METHODS, "scales", " or ".join(SCALE_METHODS))
 
 
+@register_algorithm
+@dataclass(frozen=True, kw_only=True)
+class Awq(Algorithm):
+    """AWQ (Lin et al., 2023): factors a channel, searched so that rounding changes the outputs least, and folded.
+
+    grid         how many exponents are tried
+    duo_scaling  the factors look at the weights too, not at the activation alone
+    clip         ranges are searched afterwards with errors weighed by the input's energy, and the sites rounded on them
+    """
+
+    name: ClassVar[str] = "awq"
+    wiring: ClassVar[str] = "qpass.calibrate.awq"
+    rounds: ClassVar[bool] = False
+    grid: int = 20
+    duo_scaling: bool = True
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_type("grid", int)
+        self.check(self.grid > 0, "grid", "positive")
+        self.check_type("duo_scaling", bool)
+        self.check_type("clip", bool)
+
+
 def as_algorithm(value: object) -> Algorithm:
     """An Algorithm from one, from a name, or from {name: settings}; RecipeError names what is allowed."""
     if isinstance(value, Algorithm):
         return value
-    name, settings = value, {}
+    name: object = value
+    settings: object = {}
     if isinstance(value, Mapping):
         if len(value) != 1:
             raise RecipeError(f"an algorithm is a name or {{name: settings}}, got {dict(value)!r}")
@@ -192,4 +220,4 @@ def as_algorithm(value: object) -> Algorithm:
     allowed = [f.name for f in fields(kind)]
     if unknown := [key for key in settings if key not in allowed]:
         raise RecipeError(f"unknown setting {unknown[0]!r} of algorithm {name}; allowed: {', '.join(allowed)}")
-    return kind(**settings)
+    return kind(**{str(key): setting for key, setting in settings.items()})

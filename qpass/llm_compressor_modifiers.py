@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qpass.algorithm import Algorithm, AutoRound, Gptq, SmoothQuant
+from qpass.algorithm import Algorithm, AutoRound, Awq, Gptq, SmoothQuant
 from qpass.errors import RecipeError
 
 # Fields that say how the work is done or which layers are meant, and change no number of the algorithm itself.
@@ -53,5 +53,10 @@ def _autoround(fields: dict[str, Any]) -> Algorithm:
                      step_size=fields.pop("lr", None))
 
 
+def _awq(fields: dict[str, Any]) -> Algorithm:
+    return Awq(grid=fields.pop("n_grid", 20), duo_scaling=fields.pop("duo_scaling", True) is not False)
+
+
 _MODIFIERS: dict[str, Callable[[dict[str, Any]], Algorithm]] = {
-    "GPTQModifier": _gptq, "SmoothQuantModifier": _smoothquant, "AutoRoundModifier": _autoround}
+    "GPTQModifier": _gptq, "SmoothQuantModifier": _smoothquant, "AutoRoundModifier": _autoround,
+    "AWQModifier": _awq}

@@ -22,7 +22,7 @@ from qpass.errors import CalibrationError
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from qpass.site import Site
 from qpass.spec import LinearSpec
-from qpass.weight import CanonicalWeight, dequantize_weight
+from qpass.weight import CanonicalWeight, dequantize_weight, quantize_weight
 
 _aten = torch.ops.aten
 _WEIGHT_AT = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2), _aten.bmm.default: (0, 1),
@@ -109,6 +109,14 @@ class BlockWork:
         """The sites that this algorithm works on, in order."""
         names = self.aimed[algorithm]
         return [work for name, work in self.sites.items() if name in names]
+
+    def round_the_rest(self) -> list[str]:
+        """Round to nearest, from float32, what no algorithm has settled; returns the names of all that were left."""
+        left = [site for site in self.sites.values() if site.canonical is None]
+        for site in left:
+            if site.on_grid:
+                site.settle(quantize_weight(site.weight.float(), site.spec, site.scale_dtype))
+        return [site.name for site in left]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

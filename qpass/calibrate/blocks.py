@@ -104,7 +104,7 @@ def _last_readers(graph: fx.Graph, paths: list[str]) -> list[int]:
     sources: dict[fx.Node, frozenset[int]] = {}
     for node in graph.nodes:
         here = next((numbers[scope.path] for scope in scope_of(node) if scope.path in numbers), None)
-        given = frozenset().union(*(sources[source] for source in node.all_input_nodes))
+        given = frozenset[int]().union(*(sources[source] for source in node.all_input_nodes))
         if here is None:
             sources[node] = given
             continue

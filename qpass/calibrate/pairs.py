@@ -185,7 +185,7 @@ class _Walk:
 def _channels(start: fx.Node, path: tuple[fx.Node, ...]) -> tuple[int, ...] | None:
     """For each last-dim entry of the tensor after `path`, the entry of `start`'s last dim that it comes from."""
     shape = _shape(start)
-    seen = torch.arange(shape[-1]).expand(shape)
+    seen: Any = torch.arange(shape[-1]).expand(shape)
     for node in path:
         target: Any = node.target
         out = _shape(node)

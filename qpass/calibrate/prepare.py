@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -44,7 +46,10 @@ class Preparation:
         """The data as inputs of the model, for static scales alone; None if none was given."""
         if self.data is None:
             return None
-        samples = read_samples(self.data, self.model, tokenizer=self.tokenizer, num_samples=self.num_samples,
+        data = self.data if isinstance(self.data, (str, Path)) else list(islice(self.data, self.num_samples))
+        if isinstance(data, list) and not any(isinstance(item, (str, Path)) for item in data):
+            return data
+        samples = read_samples(data, self.model, tokenizer=self.tokenizer, num_samples=self.num_samples,
                                max_seq_length=self.max_seq_length)
         return [sample.args if sample.args else sample.kwargs for sample in samples]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,9 @@ class Calibration:
         for algorithm in self.aimed:
             import_module(algorithm.wiring).calibrate(algorithm, work)
         work.keep = None
+        left = work.round_the_rest()
+        if left and any(algorithm.rounds for algorithm in self.aimed):
+            work.notes.append(f"rounded to nearest without data: {', '.join(left)}")
         if kept is not None:
             kept.save(number, _result(work, originals))
 
@@ -176,7 +179,7 @@ class Calibration:
 
 
 @contextmanager
-def _own_tensors(module: nn.Module, recurse: bool = True) -> Any:
+def _own_tensors(module: nn.Module, recurse: bool = True) -> Iterator[dict[str, Tensor]]:
     """Within, the module's parameters and buffers are float32, and may be replaced (`.data = `) but not written into.
 
     Yields name -> tensor as it was. Afterwards they have their dtype again; after an exception also their numbers.

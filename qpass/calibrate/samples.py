@@ -103,6 +103,8 @@ def _read(path: Path) -> str:
 
 
 def _input_sample(item: Any, model: nn.Module, length: int) -> Sample:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     if isinstance(item, Mapping) or hasattr(item, "input_ids"):
         args, kwargs = (), dict(item)
     elif isinstance(item, Tensor):

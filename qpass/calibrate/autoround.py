@@ -39,7 +39,7 @@ def calibrate(settings: AutoRound, work: BlockWork) -> None:
                       for site in sites}
             for number in picked:
                 loss = _loss(work, number, stored) / len(picked)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += float(loss)
             torch.autograd.backward([weights[name] for name in weights], [_grad(held[name]) for name in weights])
             left = 1 - iteration / settings.iterations
@@ -72,6 +72,7 @@ def _grad(value: Tensor) -> Tensor:
 
 def _loss(work: BlockWork, number: int, weights: Mapping[str, Tensor]) -> Tensor:
     """Mean squared distance of one sample's output from the float block's, masked tokens left out, over its size."""
+    assert work.targets is not None
     args, kwargs = work.calls[number]
     got: Any = first_tensor(functional_call(work.module, dict(weights), args, kwargs))
     want = first_tensor(work.targets[number])
@@ -80,4 +81,5 @@ def _loss(work: BlockWork, number: int, weights: Mapping[str, Tensor]) -> Tensor
     if mask is not None and mask.numel() == error.numel():
         counted = mask.reshape(error.shape).to(error.device)
         error, size = error[counted], size[counted]
-    return error.mean() / size.mean().clamp_min(1e-20)
+    loss: Tensor = error.mean() / size.mean().clamp_min(1e-20)
+    return loss

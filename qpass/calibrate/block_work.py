@@ -248,10 +248,10 @@ class _Products(TorchDispatchMode):
         self.pointers, self.rows = pointers, rows
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        places = _WEIGHT_AT.get(func, ())
-        for place in places:
-            name = self.pointers.get(args[place].untyped_storage().data_ptr())
+        first = _WEIGHT_AT.get(func)
+        for mine, other in () if first is None else (first, first[::-1]):
+            name = self.pointers.get(args[mine].untyped_storage().data_ptr())
             if name is not None:
-                x = args[places[1 - places.index(place)]]
-                self.rows(name, x.mT if place == places[0] else x)  # W @ x has its rows in columns
+                x = args[other]
+                self.rows(name, x.mT if mine < other else x)  # W @ x has its rows in columns
         return func(*args, **(kwargs or {}))

@@ -105,8 +105,7 @@ class Calibration:
                 place = f"{block.path or 'the model'} ({number + 1} of {len(self.blocks)})"
                 bar.set_postfix_str(f"{place}: inputs")
                 with _own_tensors(self.model.get_submodule(block.path)) as originals:
-                    work = self._work(number, budget, outputs, lambda text, at=place: bar.set_postfix_str(
-                        f"{at}: {text}", refresh=False))
+                    work = self._work(number, budget, outputs, _teller(bar, place))
                     if self.matches:
                         exact[number] = work.targets = self._float_outputs(number, budget, exact)
                     for stores in (outputs, exact):
@@ -176,6 +175,10 @@ class Calibration:
         said = json.dumps([[a.to_data() for a in self.aimed], self.limits.seed,
                            [f"{name} {d.spec}" for name, d in self.decisions.items()]])
         return fingerprint_of(self.model, self.samples, said)
+
+
+def _teller(bar: Bar, place: str) -> Callable[[str], None]:
+    return lambda text: bar.set_postfix_str(f"{place}: {text}", refresh=False)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def test_starts_at_nearest_or_at_given_codes_and_stays_on_the_grid(name: str) ->
 
     before = float(error())
     for step in range(60):
-        error().backward()  # type: ignore[no-untyped-call]
+        error().backward()
         learned.step((1 - step / 60) / 60, (1 - step / 60) / 60)
     codes, found = learned.result()
     assert float(error()) < 0.8 * before

@@ -30,22 +30,34 @@ def calibrate(settings: AutoRound, work: BlockWork) -> None:
             hook = rounding_hook(site, straight_through=True)
             if hook is not None:
                 rounding.callback(site.owner.register_forward_pre_hook(hook).remove)
+        start, best = _whole_loss(work, learned, names), torch.inf
         for iteration in range(settings.iterations):
             picked = torch.randperm(len(work.calls), generator=draw)[:settings.batch_size].tolist()
             total = 0.0
             weights = {name: learned[name]() for name in learned}
             held = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-            stored = {names[site.name]: held[site.name].t() if site.site.transposed else held[site.name]
-                      for site in sites}
+            stored = _stored(work, held, names)
             for number in picked:
                 loss = _loss(work, number, stored) / len(picked)
                 loss.backward()
                 total += float(loss)
             torch.autograd.backward([weights[name] for name in weights], [_grad(held[name]) for name in weights])
+            if total < best:
+                best = total
+                for one in learned.values():
+                    one.keep()
             left = 1 - iteration / settings.iterations
             for one in learned.values():
                 one.step(step * left, step * left * settings.scale_step)
             work.tell(f"iteration {iteration + 1} of {settings.iterations}, loss {total:.3g}")
+        for one in learned.values():
+            one.go_back()
+        end = _whole_loss(work, learned, names)
+        if not end < start:
+            work.notes.append(f"autoround: {work.block.path} did not get better (loss {start:.3g}, then {end:.3g}); "
+                              "left where it started")
+            for one in learned.values():
+                one.reset()
     for site in sites:
         codes, grid = learned[site.name].result()
         site.settle(canonical_of(codes, grid, site.scale_dtype))
@@ -64,6 +76,19 @@ def _names_in(module: nn.Module, sites: list[SiteWork]) -> dict[str, str]:
     """Site name -> the parameter's name within the block."""
     by_identity = {id(parameter): name for name, parameter in module.named_parameters()}
     return {site.name: by_identity[id(site.parameter)] for site in sites}
+
+
+def _stored(work: BlockWork, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Weights [N, K] by site as the block's parameters, by the name within it."""
+    return {names[name]: weight.t() if work.sites[name].site.transposed else weight
+            for name, weight in weights.items()}
+
+
+def _whole_loss(work: BlockWork, learned: Mapping[str, LearnedRounding], names: Mapping[str, str]) -> float:
+    """The loss over all samples, of the rounding as it is."""
+    with torch.no_grad():
+        weights = _stored(work, {name: one() for name, one in learned.items()}, names)
+        return sum(float(_loss(work, number, weights)) for number in range(len(work.calls))) / len(work.calls)
 
 
 def _grad(value: Tensor) -> Tensor:

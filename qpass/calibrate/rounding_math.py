@@ -34,6 +34,7 @@ class LearnedRounding:
             self.middle = torch.where(steps == nearest, 0.0, steps - self.weight / self.scale)
         self.shift = torch.zeros_like(self.weight).requires_grad_()
         self.stretch = torch.ones_like(self.scale).requires_grad_()
+        self.keep()
 
     def __call__(self) -> Tensor:
         """The weight on its grid, [N, K], with gradients to `shift` and `stretch`."""
@@ -58,6 +59,22 @@ class LearnedRounding:
             if value.grad is not None:
                 value.sub_(value.grad.sign_(), alpha=size).clamp_(low, high)
                 value.grad = None
+
+    def keep(self) -> None:
+        """Remember the state as it is, in place of one remembered before."""
+        self._kept = self.shift.detach().clone(), self.stretch.detach().clone()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Go to where it started."""
+        self.shift.zero_()
+        self.stretch.fill_(1)
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """Take the remembered state."""
+        self.shift.copy_(self._kept[0])
+        self.stretch.copy_(self._kept[1])
 
     @torch.no_grad()
     def result(self) -> tuple[Tensor, Grid]:

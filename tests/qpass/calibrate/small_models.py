@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", {}),
     "mpnet": ("MPNetConfig", {}),
 }
+
+
+# Each takes seconds: two of them stand for all where time counts.
+QUICK_FIRST = [name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow)
+               for name in ARCHITECTURES]
 
 
 def small_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

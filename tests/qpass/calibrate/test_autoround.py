@@ -16,7 +16,7 @@ from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight
 
 sys.path.append(str(Path(__file__).parent))
-from small_models import ARCHITECTURES, output_error, output_of, small_model, tokens
+from small_models import QUICK_FIRST, output_error, output_of, small_model, tokens
 
 
 @pytest.mark.parametrize("name", ["w4a16", "w4a16_asym"])
@@ -37,19 +37,24 @@ def test_starts_at_nearest_or_at_given_codes_and_stays_on_the_grid(name: str) ->
     def error() -> torch.Tensor:
         return (x @ (learned() - weight).t()).square().mean()
 
-    before = float(error())
-    for step in range(60):
-        error().backward()
-        learned.step((1 - step / 60) / 60, (1 - step / 60) / 60)
+    before = best = float(error())
+    for step in range(200):
+        loss = error()
+        if float(loss) < best:
+            best = float(loss)
+            learned.keep()
+        loss.backward()
+        learned.step((1 - step / 200) / 200, (1 - step / 200) / 200)
+    learned.go_back()
     codes, found = learned.result()
-    assert float(error()) < 0.8 * before
+    assert float(error()) == best < 0.9 * before
     assert torch.equal(found.scale, found.scale.to(torch.bfloat16).float())
     assert torch.equal(codes, codes.round()) and codes.amin() >= -8 and codes.amax() <= 7
     zero = 0 if found.zero_point is None else found.zero_point[..., None]
     torch.testing.assert_close(((codes.view(6, 2, 16) - zero) * found.scale[..., None]).view(6, 32), learned())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_better_than_nearest_and_the_same_when_loaded(name: str, tmp_path: Path) -> None:
     data, reference = tokens(8, 32), small_model(name)
     scheme = PRESETS["w4a16"].with_group_size(32)

@@ -38,7 +38,8 @@ def test_search(duo: bool) -> None:
     assert s[:2].min() > s[2:].median()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "phi"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "gpt2",
+                                  pytest.param("phi", marks=pytest.mark.slow)])
 def test_outliers_cost_less(name: str, tmp_path: Path) -> None:
     def spiked() -> torch.nn.Module:
         model = small_model(name)

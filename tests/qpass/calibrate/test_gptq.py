@@ -18,7 +18,7 @@ from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight
 
 sys.path.append(str(Path(__file__).parent))
-from small_models import ARCHITECTURES, output_error, output_of, small_model, tokens
+from small_models import QUICK_FIRST, output_error, output_of, small_model, tokens
 
 
 def textbook(weight: Tensor, hessian: Tensor, order: Tensor, grid: Grid, ends: tuple[int, int], part: float) -> Tensor:
@@ -89,7 +89,7 @@ def test_a_hessian_that_is_not_positive_definite_is_dampened_more() -> None:
         inverse_factor(h * torch.nan, torch.arange(3), 0.01)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_better_than_nearest_and_the_same_when_loaded(name: str, tmp_path: Path) -> None:
     data, reference = tokens(), small_model(name)
     scheme = PRESETS["w4a16"].with_group_size(32)

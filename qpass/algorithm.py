@@ -72,8 +72,9 @@ class Scales(Algorithm):
     """Better group scales from the weight alone, then rounding to nearest.
 
     method  absmax: amax(|w|) / ((qmax - qmin) / 2), as without this algorithm
-            signed: the sign of the scale chosen so that the group's largest weight meets -2^(bits-1), then searched
-            search: range shrunk in small steps, the best by error with the group's own gain restored afterwards
+            search: ranges in small steps, the best by squared error and by how much the group shrinks
+            signed: the same, and the scale may be negative, so that the longer end of the grid, -2^(bits-1), serves
+                    whichever side has the largest weight
             hqq:    half-quadratic solver (Badri and Shaji, 2023), error in the p-norm, p = 0.7
     """
 

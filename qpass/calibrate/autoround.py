@@ -47,8 +47,10 @@ def calibrate(settings: AutoRound, work: BlockWork) -> None:
                 for one in learned.values():
                     one.keep()
             left = 1 - iteration / settings.iterations
-            for one in learned.values():
-                one.step(step * left, step * left * settings.scale_step)
+            for name, one in learned.items():
+                # Scales that are integers times one of the row stay so.
+                free = work.sites[name].spec.weight.scales != "integer"
+                one.step(step * left, step * left * settings.scale_step if free else 0.0)
             work.tell(f"iteration {iteration + 1} of {settings.iterations}, loss {total:.3g}")
         for one in learned.values():
             one.go_back()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qpass.integer_scales import BIAS_WEIGHT
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, quantize_weight
 
@@ -29,7 +30,7 @@ class Grid:
 def find_grid(weight: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype,
               importance: Tensor | None = None) -> Grid:
     """The grid of `weight` float32 [N, K]; `importance` [K] weighs the error of each column in the searches."""
-    if method == "absmax" or spec.weight.granularity == "per_tensor":
+    if method == "absmax" or spec.weight.granularity == "per_tensor" or spec.weight.scales == "integer":
         plain = quantize_weight(weight, spec, dtype)
         zero = plain.zero_point
         return Grid(plain.scale.float(), None if zero is None else zero.float())
@@ -72,35 +73,32 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored == 0, torch.full_like(stored, info.tiny), stored)
 
 
-def _error(w: Tensor, q: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
-    """Squared error [N, G] of codes without zero point."""
-    d = (q * scale.unsqueeze(-1)).sub_(w).square_()
-    return (d if weights is None else d.mul_(weights)).sum(-1)
+def _error(w: Tensor, rounded: Tensor, weights: Tensor | None) -> Tensor:
+    """[N, G]: sum of e^2, and BIAS_WEIGHT times the square of what of e = rounded - w points along w.
+
+    Without the second term a search prefers ranges that shrink every weight a little, which costs a model more than
+    errors that point anywhere; `qpass/integer_scales.py` has the numbers.
+    """
+    e = rounded.sub_(w)
+    m = e if weights is None else e * weights
+    energy = (w.square() if weights is None else w.square() * weights).sum(-1).clamp_min(1e-30)
+    return (m * e).sum(-1) + BIAS_WEIGHT * (m * w).sum(-1).square() / energy
 
 
 def _search_symmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weights: Tensor | None, *,
                       signed: bool) -> Grid:
-    """Try ranges around amax; each candidate scale is refitted to its own codes by least squares.
-
-    The refit, scale = <w, q> / <q, q>, keeps <w, q * scale> == |q * scale|^2, so that a search by error does not
-    shrink the weight as a clipped range alone would.
-    """
+    """Try ranges around the one in which the largest weight meets the end of the grid, the longer end if `signed`."""
     amax = w.abs().amax(-1)
     top = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    sign = torch.where(top > 0, -1.0, 1.0) if signed else torch.ones_like(amax)
+    toward = torch.where(top > 0, -1.0, 1.0)
     best = torch.full_like(amax, torch.inf)
     found = torch.ones_like(amax)
-    # The largest weight lands on this number of steps: from beyond the end (clipped) to well within it.
-    for steps in torch.linspace(-qmin - 1.2, -qmin + 1.2, 13).tolist() if signed else (
-            torch.linspace(qmax - 0.2, qmax + 1.8, 11).tolist()):
-        for refit in (False, True):
+    end = -qmin if signed else (qmax - qmin) / 2
+    for steps in torch.linspace(end - 1, end + 0.75, 8).tolist():
+        for sign in (toward, -toward) if signed else (torch.ones_like(amax),):
             scale = storable(sign * amax / steps, dtype)
-            q = (w / scale.unsqueeze(-1)).round_().clamp_(qmin, qmax)
-            if refit:
-                m = q if weights is None else q * weights
-                scale = storable((m * w).sum(-1) / (m * q).sum(-1).clamp_min(1e-30), dtype)
-                q = (w / scale.unsqueeze(-1)).round_().clamp_(qmin, qmax)
-            error = _error(w, q, scale, weights)
+            s = scale.unsqueeze(-1)
+            error = _error(w, (w / s).round_().clamp_(qmin, qmax).mul_(s), weights)
             better = error < best
             best, found = torch.where(better, error, best), torch.where(better, scale, found)
     return Grid(storable(torch.where(amax == 0, torch.finfo(dtype).eps, found), dtype), None)
@@ -119,7 +117,7 @@ def _search_asymmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weig
             zero = zero.clamp(qmin, qmax)
             z = zero.unsqueeze(-1)
             q = (w / scale.unsqueeze(-1)).round_().add_(z).clamp_(qmin, qmax).sub_(z)
-            error = _error(w, q, scale, weights)
+            error = _error(w, q.mul_(scale.unsqueeze(-1)), weights)
             better = error < best
             best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
             zeros = torch.where(better, zero, zeros)

@@ -40,13 +40,16 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     parameter = owner._parameters[leaf]
     if parameter is None:
         raise WeightError(f"{site.name} is gone from the model since the plan was made; plan again")
+    found: CanonicalWeight | Packed
     if canonical is None:
         weight = parameter.detach() if device is None else parameter.detach().to(device)
-        canonical = quantized(weight.t() if site.transposed else weight, spec)
+        found = quantized(weight.t() if site.transposed else weight, spec)
         del weight
     elif device is not None:
-        canonical = CanonicalWeight({name: tensor.to(device) for name, tensor in canonical.tensors.items()})
-    return _replace(model, owner, leaf, parameter, site, spec, canonical, device, scale)
+        found = CanonicalWeight({name: tensor.to(device) for name, tensor in canonical.tensors.items()})
+    else:
+        found = canonical
+    return _replace(model, owner, leaf, parameter, site, spec, found, device, scale)
 
 
 def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | Packed:
@@ -56,7 +59,8 @@ def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | Packed:
 
 
 def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, site: Site, spec: LinearSpec,
-             canonical: CanonicalWeight, device: torch.device | None, scale: ActivationScale | None) -> PackedWeight:
+             canonical: CanonicalWeight | Packed, device: torch.device | None,
+             scale: ActivationScale | None) -> PackedWeight:
     holders = _holders(model, parameter)
     tables = [(holder, name) for holder, name in holders if isinstance(holder, nn.Embedding)]
     holders = [held for held in holders if held not in tables]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from qpass.experts_spec import ExpertsSpec
-from qpass.kernels.reference.experts import Codes, mix, quantize_for
+from qpass.kernels.reference.experts import Codes, mix, quantize_for, refuses_activation
 from qpass.kernels.registry import kernel, register_kernel
 
 
-@register_kernel(op="experts", scheme="*", device="*", priority=5)
+@register_kernel(op="experts", scheme="*", device="*", priority=5, refuses=refuses_activation)
 def experts_loop(x: Tensor, index: Tensor, weight: Tensor, packed: Sequence[Tensor], bias: Sequence[Tensor | None],
                  spec: ExpertsSpec) -> Tensor:
     """x [T, H] floating -> [T, H] in x's dtype."""

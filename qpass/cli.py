@@ -132,6 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
                                                          "in the user's cache folder)")
     demo.add_argument("--tokens", type=_positive, default=1024, metavar="N",
                       help="tokens of text on which both models are evaluated (default: %(default)s)")
+    demo.add_argument("--moe", action="store_true", help="take the model's copy as a mixture of experts: the same "
+                                                         "function with fused expert weights")
     return parser
 
 

@@ -123,7 +123,7 @@ def run_demo(options: argparse.Namespace) -> None:
     """See qpass.demo."""
     from qpass.demo import run
 
-    run(options.recipe, prompt=options.prompt, cache=options.cache_dir, tokens=options.tokens)
+    run(options.recipe, prompt=options.prompt, cache=options.cache_dir, tokens=options.tokens, moe=options.moe)
 
 
 def recipe_of(options: argparse.Namespace) -> Any:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from qpass.bands import pattern, without_indices
+from qpass.decide_experts import equal_halves, keep_activations, with_experts_kernels
 from qpass.errors import LayerRefused, NothingQuantized
 from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose, kernel
@@ -31,6 +32,8 @@ class Decision:
     scheme    as asked; None if nothing asked for one
     spec      set exactly if status is "quantize": group size resolved, `kernel` the one chosen
     reason    "" where the outcome is simply what the rule asked
+    kernel    the kernel of a layer of experts; `spec.kernel` then names the layout of its blocks
+    experts   where experts of one weight differ: a spec, or None for float, for each; () if all have `spec`
     bytes_*   of the weight as stored, scales and zero points included. What a tied head and its table of embeddings
               share is counted once: at the table in float, at the head when it is packed
     bytes_a_token   what decoding one token reads of it: one row of a table, all of anything else
@@ -43,9 +46,15 @@ class Decision:
     spec: LinearSpec | None = None
     reason: str = ""
     refusals: dict[str, str] = field(default_factory=dict)
+    kernel: str | None = None
+    experts: tuple[LinearSpec | None, ...] = ()
     bytes_before: int = 0
     bytes_after: int = 0
     bytes_a_token: int = 0
+
+    def spec_of(self, expert: int) -> LinearSpec | None:
+        """The spec of one expert's weight; None if it stays float."""
+        return self.experts[expert] if self.experts else self.spec
 
 
 def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tuple[Decision, ...]:
@@ -61,11 +70,14 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
                                "integers and of 8-bit floats do not count: they are quantized already")
     matches = match(sites, recipe)
     tied = _tied_heads(sites)
-    decisions = tuple(_draft(found, recipe.on_indivisible, tied.get(found.site.name)) for found in matches)
+    decisions = tuple(_draft_experts(found, recipe.on_indivisible, tied.get(found.site.name)) for found in matches)
+    decisions = equal_halves(keep_activations(decisions) if recipe.on_unsupported_activation == "keep" else decisions)
     _raise_refused(matches, decisions, recipe)
     if not any(decision.status == "quantize" for decision in decisions):
         raise NothingQuantized(_nothing(decisions))
-    decided = [_with_kernel(decision, device, recipe.on_unsupported_activation) for decision in decisions]
+    experts = with_experts_kernels(decisions, device)
+    decided = [experts.get(d.site.name) or _with_kernel(d, device, recipe.on_unsupported_activation)
+               for d in decisions]
     decided = [_unless_no_rows(d, tied.get(d.site.name)) for d in decided]
     heads = {tied[d.site.name]: d for d in decided if d.status == "quantize" and d.site.name in tied}
     return tuple(_reading_rows(d, heads[d.site.name]) if d.site.name in heads else d for d in decided)
@@ -122,6 +134,27 @@ def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision
                    bytes_a_token=stored)
 
 
+def _draft_experts(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision:
+    """As `_draft`, with the rules for single experts on top."""
+    whole, site, count = _draft(found, policy, tied_to), found.site, found.site.shape[0]
+    if not found.experts or site.swap is None:
+        return whole
+    drafts = {expert: _draft(replace(found, scheme=rule.scheme, rule=rule.rule, experts={}), policy, None)
+              for expert, rule in found.experts.items()}
+    specs = tuple((drafts[e] if e in drafts else whole).spec for e in range(count))
+    rules = ", ".join(dict.fromkeys(rule.rule for rule in found.experts.values()))
+    spec = whole.spec or next((one for one in specs if one is not None), None)
+    if spec is None:
+        return replace(whole, reason="; ".join(filter(None, (whole.reason, f"experts by {rules}"))))
+    one_float = whole.bytes_before // max(count, 1)
+    stored = sum(one_float if s is None else stored_bytes(s, 1, min(site.dtype.itemsize, 4)) for s in specs)
+    ways = Counter("float" if s is None else effective_text(s) for s in specs)
+    told = ", ".join(f"{n} experts {text}" for text, n in ways.most_common())
+    scheme = whole.scheme or next(draft.scheme for draft in drafts.values() if draft.scheme is not None)
+    return replace(whole, status="quantize", scheme=scheme, spec=spec, experts=specs, bytes_after=stored,
+                   rule=f"{whole.rule}; {rules}", reason="; ".join(filter(None, (whole.reason, told))))
+
+
 def _names_router(found: Match) -> bool:
     """Whether a rule means this layer; the recipe's own scheme, a kind, and the class of every other layer do not."""
     return found.tier <= Tier.REGEX or (found.tier is Tier.CLASS and found.target != "Linear")
@@ -134,8 +167,6 @@ def _cannot(site: Site, tied_to: str | None) -> str | None:
                 "ignore, or untie the two parameters")
     if site.swap is None:
         return _told(site) or f"a product inside {site.owner_class} cannot be replaced; add it to ignore"
-    if site.kind == "experts":
-        return _told(site) or "fused experts have no quantized product in this version; add them to ignore"
     if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
         return (f"its weight is {site.dtype}, not a float of 16 bits or more; only those can be quantized. Load a "
                 "quantized checkpoint with qpass.load, or add the layer to ignore")

@@ -22,8 +22,9 @@ TEXT = Path(__file__).parent / "data" / "persuasion.txt"
 
 
 def run(recipe: Any = "w4a8", *, prompt: str, cache: str | Path | None = None,
-        tokens: int = 1024, new_tokens: int = 64) -> None:
-    """Print each step as it is done; raises what its steps raise. `new_tokens` limits the answers."""
+        tokens: int = 1024, new_tokens: int = 64, moe: bool = False) -> None:
+    """Print each step as it is done; raises what its steps raise. `new_tokens` limits the answers; `moe` takes the
+    model's copy as a mixture of experts."""
     began = time.perf_counter()
 
     def say(text: str) -> None:
@@ -32,6 +33,10 @@ def run(recipe: Any = "w4a8", *, prompt: str, cache: str | Path | None = None,
     chosen = as_recipe(recipe)
     label = chosen.scheme.name if chosen.scheme else "recipe"
     folder = demo_model(cache_folder(cache), say)
+    if moe:
+        from qpass.demo_moe import moe_model
+
+        folder = moe_model(folder, cache_folder(cache), say)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

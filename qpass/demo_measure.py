@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qpass.evaluate_model import Evaluation
-from qpass.layers import PackedWeight
+from qpass.layers import PackedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def measured(label: str, model: nn.Module, told: Answer) -> Column:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
-    packed = {t.data_ptr(): t for m in model.modules() if isinstance(m, PackedWeight) for t in m.packed}
+    packed = {t.data_ptr(): t for m in model.modules() if isinstance(m, PackedLayer) for t in m.packed}
     return sum(t.numel() * t.element_size() for t in (tensors | packed).values())
 
 

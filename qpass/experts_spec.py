@@ -80,7 +80,7 @@ class ExpertsSpec:
 
     Invariants: `up` is [2 * intermediate, hidden] per expert if the gate is gated, else [intermediate, hidden];
     `down` is [hidden, intermediate]; both are LinearSpecs whose `kernel` is the linear kernel in whose layout each
-    expert's block is packed. One of the two may be None: that weight stays in float. `kernel` computes the whole.
+    expert's block is packed. Either may be None: that weight stays in float. `kernel` computes the whole.
     """
 
     experts: int
@@ -96,8 +96,6 @@ class ExpertsSpec:
         for name, spec in (("up", self.up), ("down", self.down)):
             if spec is not None and (spec.out_features, spec.in_features) != wanted[name]:
                 raise ValueError(f"{name} must be {wanted[name]}, got {(spec.out_features, spec.in_features)}")
-        if self.up is None and self.down is None:
-            raise ValueError("at least one of up and down must be quantized")
 
     @property
     def up_features(self) -> int:

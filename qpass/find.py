@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass.capture import Capture
+from qpass.find_experts import FindExperts
 from qpass.find_products import Product, find_products, opaque_readers
 from qpass.graph_facts import consumers, is_router, produced_by, shared_inputs
 from qpass.site import Site, base_names
@@ -41,7 +42,7 @@ def _graph_sites(capture: Capture, graph_module: fx.GraphModule, parameters: Map
                  modules: Mapping[str, nn.Module], weights: frozenset[str]) -> list[Site]:
     products = find_products(graph_module, weights)
     readings = _by_parameter(products)
-    calls = Calls(graph_module)
+    calls, experts = Calls(graph_module), FindExperts(graph_module, products, modules)
     parts = [part for name, found in readings.items() for part in _parts(name, found, capture.aliases.get(name, ()))]
     shared = shared_inputs({name: found for name, found in parts if all(p.weight is not None for p in found)})
     names = {product.node: name for name, found in parts for product in found}
@@ -52,6 +53,10 @@ def _graph_sites(capture: Capture, graph_module: fx.GraphModule, parameters: Map
         known = (stored, *capture.aliases.get(stored, ()))
         owners = {path.rpartition(".")[0]: modules.get(path.rpartition(".")[0]) for path in known}
         swap, refusal = choose_swap(name, readings[stored], owners, calls)
+        understood = None
+        if weight is not None and any(product.kind == "experts" for product in found):
+            understood, refusal = experts.site_of(name, owners)
+            swap = None if understood is None else "module"
         biases = {product.bias for product in found}
         sites.append(Site(
             name=name, kind=found[0].kind, shape=tuple(parameters[stored].shape), dtype=parameters[stored].dtype,
@@ -60,7 +65,8 @@ def _graph_sites(capture: Capture, graph_module: fx.GraphModule, parameters: Map
             owner_bases=base_names(modules.get(name.rpartition(".")[0])),
             bias=biases.pop() if len(biases) == 1 else None,
             swap=swap, refusal=refusal, uses=len(found), aliases=tuple(other for other in known if other != name),
-            shared_input=shared.get(name), produced_by=produced_by(found[0]), consumers=consumers(found[0], names),
+            experts=understood, shared_input=shared.get(name), produced_by=produced_by(found[0]),
+            consumers=consumers(found[0], names),
             role="router" if found[0].kind == "linear" and any(map(is_router, found)) else None))
     return sites + _inside_opaque(graph_module, parameters, modules, weights, {site.name for site in sites})
 

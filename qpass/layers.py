@@ -26,7 +26,35 @@ from qpass.weight import CanonicalWeight, dequantize_weight
 from qpass.weight_view import WeightView
 
 
-class PackedWeight(nn.Module):
+class PackedLayer(nn.Module):
+    """What is packed for inference, and does not train. `on_disk`: dtype and shape of what `tensor_on_disk` makes."""
+
+    on_disk: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    _spec_text: str
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The packed tensors."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed tensors take in memory."""
+        return sum(t.numel() * t.element_size() for t in self.packed)
+
+    def tensor_on_disk(self, name: str) -> Tensor:
+        """One tensor as a checkpoint holds it."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> PackedLayer:
+        if mode:
+            raise PackedForInference(
+                f"layers packed for inference cannot train ({self._spec_text}); qpass.dequantize(model) gives ordinary "
+                "float layers back, and model.eval() puts the layers that already switched back")
+        return self
+
+
+class PackedWeight(PackedLayer):
     """One weight [N, K] packed for one kernel, as non-persistent buffers.
 
     Invariant: the buffers are `kernel.layout.pack(canonical, spec)`, and `spec.kernel == kernel.name`; beside them, if
@@ -95,11 +123,6 @@ class PackedWeight(nn.Module):
         return self.packed[0].device
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the packed weight takes in memory."""
-        return sum(t.numel() * t.element_size() for t in self.packed)
-
-    @property
     def activation_scale(self) -> ActivationScale | None:
         """The static scale of the activation, if it has one."""
         return scale_of_tensors(self._scale_tensors(), self.spec.activation)
@@ -138,13 +161,6 @@ class PackedWeight(nn.Module):
         """What a product with this weight's stand-in runs."""
         return self.multiply(x, bias)
 
-    def train(self, mode: bool = True) -> PackedWeight:
-        if mode:
-            raise PackedForInference(
-                f"layers packed for inference cannot train ({self._spec_text}); qpass.dequantize(model) gives ordinary "
-                "float layers back, and model.eval() puts the layers that already switched back")
-        return self
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         names = (*self._names, *self._scale_names)
         before = [getattr(self, name) for name in names]
@@ -153,16 +169,16 @@ class PackedWeight(nn.Module):
         spec = self._spec_on(probe.device, dtype)
         canonical = self.canonical() if spec.kernel != self.spec.kernel else None
         again = self._names if canonical is None else ()
-        moved = {name: _moved(fn, tensor) for name, tensor in zip(names, before, strict=True)
+        moved_on = {name: moved(fn, tensor) for name, tensor in zip(names, before, strict=True)
                  if name in again or name in self._scale_names}
         held = {name: self._buffers.pop(name) for name in names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(held)
-        self._buffers.update(moved)
+        self._buffers.update(moved_on)
         if canonical is not None:
-            self._pack(CanonicalWeight({name: _moved(fn, t) for name, t in canonical.tensors.items()}), spec)
+            self._pack(CanonicalWeight({name: moved(fn, t) for name, t in canonical.tensors.items()}), spec)
         self.dtype = dtype
         return self
 
@@ -217,7 +233,7 @@ class PackedWeight(nn.Module):
         self._pack(moved, self.spec)
 
 
-def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """`fn` of a packed tensor, whose floats are seen as integers: model.half() leaves scales as they are."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     seen = tensor.view(bits) if tensor.is_floating_point() else tensor

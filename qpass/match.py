@@ -1,5 +1,8 @@
 """Match: sites and a recipe in, for each site the one rule that decides it out.
 
+A target that ends in `[3]` or `[0:4]` means these experts of a weight of experts, counted from 0; it beats any rule for
+the whole weight, and among such targets the same tiers hold.
+
 How a target is read, first that fits: `re:` starts a regex, `*`, `?` or `[` makes a glob, otherwise a name. A name is
 looked up as the exact path of a module or parameter, then as another name of a tied parameter, then as a class, then
 as a kind, and last as the final component of a path (`lm_head` finds `model.lm_head`, `q_proj` every q_proj). Globs
@@ -15,8 +18,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from fnmatch import fnmatchcase
 
@@ -24,6 +27,8 @@ from qpass.errors import RuleConflict, UnmatchedRule
 from qpass.recipe import DEFAULT_IGNORE, Recipe
 from qpass.scheme import Scheme
 from qpass.site import Site
+
+_EXPERTS = re.compile(r"(?P<weight>.+)\[(?P<first>\d+)(?::(?P<last>\d+))?\]")
 
 
 class Tier(IntEnum):
@@ -50,14 +55,26 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertRule:
+    """What a rule decides for one expert: its scheme, None for float, and the rule's text."""
+
+    scheme: Scheme | None
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Match:
-    """What decides a site; `ignored` if it is an ignore entry or a rule that says float."""
+    """What decides a site; `ignored` if it is an ignore entry or a rule that says float.
+
+    `experts` holds what rules for single experts decide.
+    """
 
     site: Site
     scheme: Scheme | None
     rule: str
     tier: Tier
     target: str = ""
+    experts: Mapping[int, ExpertRule] = field(default_factory=dict)
 
     @property
     def ignored(self) -> bool:
@@ -78,7 +95,10 @@ def match(sites: Sequence[Site], recipe: Recipe) -> tuple[Match, ...]:
 
     Raises UnmatchedRule naming every rule that matches nothing, RuleConflict where rules of one tier disagree.
     """
-    found = [(entry, *_resolve(entry.target, sites)) for entry in entries(recipe)]
+    written = entries(recipe)
+    single = [entry for entry in written if _means_experts(entry.target, sites)]
+    by_expert = _by_expert(single, sites)
+    found = [(entry, *_resolve(entry.target, sites)) for entry in written if entry not in single]
     unmatched = [entry for entry, _, hits in found if not hits and not entry.default]
     if unmatched:
         raise UnmatchedRule("\n".join(_unmatched(entry, sites) for entry in unmatched))
@@ -91,7 +111,8 @@ def match(sites: Sequence[Site], recipe: Recipe) -> tuple[Match, ...]:
         if any(tier <= Tier.LAST_COMPONENT for tier, _ in named):
             here = named
         if not here:
-            matches.append(Match(site=site, scheme=recipe.scheme, rule=rest, tier=Tier.RECIPE))
+            matches.append(Match(site=site, scheme=recipe.scheme, rule=rest, tier=Tier.RECIPE,
+                                 experts=by_expert.get(index, {})))
             continue
         best = min(tier for tier, _ in here)
         winners = [entry for tier, entry in here if tier == best]
@@ -103,7 +124,7 @@ def match(sites: Sequence[Site], recipe: Recipe) -> tuple[Match, ...]:
             if other.scheme != winners[0].scheme:
                 raise RuleConflict(_conflict(winners[0], other, best, site))
         matches.append(Match(site=site, scheme=winners[0].scheme, rule=winners[0].text, tier=best,
-                             target=winners[0].target))
+                             target=winners[0].target, experts=by_expert.get(index, {})))
     return tuple(matches)
 
 
@@ -116,6 +137,37 @@ def matching(targets: Sequence[str], sites: Sequence[Site]) -> frozenset[str]:
             raise UnmatchedRule(_unmatched(Entry(target=target, scheme=None, text=f"target {target}"), sites))
         found.update(sites[index].name for index in hits)
     return frozenset(found)
+
+
+def _means_experts(target: str, sites: Sequence[Site]) -> bool:
+    """Whether `target` is `weight[3]` or `weight[0:4]` with a weight of experts; elsewhere brackets make a glob."""
+    m = None if target.startswith("re:") else _EXPERTS.fullmatch(target)
+    return m is not None and bool(_resolve(m["weight"], [site for site in sites if site.kind == "experts"])[1])
+
+
+def _by_expert(single: Sequence[Entry], sites: Sequence[Site]) -> dict[int, dict[int, ExpertRule]]:
+    """Index of a site -> expert -> what the lowest tier says of it."""
+    chosen: dict[tuple[int, int], tuple[Tier, Entry]] = {}
+    for entry in single:
+        m = _EXPERTS.fullmatch(entry.target)
+        assert m is not None
+        tier, hits = _resolve(m["weight"], sites)
+        first, last = int(m["first"]), int(m["last"] or int(m["first"]) + 1)
+        for index in (i for i in hits if sites[i].kind == "experts"):
+            count = sites[index].shape[0]
+            if not first < last <= count:
+                raise UnmatchedRule(f"rule {entry.target!r} names experts {first} to {last - 1}, and "
+                                    f"{sites[index].name} has {count}, counted from 0; correct the rule, or remove it")
+            for expert in range(first, last):
+                before = chosen.get((index, expert))
+                if before is None or tier < before[0]:
+                    chosen[index, expert] = (tier, entry)
+                elif tier == before[0] and before[1].scheme != entry.scheme:
+                    raise RuleConflict(_conflict(before[1], entry, tier, sites[index]))
+    found: dict[int, dict[int, ExpertRule]] = {}
+    for (index, expert), (_, entry) in sorted(chosen.items(), key=lambda item: item[0]):
+        found.setdefault(index, {})[expert] = ExpertRule(scheme=entry.scheme, rule=entry.text)
+    return found
 
 
 def _resolve(target: str, sites: Sequence[Site]) -> tuple[Tier, frozenset[int]]:

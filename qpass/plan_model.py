@@ -112,7 +112,8 @@ def plan_row(decision: Decision) -> PlanRow:
                    scheme=decision.scheme.name if decision.scheme else None,
                    effective=effective_text(spec) if spec else None,
                    group_size=spec.weight.group_size if spec else None,
-                   reason=decision.reason, kernel=spec.kernel if spec else None, refusals=decision.refusals,
+                   reason=decision.reason, kernel=decision.kernel or (spec.kernel if spec else None),
+                   refusals=decision.refusals,
                    shared_input=site.shared_input, produced_by=site.produced_by,
                    bytes_before=decision.bytes_before, bytes_after=decision.bytes_after,
                    bytes_a_token=decision.bytes_a_token)
@@ -155,10 +156,10 @@ def _wanted_data(recipe: Recipe) -> list[str]:
 
 
 def _check_float(model: Any) -> None:
-    from qpass.layers import PackedWeight
+    from qpass.layers import PackedLayer
 
     if isinstance(model, nn.Module):
-        packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+        packed = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]
         if packed:
             raise AlreadyQuantized(f"{len(packed)} layers of this model are quantized by qpass already, the first is "
                                    f"{packed[0]}; qpass.explain(model) tells how, qpass.dequantize(model) goes back")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from qpass.calibrate.prepare import Preparation, Prepared, check_data
 from qpass.calibrate.run import Limits
 from qpass.calibrate.static_activation import static_scales
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
+from qpass.experts_layer import QuantExperts
 from qpass.graph_swap import float_graph, is_plain_graph, quantize_graph
-from qpass.kernels.registry import kernel
-from qpass.layers import PackedWeight
+from qpass.kernels.registry import KERNELS, kernel
+from qpass.layers import PackedLayer
 from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipe_files import as_recipe
 from qpass.refuse_training import allow_training, refuse_training
 from qpass.swap import TRIM_AFTER, give_back_freed_memory, restore, share_scales, swap_site
+from qpass.swap_experts import swap_experts
 from qpass.weight import CanonicalWeight, check_weight
 
 
@@ -81,13 +83,13 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     remember(model, plan)
     try:
         if prepared is not None:
-            plan = replace(plan, notes=(*plan.notes, *_calibrate_all(model, targets, prepared, where, progress)))
+            plan = replace(plan, notes=(*plan.notes, *_calibrate_all(model, plan, targets, prepared, where, progress)))
             remember(model, plan)
         else:
-            _swap_all(model, targets, where, progress, scales)
+            _swap_all(model, targets, plan.decisions, where, progress, scales)
     except BaseException:
         # What was reached is packed and must save, explain and refuse to train as such.
-        if any(isinstance(module, PackedWeight) for module in model.modules()):
+        if any(isinstance(module, PackedLayer) for module in model.modules()):
             finish(model, plan)
         else:
             model.__dict__.pop("_qpass_plan", None)
@@ -124,7 +126,7 @@ def check_model(model: Any) -> None:
     if compiled:
         raise AlreadyCompiled(f"{compiled[0] or 'this model'} is compiled already; quantize the model first and "
                               "compile the result: model = torch.compile(qpass.quantize(model, recipe))")
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]
     if packed:
         raise AlreadyQuantized(f"{len(packed)} layers are quantized by qpass already, the first is {packed[0]}; "
                                "qpass.dequantize(model) goes back, or load the float model again")
@@ -179,7 +181,7 @@ def _check_weights(model: nn.Module, targets: list[Decision], allow_nonfinite: b
 
 def _prepare_kernels(targets: list[Decision], bar: Any) -> None:
     """Build what has to be built once on this machine, and say so: it is the only long silence of a first run."""
-    names = {decision.spec.kernel for decision in targets if decision.spec is not None}
+    names = {name for d in targets if d.spec is not None for name in (d.spec.kernel, d.kernel) if name in KERNELS}
     ways = {made.prepare for name in names if (made := kernel(name)).prepare is not None}
     if ways:
         bar.set_postfix_str("making the kernels ready: built once on a machine, some 15 seconds")
@@ -187,41 +189,50 @@ def _prepare_kernels(targets: list[Decision], bar: Any) -> None:
         prepare()
 
 
-def _swap_all(model: nn.Module, targets: list[Decision], device: torch.device | None, progress: bool,
-              scales: Mapping[str, ActivationScale]) -> None:
+def _swap_all(model: nn.Module, targets: list[Decision], plan: Sequence[Decision], device: torch.device | None,
+              progress: bool, scales: Mapping[str, ActivationScale]) -> None:
     from tqdm import tqdm
 
     with tqdm(total=len(targets), desc="quantizing", unit="layer", disable=not progress) as bar:
         _prepare_kernels(targets, bar)
-        install = _Installer(model, device, len(targets), bar)
+        install = _Installer(model, plan, device, len(targets), bar)
         with install:
             for decision in targets:
                 bar.set_postfix_str(decision.site.name, refresh=False)
                 install(decision, None, scales.get(decision.site.name))
 
 
-def _calibrate_all(model: nn.Module, targets: list[Decision], run: Prepared, device: torch.device | None,
+def _calibrate_all(model: nn.Module, plan: Plan, targets: list[Decision], run: Prepared, device: torch.device | None,
                    progress: bool) -> list[str]:
     from tqdm import tqdm
 
     started = time.perf_counter()
     with tqdm(total=len(targets), desc="calibrating", unit="layer", disable=not progress) as bar:
         _prepare_kernels(targets, bar)
-        with _Installer(model, device, len(targets), bar) as install:
+        with _Installer(model, plan.decisions, device, len(targets), bar) as install:
             notes = run(install, bar)
+            experts = [d for d in targets if d.site.experts is not None]
+            for decision in experts:
+                install(decision, None)
+    if experts:
+        notes = [*notes, f"{len(experts)} weights of experts are rounded to nearest; algorithms calibrate others"]
     return [f"{run.told}, in {time.perf_counter() - started:.1f} s", *notes]
 
 
 class _Installer:
     """Swaps one site after another, gives memory back, and says how far it got if the block is left by an exception."""
 
-    def __init__(self, model: nn.Module, device: torch.device | None, total: int, bar: Any) -> None:
-        self.model, self.device, self.total, self.bar = model, device, total, bar
+    def __init__(self, model: nn.Module, plan: Sequence[Decision], device: torch.device | None, total: int,
+                 bar: Any) -> None:
+        self.model, self.plan, self.device, self.total, self.bar = model, plan, device, total, bar
         self.done = self.freed = 0
 
     def __call__(self, decision: Decision, canonical: CanonicalWeight | None,
                  scale: ActivationScale | None = None) -> None:
-        swap_site(self.model, decision, self.device, scale, canonical)
+        if decision.site.experts is None:
+            swap_site(self.model, decision, self.device, scale, canonical)
+        elif not isinstance(self.model.get_submodule(decision.site.owner), QuantExperts):
+            swap_experts(self.model, [d for d in self.plan if d.site.experts == decision.site.experts], self.device)
         self.freed += decision.site.numel * decision.site.dtype.itemsize
         if self.freed >= TRIM_AFTER:
             give_back_freed_memory()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from qpass.errors import PackedForInference
-from qpass.layers import PackedWeight
+from qpass.layers import PackedLayer
 
 
 class RefuseTraining:
@@ -18,7 +18,7 @@ class RefuseTraining:
         self.model = model
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        packed = [name for name, module in self.model.named_modules() if isinstance(module, PackedWeight)]
+        packed = [name for name, module in self.model.named_modules() if isinstance(module, PackedLayer)]
         if mode and packed:
             raise PackedForInference(
                 f"this model cannot train: {len(packed)} of its layers are packed for inference, the first is "

@@ -11,12 +11,15 @@ from typing import Any, Literal
 from torch import nn
 
 from qpass.errors import QPassError
+from qpass.experts_layer import QuantExperts
+from qpass.experts_spec import ExpertsSpec
 from qpass.layers import PackedWeight
 from qpass.plan_model import Plan
 from qpass.rows import PlanRow, ReportRow
 from qpass.spec import LinearSpec
 from qpass.table import render_html, render_report
 
+_Spec = LinearSpec | ExpertsSpec | None
 _NOT_COMPILED = "in the kernel (not compiled)"
 
 
@@ -69,15 +72,25 @@ def _graph_meta(model: Any) -> dict[str, Any]:
     return dict(getattr(getattr(model, "graph_module", None), "meta", {}))
 
 
-def _layers(model: Any) -> dict[str, tuple[LinearSpec, int]]:
-    """Path of the layer, or of the parameter where that was replaced -> its spec and the bytes of its packed weight."""
+def _layers(model: Any) -> dict[str, tuple[_Spec, int]]:
+    """Path of the layer, or of the parameter where that was replaced -> its spec and the bytes of its packed weight.
+
+    Of experts, the first weight stands for the whole, whose input it reads; the second has a spec of its own.
+    """
     if not isinstance(model, nn.Module):
         return dict(_graph_meta(model).get("qpass_packed", {}))
-    return {name: (module.spec, module.nbytes) for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, PackedWeight)}
+    found: dict[str, tuple[_Spec, int]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedWeight):
+            found[name] = (module.spec, module.nbytes)
+        elif isinstance(module, QuantExperts):
+            whole = module.blocks[0].spec
+            found |= {f"{name}.{leaf}": (whole if module.site.is_first(leaf) else whole.down, module.part_bytes(leaf))
+                      for leaf in module.site.parameters}
+    return found
 
 
-def _row(row: PlanRow, layers: dict[str, tuple[LinearSpec, int]]) -> ReportRow:
+def _row(row: PlanRow, layers: dict[str, tuple[_Spec, int]]) -> ReportRow:
     path = row.name if row.name in layers else row.name.rpartition(".")[0]
     facts = asdict(row)
     if row.status != "quantize" or path not in layers:
@@ -89,9 +102,21 @@ def _row(row: PlanRow, layers: dict[str, tuple[LinearSpec, int]]) -> ReportRow:
     spec, nbytes = layers[path]
     if row.kind == "embedding":  # its rows are read from the head, where they are counted
         return ReportRow(**{**facts, "status": "quantized", "kernel": None})
-    facts.update(status="quantized", kernel=spec.kernel, bytes_after=nbytes, bytes_a_token=nbytes,
-                 activation=_activation(path, spec))
+    facts.update(status="quantized", bytes_after=nbytes)
+    if row.kind == "experts":
+        facts.update(activation=_experts_activation(row, spec))
+    else:
+        assert isinstance(spec, LinearSpec)
+        facts.update(kernel=spec.kernel, bytes_a_token=nbytes, activation=_activation(path, spec))
     return ReportRow(**facts)
+
+
+def _experts_activation(row: PlanRow, spec: _Spec) -> str:
+    """The first weight's activation is quantized once per token, the second's inside the kernel."""
+    part = spec.up if isinstance(spec, ExpertsSpec) else spec
+    if part is None or part.activation is None:
+        return "not quantized"
+    return _NOT_COMPILED if isinstance(spec, ExpertsSpec) else "in the kernel, between the two products"
 
 
 def _activation(path: str, spec: LinearSpec) -> str:

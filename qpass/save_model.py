@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
+from qpass.experts_layer import QuantExperts
 from qpass.formats import compressed_tensors_config
 from qpass.formats.layer_writer import LayerWriter, writable_layers, writers
 from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, write_file
 from qpass.hf import save_config
-from qpass.layers import PackedWeight, QuantLinear
+from qpass.layers import PackedLayer, QuantLinear
 from qpass.publish_folder import publish_folder
 from qpass.swap import TRIM_AFTER, give_back_freed_memory
 from qpass.tied_table import TiedTable
@@ -45,6 +46,10 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     if not isinstance(model, nn.Module):
         raise TypeError(f"save takes an nn.Module, got {type(model).__name__}; torch.export.save writes exported "
                         f"programs")
+    experts = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
+    if format != compressed_tensors_config.METHOD and experts:
+        raise CheckpointError(f"{format} is not written for packed experts, and {experts[0]} holds some; save in "
+                              f"{compressed_tensors_config.METHOD}, which holds every layer")
     if format == "gguf":
         from qpass.formats.gguf_save import save_gguf
 
@@ -91,7 +96,7 @@ def _entries(model: nn.Module, writer: LayerWriter | None, layers: dict[str, Qua
                 written = _Written(writer, layers[path])
                 for name, (dtype, shape) in writer.describe(layers[path]).items():
                     yield Entry(name=prefix + name, dtype=dtype, shape=shape, make=partial(written.take, name))
-        elif isinstance(module, PackedWeight):
+        elif isinstance(module, PackedLayer):
             if id(module._buffers) in seen:  # tied: another layer reads the very same packed tensors
                 described = {}
             else:
@@ -132,7 +137,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _maker(layer: PackedWeight, name: str) -> Any:
+def _maker(layer: PackedLayer, name: str) -> Any:
     def make() -> Tensor:
         if layer.nbytes >= TRIM_AFTER // 4:
             give_back_freed_memory()

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from qpass.experts_site import ExpertsSite
+
 Kind = Literal["linear", "experts", "embedding"]
 
 
@@ -30,6 +32,7 @@ class Site:
     shared_input   sites with the same number read one and the same tensor; None if the site has its input alone
     produced_by    what computes the input: `model.layers.0.input_layernorm (LlamaRMSNorm)`, or the op if no module
     consumers      what reads the output, nearest first
+    experts        how the owner computes its experts, if this is a weight of experts that was understood
     role           "router" if the largest entries of the result pick what is computed next, as experts are picked
     """
 
@@ -50,6 +53,7 @@ class Site:
     consumers: tuple[str, ...] = ()
     role: Literal["router"] | None = None
     owner_bases: tuple[str, ...] = ()
+    experts: ExpertsSite | None = None
 
     @property
     def out_features(self) -> int:

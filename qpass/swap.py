@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from qpass.activation_scale import ActivationScale
 from qpass.errors import WeightError
+from qpass.experts_layer import QuantExperts
 from qpass.kernels.layout import Packed
 from qpass.kernels.registry import kernel
-from qpass.layers import Origin, PackedWeight, QuantLinear
+from qpass.layers import Origin, PackedLayer, PackedWeight, QuantLinear
 from qpass.plan_model import Decision
 from qpass.quant_weight import QuantWeight
 from qpass.site import Site
 from qpass.spec import LinearSpec
+from qpass.swap_experts import restore_experts
 from qpass.tied_table import TiedTable
 from qpass.weight import CanonicalWeight, quantize_weight
 
@@ -144,7 +146,7 @@ def restore(model: nn.Module) -> int:
     weights: dict[int, nn.Parameter] = {}  # by packed tensors: what was tied is tied again
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if not isinstance(child, PackedWeight):
+            if not isinstance(child, PackedLayer):
                 continue
             back = restored.get(child)
             if back is None:
@@ -157,7 +159,10 @@ def restore(model: nn.Module) -> int:
     return len(restored)
 
 
-def _float_again(packed: PackedWeight, weights: dict[int, nn.Parameter]) -> nn.Module | nn.Parameter:
+def _float_again(packed: PackedLayer, weights: dict[int, nn.Parameter]) -> nn.Module | nn.Parameter:
+    if isinstance(packed, QuantExperts):
+        return restore_experts(packed)
+    assert isinstance(packed, PackedWeight)
     transposed = packed.transposed if isinstance(packed, QuantWeight) else (
         isinstance(packed, QuantLinear) and packed.origin.transposed)
     parameter = None if transposed else weights.get(id(packed._buffers))

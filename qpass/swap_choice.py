@@ -48,7 +48,7 @@ def choose_swap(name: str, products: Sequence[Product], owners: Mapping[str, nn.
             f"{name} is tied: it is looked up as an embedding and multiplied as a weight; to quantize the "
             "product alone, give it a parameter of its own (a clone) first, or add it to ignore"))
     if "experts" in kinds:
-        return None, f"{name}: experts are kept in float: this version has no kernel for them; add them to ignore"
+        return None, f"{name}: experts are replaced as a whole, by the module that computes them"
     if refusal := _read_by_others(name, products):
         return None, refusal
     if all(_is_whole_call(product, owners, calls) for product in products):

@@ -4,7 +4,8 @@ Nothing is computed and no weight is copied: fake tensors hold shapes only. Each
   val         its fake result
   scope       the modules it ran in, outermost first, as Scope records; a second call of a module has another `call`
   torch_call  the torch function that the model's own code called to get here (`F.linear` for a linear's `mm`)
-The graph module's own `meta["returns_tensor"]` says of each module call whether it gave a tensor back.
+The graph module's own `meta["returns_tensor"]` says of each module call whether it gave a tensor back, and
+`meta["module_calls"]` what a module with parameters of three dims (experts, most often) was given and gave.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +47,15 @@ class TorchCall:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ModuleCall:
+    """What one call of a module got and gave, tensors as nodes; `output` is None if it is not a single tensor."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: fx.Node | None = None
+
+
 class Tape:
     """Collects one graph, over as many runs as there are; `graph_module()` closes it."""
 
@@ -60,6 +70,7 @@ class Tape:
         self.torch_call: TorchCall | None = None
         self.attributes: dict[str, Tensor] = {}
         self.returns_tensor: dict[int | str, bool] = {}  # by module call
+        self.module_calls: dict[int | str, ModuleCall] = {}
         self._tensors = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = [tensors]  # an id means nothing once its tensor is gone
@@ -92,6 +103,7 @@ class Tape:
             self.graph.output(())
         graph_module = fx.GraphModule(self.attributes, self.graph)
         graph_module.meta["returns_tensor"] = self.returns_tensor
+        graph_module.meta["module_calls"] = self.module_calls
         return graph_module
 
     def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -112,6 +124,10 @@ class Tape:
         """A TorchCall of these arguments, numbered unless `call` names it."""
         named = {key: self._as_argument(value) for key, value in kwargs.items()}
         return TorchCall(call or self.next_call(), function, tuple(map(self._as_argument, args)), named)
+
+    def node_of(self, value: Any) -> Any:
+        """The node of a tensor, or what is no tensor as it is."""
+        return self._as_argument(value)
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = node
@@ -151,10 +167,19 @@ def following_modules(tape: Tape, model: nn.Module) -> Iterator[None]:
         tape.scope = (*tape.scope, Scope(path, type(module).__name__, tape.next_call()))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        tape.returns_tensor[tape.scope[-1].call] = isinstance(output, Tensor)
+        call = tape.scope[-1].call
+        tape.returns_tensor[call] = isinstance(output, Tensor)
+        if call in tape.module_calls and isinstance(output, Tensor):
+            tape.module_calls[call] = replace(tape.module_calls[call], output=tape.node_of(output))
         tape.scope = tape.scope[:-1]
 
-    handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nodes = tree_map(tape.node_of, (args, kwargs))
+        tape.module_calls[tape.scope[-1].call] = ModuleCall(*nodes)
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    handles += [module.register_forward_pre_hook(given, with_kwargs=True) for module in model.modules()
+                if any(p is not None and p.ndim >= 3 for p in module._parameters.values())]
     try:
         yield
     finally:

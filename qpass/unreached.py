@@ -61,8 +61,6 @@ def _refusal(name: str, kind: Kind, holders: list[nn.Module | None], capture: Ca
     if ".parametrizations." in name:
         return (f"{name} goes through a parametrization before it is used; call torch.nn.utils.parametrize."
                 "remove_parametrizations first, or add it to ignore")
-    if kind == "experts":
-        return f"{name}: experts are kept in float: this version has no kernel for them; add them to ignore"
     if capture.graph_module is None:
         return (f"no graph of the model could be had, so nothing shows how {name} is used; pass example_inputs with "
                 "which the forward can be traced, or add it to ignore")

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpass.activation_args import ActivationArgs
 from qpass.experts_spec import ExpertsSpec, Gate
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from qpass.kernels.registry import ExpertsCall, kernel, register_kernel
@@ -127,7 +128,22 @@ def _product(x: Tensor | Codes, packed: Sequence[Tensor], bias: Tensor | None, p
     return F.linear(x, packed[0].float(), None if bias is None else bias.float())
 
 
+def refuses_activation(call: ExpertsCall) -> str | None:
+    """A sentence for activations that the definition above does not know; parts may be of any weight."""
+    for part in call.spec.parts:
+        if part is not None and part.activation is not None and not _known(part.activation):
+            return "rounds the activations of experts to int8, dynamic, per token, not otherwise"
+    return None
+
+
+def _known(activation: ActivationArgs) -> bool:
+    return (activation.bits, activation.type, activation.granularity, activation.dynamic) == (8, "int", "per_token",
+                                                                                            True)
+
+
 def _refuses(call: ExpertsCall) -> str | None:
+    if (why := refuses_activation(call)) is not None:
+        return why
     odd = [part for part in call.spec.parts if part is not None and part.kernel not in ("", "linear_reference")]
     return f"multiplies with linear_reference, and these are packed for {odd[0].kernel}" if odd else None
 

@@ -14,7 +14,9 @@ from typing import Any
 from torch import nn
 
 from qpass.errors import CheckpointError, RecipeError
+from qpass.experts_layer import QuantExperts
 from qpass.formats.compressed_tensors import is_packed
+from qpass.formats.compressed_tensors_experts import Member, float_experts, members_of_experts
 from qpass.formats.compressed_tensors_floats import FLOAT_FORMATS, float_args, float_fields
 from qpass.layers import PackedWeight, QuantLinear
 from qpass.scheme import ActivationArgs, Scheme, WeightArgs, codec_of
@@ -80,24 +82,30 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
     """
     layers = [(name, module) for name, module in model.named_modules(remove_duplicate=False)
               if isinstance(module, PackedWeight) and not isinstance(module, TiedTable)]
-    if not layers:
+    experts = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantExperts)]
+    if not layers and not experts:
         return None
-    members: dict[tuple[WeightArgs, ActivationArgs | None, bool], list[tuple[str, PackedWeight]]] = {}
+    members: dict[tuple[WeightArgs, ActivationArgs | None, bool], list[Member]] = {}
     for name, layer in layers:
         ordered = getattr(layer, "input_order", None) is not None
-        members.setdefault((layer.spec.weight, layer.spec.activation, ordered), []).append((name, layer))
+        members.setdefault((layer.spec.weight, layer.spec.activation, ordered), []).append(
+            Member(target=name, spec=layer.spec, linear=_was_linear(layer)))
+    for name, module in experts:
+        for member in members_of_experts(name, module):
+            members.setdefault((member.spec.weight, member.spec.activation, False), []).append(member)
     groups: dict[str, Any] = {}
     ignore: list[str] = []
     for number, ((weight, activation, ordered), named) in enumerate(members.items()):
-        targets = [name for name, _ in named]
+        targets = [member.target for member in named]
         if len(members) == 1:
-            rest = [name for name, layer in named if not _was_linear(layer)]
+            rest = [member.target for member in named if not member.linear]
             if len(rest) < len(targets):
                 targets = ["Linear", *rest]
                 ignore = [name for name, module in model.named_modules(remove_duplicate=False)
                           if isinstance(module, nn.Linear) or _is_float_matrix(module)]
+                ignore += [target for name, module in experts for target in float_experts(name, module)]
         groups[f"group_{number}"] = {
-            "targets": targets, "format": _format_of(named[0][1].spec),
+            "targets": targets, "format": _format_of(named[0].spec),
             "weights": {**_weights(weight), "actorder": "group" if ordered else None},
             "input_activations": None if activation is None else _activations(activation), "output_activations": None}
     formats = {group["format"] for group in groups.values()}

@@ -138,7 +138,6 @@ def test_two_linears_that_share_a_weight_are_not_a_tied_head() -> None:
     ({"swap": None, "refusal": "bad.weight is inside a scan; open it"}, "it is inside a scan; open it"),
     ({"swap": None, "refusal": "bad.weight: no kernel"}, "no kernel"),
     ({"swap": None}, "a product inside Linear cannot be replaced"),
-    ({"kind": "experts", "shape": (4, 64, 64)}, "fused experts have no quantized product"),
     ({"dtype": torch.int8}, "its weight is torch.int8"),
     ({"dtype": torch.float8_e4m3fn}, "its weight is torch.float8_e4m3fn"),
     ({"shape": (0, 64)}, "holds no numbers"),

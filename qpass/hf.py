@@ -83,8 +83,12 @@ def empty_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """
     model_class, loaded = _class_and_config(folder, config)
     loaded.__dict__.pop("quantization_config", None)
-    with _parameters_on_meta():
-        model: nn.Module = model_class._from_config(loaded)
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = model_class._from_config(loaded)
+    except Exception as error:  # sizes that no model has, or of the wrong kind
+        raise CheckpointError(f"{folder / 'config.json'} describes a model that cannot be built: "
+                              f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     _generation_config(model, folder)
     model.tie_weights()  # type: ignore[operator]
     return model

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qpass.checkpoint_layers import Contents, match_contents
-from qpass.errors import QPassError
+from qpass.errors import CheckpointError, QPassError
 from qpass.fill_model import fill_floats, fill_layers, tie_tables
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, open_checkpoint
@@ -54,6 +54,10 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
     elif chosen.empty_model is not None:
         model = chosen.empty_model(checkpoint)
     else:
+        layers_said = checkpoint.config.get("num_hidden_layers")
+        if isinstance(layers_said, int) and layers_said > len(checkpoint.tensors):
+            raise CheckpointError(f"{checkpoint.path / 'config.json'}: num_hidden_layers is {layers_said}, and the "
+                                  f"files have {len(checkpoint.tensors)} tensors")
         model = empty_model(checkpoint.path, checkpoint.config)
     contents = match_contents(model, checkpoint, reader)
     if recipe is not None:

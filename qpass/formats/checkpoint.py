@@ -97,10 +97,12 @@ class Checkpoint:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises CheckpointError, naming the file; a key said twice is an error."""
+    if not file.is_file():  # a pipe would never end
+        raise CheckpointError(f"{file} is no ordinary file")
     try:
         if file.stat().st_size > _LARGEST_JSON:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, which no config has; it was not read")
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=no_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error or type(error).__name__}") from error
     if not isinstance(found, dict):
@@ -108,7 +110,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: the object of these pairs. Raises ValueError if a key stands there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qpass.activation_scale import scale_names
 from qpass.formats.bits import pack_rows, unpack_loose, unpack_rows
-from qpass.formats.integer_weights import group_order
+from qpass.formats.integer_weights import checked_scale, group_order
 from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -152,9 +152,7 @@ def _read_scale(scale: Tensor, spec: LinearSpec) -> Tensor:
     if tuple(scale.shape) != groups:
         raise ValueError(f"weight_scale is {tuple(scale.shape)}, expected {groups} for {spec.group_size} weights a "
                          f"scale")
-    if not bool(torch.isfinite(scale).all()):
-        raise ValueError("weight_scale holds NaN or Inf")
-    return scale
+    return checked_scale(scale, "weight_scale")
 
 
 def _check_range(codes: Tensor, spec: LinearSpec, name: str) -> None:

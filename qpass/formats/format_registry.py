@@ -125,3 +125,9 @@ def _format_of(path: Path, config: Mapping[str, Any], quantization: Mapping[str,
                               f"{', '.join(methods)}; load it with the tool that made it, quantize the float model, or "
                               "install a package that registers the format")
     return None
+
+
+def formats_table() -> str:
+    """The registered formats as a Markdown table: what is called so, what of it loads, and what computes then."""
+    rows = [f"| {made.title} | `{made.name}` | {made.reads} | {made.runs} |" for made in formats().values()]
+    return "\n".join(["| format | name | what loads | what runs |", "|---|---|---|---|", *rows])

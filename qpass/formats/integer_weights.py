@@ -50,9 +50,11 @@ def stored_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def checked_scale(scale: Tensor, name: str = "scales") -> Tensor:
-    """`scale`, once it is known to be finite. Raises ValueError otherwise."""
+    """`scale`, once it is known to be finite and nowhere 0, which no tool writes. Raises ValueError otherwise."""
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"{name} holds NaN or Inf")
+    if not bool(scale.all()):
+        raise ValueError(f"{name} holds zeros, which no quantizer writes; the file is damaged")
     return scale
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import CheckpointError
-from qpass.formats.checkpoint import Stored
+from qpass.formats.checkpoint import Stored, no_doubles
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {
@@ -118,12 +118,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is no ordinary file")
     try:
         version = file_version(file)
         with safe_open(str(file), framework="pt"):  # checks offsets, sizes and the file's length
             pass
         with open(file, "rb") as raw:
-            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=no_doubles)
         metadata = header.pop("__metadata__", None) or {}
         return {name: Stored(file=file, version=version, dtype=_DTYPES[item["dtype"]], shape=tuple(item["shape"]))
                 for name, item in header.items()}, metadata

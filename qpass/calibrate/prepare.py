@@ -55,7 +55,8 @@ class Preparation:
 
     def prepare(self) -> Prepared:
         """Raises CalibrationError for data that cannot be used, UnmatchedRule for an algorithm's target."""
-        targets = [decision for decision in self.plan.decisions if decision.status == "quantize"]
+        targets = [decision for decision in self.plan.decisions
+                   if decision.status == "quantize" and decision.site.kind != "experts"]
         aimed = aimed_at(self.plan.recipe.algorithms, self.plan.decisions)
         names = ", ".join(algorithm.name for algorithm in aimed)
         static = [d.site.name for d in targets if d.spec is not None and d.spec.activation is not None

@@ -47,7 +47,8 @@ class Options:
 class Bench:
     """The workers of one run. Use as a context: they end with it."""
 
-    def __init__(self, found: Found, threads: int, options: Options) -> None:
+    def __init__(self, found: Found, threads: int, options: Options, tables: Sequence[Table] = TABLES) -> None:
+        needed = {column.peer for table in tables for column in table.columns}
         self.found, self.options = found, options
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, dict[str, str]] = {}
@@ -55,7 +56,7 @@ class Bench:
         self.began = time.perf_counter()
         self.pace: dict[str, dict[int, float]] = {}
         self.threads = threads
-        for name in (peer for peer in found.commands if PEERS[peer].serves):
+        for name in (peer for peer in found.commands if PEERS[peer].serves and peer in needed):
             try:
                 self._start(name)
             except WorkerDied as why:
@@ -148,8 +149,8 @@ class Bench:
 
 def run(found: Found, threads: int, options: Options) -> tuple[list[Cell], dict[str, dict[str, str]]]:
     """All tables that are asked for, and the versions of what was timed."""
-    with Bench(found, threads, options) as bench:
-        wanted = [table for table in TABLES if not options.tables or table.name in options.tables]
+    wanted = [table for table in TABLES if not options.tables or table.name in options.tables]
+    with Bench(found, threads, options, wanted) as bench:
         return [cell for table in wanted for cell in bench.table(table)], bench.versions
 
 

@@ -58,7 +58,7 @@ def test_a_table_is_measured_whatever_its_peers_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(PEERS, "echo", Peer(name="echo", script="echo_lanes.py"))
     found = Found(None, commands={"echo": [sys.executable, str(HERE / "echo_lanes.py")]})
     alive = replace(TABLE, columns=tuple(c for c in TABLE.columns if c.variant != "dies"))
-    with Bench(found, 1, Options(seconds=0.005, rotate=1)) as bench:
+    with Bench(found, 1, Options(seconds=0.005, rotate=1), [TABLE]) as bench:
         cells = bench.table(alive)
         assert [cell.m for cell in cells] == [1, 64] and bench.versions == {"echo": {"echo": "1"}}
         first = cells[0].timings

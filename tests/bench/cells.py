@@ -108,7 +108,7 @@ FORMS = Table(
         _ours(_G128, "w4a8_g128"), _ours("g64", "w4a8_g64"), _ours("g32", "w4a8_g32"), _ours("g32 int", "w4a8_g32_int"),
         _ours("g128 asym", "w4a8_g128_asym"), _ours("g32 asym", "w4a8_g32_asym"),
         _ours("channel asym", "w4a8_channel_asym"),
-        _ours("g128 static input", "w4a8_g128_static"), _ours("g128 plain C", "w4a8_g128@plain")))
+        _ours("g128 static input", "w4a8_g128_static")))
 
 LISTS = Table(
     name="W4A8, several weights in one call", tokens=(1, 16, 256),

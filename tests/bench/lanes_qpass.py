@@ -77,7 +77,7 @@ def _layer(weight: torch.Tensor, scheme: Scheme) -> QuantLinear:
     call = LinearCall(spec=spec, device=weight.device, dtype=weight.dtype)
     spec = spec.on(choose(call, prepare=True).kernel.name)
     static = spec.activation is not None and spec.activation.static
-    scale = ActivationScale(torch.tensor([_LARGEST_INPUT / 127])) if static else None
+    scale = ActivationScale(scale=torch.tensor([_LARGEST_INPUT / 127])) if static else None
     return QuantLinear(quantize_weight(weight, spec), None, spec, weight.dtype, scale=scale)
 
 

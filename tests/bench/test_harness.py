@@ -158,7 +158,8 @@ def test_weights_and_checks() -> None:
 
 def test_lanes_of_qpass_and_torch_give_right_outputs() -> None:
     """The very workers, at a small size: each variant is prepared, timed once and checked."""
-    wanted = {"lanes_qpass.py": ("w4a8_g32", "w4a8_channel_asym", "w4a8_g128_int", "w4a8_g128_static", "w8a8_channel", "w4a16_g128_asym"),
+    wanted = {"lanes_qpass.py": ("w4a8_g32", "w4a8_g128_int", "w4a8_g128_static", "w4a8_channel_asym",
+                                 "w8a8_channel", "w4a16_g128_asym"),
               "lanes_torch.py": ("bf16", "int4pack_w4a16", "int8pack_w8a16")}
     for script, variants in wanted.items():
         started = Worker([sys.executable, str(HERE / script)], os.environ)

@@ -135,5 +135,5 @@ def _claims(path: Any, config: Mapping[str, Any]) -> bool:
 
 register_format(Format(
     name="gptq", title="GPTQ, GPTQModel", methods=("gptq",), reader=GptqReader, claims=_claims,
-    reads="versions 1 and 2, 2 to 8 bits, symmetric and asymmetric, desc_act, no g_idx, dynamic, experts",
-    runs="native"))
+    reads="versions 1 and 2, 2 to 8 bits, symmetric and asymmetric, desc_act, no g_idx, dynamic",
+    runs="native; experts decoded to float"))

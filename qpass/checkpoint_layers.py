@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -66,8 +67,24 @@ class _Held:
         return f"{self.path}.{self.leaf}" if self.path else self.leaf
 
 
-def match_contents(model: nn.Module, checkpoint: Checkpoint, reader: Reader | None) -> Contents:
+class Elsewhere(Protocol):
+    """Parameters that are read in another way, by full name, and the tensors and layers that this takes."""
+
+    @property
+    def parameters(self) -> frozenset[str]: ...
+
+    @property
+    def tensors(self) -> frozenset[str]: ...
+
+    @property
+    def paths(self) -> frozenset[str]: ...
+
+
+def match_contents(model: nn.Module, checkpoint: Checkpoint, reader: Reader | None,
+                   elsewhere: Sequence[Elsewhere] = ()) -> Contents:
     """What each parameter and persistent buffer is read from; `reader` is None for a checkpoint of floats.
+
+    `elsewhere` are those that are read in another way.
 
     Raises CheckpointError, naming tensors, layers and both sides: a tensor that is missing, that nothing reads, or
     that cannot be what the config says; a layer that the config quantizes and the model does not have.
@@ -76,7 +93,10 @@ def match_contents(model: nn.Module, checkpoint: Checkpoint, reader: Reader | No
     layers: list[Layer] = []
     floats: list[Float] = []
     wrong: list[str] = []
+    taken = {name for other in elsewhere for name in other.parameters}
     for tensor, held in _tensors(model, reader.tied if reader is not None else {}):
+        if held[0].full in taken:
+            continue
         found: Found = None
         if reader is not None and isinstance(tensor, nn.Parameter):
             found = _ask(tensor, held, checkpoint, reader, assemblies)
@@ -89,11 +109,12 @@ def match_contents(model: nn.Module, checkpoint: Checkpoint, reader: Reader | No
             found, disagreements = _plain(model, tensor, held, checkpoint.tensors)
             wrong += disagreements
         floats.append(Float(places=tuple((h.module, h.leaf) for h in held), name=held[0].full, read=found))
-    notes = _unread(model, checkpoint, reader, layers, floats, wrong)
+    others = {name for other in elsewhere for name in other.tensors}
+    notes = _unread(model, checkpoint, reader, layers, floats, wrong, others)
     if reader is not None:
         paths = [path for layer in layers for path in layer.paths]
         decoded = [f.name.removesuffix(".weight") for f in floats if f.read is not None and f.read.note]
-        if (said := reader.unmatched([*paths, *decoded])) is not None:
+        if (said := reader.unmatched([*paths, *decoded, *taken])) is not None:
             raise CheckpointError(f"{checkpoint.path}: {said}")
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
@@ -180,11 +201,11 @@ def _differs(there: Stored, tensor: Tensor) -> str | None:
 
 
 def _unread(model: nn.Module, checkpoint: Checkpoint, reader: Reader | None, layers: Sequence[Layer],
-            floats: Sequence[Float], wrong: list[str]) -> list[str]:
+            floats: Sequence[Float], wrong: list[str], others: set[str]) -> list[str]:
     """Lines on tensors that are left, and on layers about which there is something to say; errors go into `wrong`."""
     reads: list[tuple[str, WeightRead | FloatRead]] = [(layer.paths[0], layer.read) for layer in layers]
     reads += [(item.name, item.read) for item in floats if item.read is not None]
-    used = {name for _, read in reads for name in read.tensors.values()}
+    used = others | {name for _, read in reads for name in read.tensors.values()}
     unneeded = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     said: dict[str, list[str]] = {}
     for name, stored in checkpoint.tensors.items():

@@ -18,7 +18,7 @@ from qpass.spec import LinearSpec
 if TYPE_CHECKING:
     from qpass.decide import Decision
 
-_ROUNDED = (ActivationArgs(), ActivationArgs(symmetric=False))
+ROUNDED = (ActivationArgs(), ActivationArgs(symmetric=False))
 Parts = tuple[LinearSpec | None, LinearSpec | None]
 
 
@@ -30,10 +30,10 @@ def keep_activations(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
 def _keep_activation(decision: Decision) -> Decision:
     specs = (decision.spec, *decision.experts)
     asked = next((s.activation for s in specs if s is not None and s.activation is not None
-                  and s.activation not in _ROUNDED), None)
+                  and s.activation not in ROUNDED), None)
     if asked is None:
         return decision
-    spec, *experts = (s if s is None or s.activation is None or s.activation in _ROUNDED else s.weight_only()
+    spec, *experts = (s if s is None or s.activation is None or s.activation in ROUNDED else s.weight_only()
                       for s in specs)
     told = f"activation kept in float, not {asked.number}: experts round theirs to int8, dynamic, per token"
     return replace(decision, spec=spec, experts=tuple(experts), reason="; ".join(filter(None, (decision.reason, told))))

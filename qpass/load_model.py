@@ -45,6 +45,7 @@ def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device |
 
 def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: torch.device,
                  dtype: torch.dtype | None, model: nn.Module | None) -> nn.Module:
+    from qpass.checkpoint_experts import fill_experts, find_experts
     from qpass.hf import empty_model
     from qpass.quantize_model import check_model, finish, remember
 
@@ -59,7 +60,8 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
             raise CheckpointError(f"{checkpoint.path / 'config.json'}: num_hidden_layers is {layers_said}, and the "
                                   f"files have {len(checkpoint.tensors)} tensors")
         model = empty_model(checkpoint.path, checkpoint.config)
-    contents = match_contents(model, checkpoint, reader)
+    experts = find_experts(model, checkpoint, reader) if recipe is None else ()
+    contents = match_contents(model, checkpoint, reader, experts)
     if recipe is not None:
         layers, notes = replan(model, contents.layers, recipe, str(checkpoint.path))
         contents = replace(contents, layers=tuple(layers), notes=(*contents.notes, *notes))
@@ -67,6 +69,7 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
     # A table that reads a packed head's rows is in the files for others; here it would be a second copy.
     fill_floats([item for item in contents.floats if item.name not in reader.tied], checkpoint, device, dtype)
     fill_layers(model, contents.layers, checkpoint, device, dtype)
+    fill_experts(model, experts, checkpoint, device, dtype)
     tie_tables(model, reader.tied, checkpoint.path)
     model.to(device)
     model.eval()

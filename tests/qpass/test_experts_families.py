@@ -148,6 +148,19 @@ def test_the_state_dict_names_each_expert_and_loads_back(family: str, tmp_path: 
     assert len(matched) == 1 and not re.match(matched[0][3:], f"{path}.2.down_proj")
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "gpt-oss", "Llama-4"])
+def test_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    recipe = qpass.Recipe("w4a8", overrides={"*.down_proj[1]": "w8a8", "*.down_proj[2]": None})
+    qpass.quantize(model, recipe, progress=False)
+    qpass.save(model, tmp_path / "one")
+    again = qpass.load(tmp_path / "one")
+    assert torch.equal(logits(again), logits(model)) and not expert_parameters(again)
+    qpass.save(again, tmp_path / "two")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
 def test_rows_show_bytes_kernel_and_routers() -> None:
     text = str(qpass.plan(build("Qwen2-MoE"), "w4a8"))
     assert "mlp.experts.gate_up_proj" in text and "4x64x32" in text and "experts_" in text

@@ -21,12 +21,15 @@ _PROBE_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What it took to have the model ready: seconds; bytes of its weights, of the process, and at the worst moment."""
+    """What it took to have the model ready: seconds, and bytes of its weights.
+
+    added, peak_added  by how much the process grew, and had grown at the worst moment; None where nobody counts it
+    """
 
     seconds: float
     weights: int
-    process: int | None
-    peak: int | None
+    added: int | None
+    peak_added: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +50,16 @@ def loaded(load: Callable[[], Any]) -> tuple[Any, Load]:
     gc.collect()
     give_back_freed()
     _forget_peak()
+    before = process_bytes()
     began = time.perf_counter()
     model = load()
     seconds = time.perf_counter() - began
     gc.collect()
     peak = peak_bytes()
     give_back_freed()
-    return model, Load(seconds=seconds, weights=weight_bytes(model), process=process_bytes(), peak=peak)
+    after = process_bytes()
+    grown = [None if before is None or now is None else max(0, now - before) for now in (after, peak)]
+    return model, Load(seconds=seconds, weights=weight_bytes(model), added=grown[0], peak_added=grown[1])
 
 
 def speed(model: Any, *, prompt: int, new: int, batch: int, compiled: bool, repeats: int = 3) -> Speed:

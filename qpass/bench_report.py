@@ -10,7 +10,7 @@ from qpass.bench_model import Measured, ModelBench
 from qpass.text_table import Column, human_bytes, text_table
 
 COLUMNS: tuple[Column, ...] = (
-    ("recipe", "<"), ("weights", ">"), ("process", ">"), ("peak", ">"), ("load s", ">"), ("compile s", ">"),
+    ("recipe", "<"), ("weights", ">"), ("memory", ">"), ("at most", ">"), ("load s", ">"), ("compile s", ">"),
     ("prompt tok/s", ">"), ("decode tok/s", ">"), ("perplexity", ">"), ("KL", ">"), ("same top-1", ">"), ("note", "<"))
 
 
@@ -68,7 +68,7 @@ def _row(row: Measured, base: Measured, found: ModelBench) -> list[str]:
     if row.load is None:
         cells += [""] * 4
     else:
-        sizes = (row.load.weights, row.load.process, row.load.peak)
+        sizes = (row.load.weights, row.load.added, row.load.peak_added)
         cells += [*("" if size is None else human_bytes(size) for size in sizes), f"{row.load.seconds:.1f}"]
     if row.speed is None:
         cells += [""] * 3
@@ -92,4 +92,4 @@ def _how(found: ModelBench) -> str:
     made = "decoding compiled" if found.compiled else "nothing compiled"
     return (f"{found.threads} threads, batch {found.batch}, prompt of {prompt} tokens, generate() with a static cache, "
             f"{made}; accuracy on {found.tokens:,} tokens of text beside the float model in {found.arithmetic}; "
-            "peak: the most memory in use while loading and quantizing")
+            "memory: what the process grew by when the model was ready, and at most until then")

@@ -42,6 +42,7 @@ def test_measures_the_float_model_and_each_recipe(folder: Path, capsys: pytest.C
     assert [row["label"] for row in found["rows"]] == ["fp32", "w8a8", "w4a8"]
     base, w8a8, w4a8 = found["rows"]
     assert base["accuracy"] is None and base["speed"]["decode"] > 0 and base["speed"]["compile_s"] is None
+    assert all(row["load"]["peak_added"] >= row["load"]["added"] >= 0 for row in found["rows"])
     assert w4a8["load"]["weights"] < w8a8["load"]["weights"] < base["load"]["weights"]
     assert 0 < w8a8["accuracy"]["kl"] < w4a8["accuracy"]["kl"] and w8a8["accuracy"]["tokens"] >= 256
     assert found["recommended"] in {"fp32", "w8a8", "w4a8"} and found["batch"] == 1
@@ -82,7 +83,7 @@ def row(label: str, decode: float, kl: float | None) -> Measured:
         tokens=100, windows=4, window=25, stride=25, loss=2.0, perplexity=7.4, reference_loss=1.9,
         reference_perplexity=6.7, loss_increase=0.1, loss_increase_stderr=0.01, kl=kl, kl_stderr=0.01,
         top1_agreement=0.9)
-    load = Load(seconds=1.0, weights=1000 if kl is None else 400, process=None, peak=None)
+    load = Load(seconds=1.0, weights=1000 if kl is None else 400, added=None, peak_added=None)
     return Measured(label=label, load=load, accuracy=accuracy,
                     speed=Speed(prefill=100.0, decode=decode, prompt=128, compile_s=3.0))
 

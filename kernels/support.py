@@ -92,7 +92,8 @@ def _probes(scheme: Scheme) -> list[tuple[str, str, LinearSpec]]:
     found = []
     for label, change in _GRANULARITIES:
         for symmetric in (True, False):
-            weight: WeightArgs = replace(scheme.weight, symmetric=symmetric, **change)  # type: ignore[arg-type]
+            weight: WeightArgs = replace(scheme.weight, symmetric=symmetric, scales="amax",
+                                         **change)  # type: ignore[arg-type]
             for act_label, activation in activations:
                 spec = LinearSpec(family=scheme.family, weight=weight, activation=activation, out_features=_SIZE,
                                   in_features=_SIZE)

@@ -158,7 +158,7 @@ def _named(name: object) -> Scheme:
     try:
         return preset(name)
     except RecipeError as error:
-        raise RecipeError(f"scheme {name!r} cannot be expressed here; there are {_HAVE}. {error}") from None
+        raise RecipeError(f"scheme {name!r} cannot be expressed here: {error}") from None
 
 
 def _vllm_scheme(value: object, where: str) -> Scheme:

@@ -243,8 +243,9 @@ def preset(name: str) -> Scheme:
     """The preset of this name, in any case; raises RecipeError with the closest names."""
     found = PRESETS.get(name) or PRESETS.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name.lower(), PRESETS, n=3) or sorted(PRESETS)
-        raise RecipeError(f"no scheme is named {name!r}; closest: {', '.join(near)} (all: qpass.PRESETS)")
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3)
+        those = f"closest: {', '.join(near)} (all: qpass.PRESETS)" if near else f"there are {', '.join(PRESETS)}"
+        raise RecipeError(f"no scheme is named {name!r}; {those}")
     return found
 
 

@@ -93,7 +93,7 @@ def test_a_group_that_is_no_multiple_of_32_is_written_in_float(tmp_path: Path) -
 def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="only Transformers models"):
         qpass.save(torch.nn.Linear(4, 4), tmp_path / "m.gguf", format="gguf")
-    with pytest.raises(CheckpointError, match="not as 'exe'"):
+    with pytest.raises(CheckpointError, match="under the name 'exe'"):
         qpass.save(torch.nn.Linear(4, 4), tmp_path / "m", format="exe")
     model = small()
     qpass.quantize(model, qpass.PRESETS["w4a16"].with_group_size(32), progress=False)

@@ -148,11 +148,12 @@ class QuantExperts(PackedLayer):
         part, tensors = block.spec.parts[which], [self.get_buffer(name) for name in block.part(which)]
         return tensors[0][at] if part is None else unpack_block(tensors, part, at)
 
-    def dequantize(self, which: int, expert: int) -> Tensor:
-        """One expert's first (gate rows before up rows) or second weight as quantized, float [N, K]."""
-        block = next(b for b in self.blocks if expert in b.experts)
+    def dequantize(self, which: int, expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One expert's first (gate rows before up rows) or second weight as quantized, float [N, K] in `dtype`, which
+        is the layer's own by default."""
+        block, dtype = next(b for b in self.blocks if expert in b.experts), dtype or self.dtype
         weight, part = self._weight(block, block.experts.index(expert), which), block.spec.parts[which]
-        return weight if isinstance(weight, Tensor) else dequantize_weight(weight, part, self.dtype)  # type: ignore[arg-type]
+        return weight.to(dtype) if isinstance(weight, Tensor) else dequantize_weight(weight, part, dtype)  # type: ignore[arg-type]
 
     def part_bytes(self, leaf: str) -> int:
         """Bytes that one parameter's packed weights take; gate and up stored apart share theirs evenly."""

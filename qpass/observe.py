@@ -7,20 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpass.errors import EvaluationError
 from qpass.layers import PackedWeight
 from qpass.quant_weight import QuantWeight
 from qpass.tied_table import TiedTable
-
-_aten = torch.ops.aten
-_WEIGHT_AT = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2), _aten.bmm.default: (0, 1),
-              _aten.linear.default: (0, 1)}
-_WITH_BIAS = (_aten.addmm.default,)
+from qpass.watch_products import SeenProduct, WatchProducts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,15 +83,18 @@ def observe_reference(reference: nn.Module, pairs: Pairs, hooks: ExitStack) -> d
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda module, args, output: kept[name].append(Output(value=output.detach().clone(), biased=True))
 
-    pointers = {}
+    def keep_product(name: str, product: SeenProduct) -> None:
+        kept[name].append(Output(value=product.output.detach().clone(), biased=product.biased))
+
+    weights = {}
     for name, (_, layer) in pairs.items():
         if layer.module is not None:
             handle = layer.module.register_forward_hook(keep(name), always_call=False)
             hooks.callback(handle.remove)
         elif layer.weight is not None:
-            pointers[layer.weight.untyped_storage().data_ptr()] = name
-    if pointers:
-        hooks.enter_context(_Products(pointers, kept))
+            weights[name] = layer.weight
+    if weights:
+        hooks.enter_context(WatchProducts(weights, keep_product))
     return kept
 
 
@@ -132,19 +129,3 @@ def observe_model(pairs: Pairs, meters: Mapping[str, Meter], kept: Mapping[str, 
         packed.__dict__["multiply"] = watch(name, packed, layer)
         hooks.callback(packed.__dict__.pop, "multiply")
     return order
-
-
-class _Products(TorchDispatchMode):
-    """Sees every matrix product, and keeps the outputs of those that read one of the watched weights' memory."""
-
-    def __init__(self, pointers: Mapping[int, str], kept: dict[str, list[Output]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.pointers, self.kept = pointers, kept
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for index in _WEIGHT_AT.get(func, ()):
-            name = self.pointers.get(args[index].untyped_storage().data_ptr())
-            if name is not None:
-                self.kept[name].append(Output(value=output.detach().clone(), biased=func in _WITH_BIAS))
-        return output

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from qpass.activation_scale import ActivationScale, scale_of_range
+from qpass.activation_scale import ActivationScale
 from qpass.calibrate.block_work import BlockWork
+from qpass.calibrate.input_range import InputRanges
 
 
 def static_scales_of(work: BlockWork) -> dict[str, ActivationScale]:
@@ -17,18 +16,12 @@ def static_scales_of(work: BlockWork) -> dict[str, ActivationScale]:
               if site.spec.activation is not None and site.spec.activation.static}
     if not static:
         return {}
-    ranges: dict[str, tuple[float, float]] = {}
-
-    def observe(name: str, x: Tensor) -> None:
-        low, high = (float(value) for value in x.aminmax())
-        before = ranges.get(name, (low, high))
-        ranges[name] = min(before[0], low), max(before[1], high)
-
-    work.observe(static, observe)
+    ranges = InputRanges()
+    work.observe(static, ranges.add)
     if unreached := [name for name in static if name not in ranges]:
         work.never_reached(unreached)
     found = {}
     for name, site in static.items():
         assert site.spec.activation is not None
-        found[name] = scale_of_range(*ranges[name], site.spec.activation, site.scale_dtype)
+        found[name] = ranges.scale(name, site.spec.activation, site.scale_dtype)
     return found

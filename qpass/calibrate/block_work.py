@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qpass.activation_args import ActivationArgs
@@ -17,17 +16,13 @@ from qpass.algorithm import Algorithm
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.blocks import Block
 from qpass.calibrate.pairs import Pair
+from qpass.calibrate.watch_inputs import OnInput, watch_inputs
 from qpass.decide import Decision
 from qpass.errors import CalibrationError
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from qpass.site import Site
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight, quantize_weight
-
-_aten = torch.ops.aten
-_WEIGHT_AT = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2), _aten.bmm.default: (0, 1),
-              _aten.linear.default: (0, 1)}
-OnInput = Callable[[str, Tensor], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -150,8 +145,10 @@ class BlockWork:
             if len(flat):
                 on_input(name, flat.float())
 
-        with ExitStack() as watching:
-            self._watch(names, rows, watching)
+        sites = [self.sites[name] for name in names]
+        modules = {work.name: work.owner for work in sites if work.site.swap == "module"}
+        parameters = {work.name: work.parameter for work in sites if work.site.swap != "module"}
+        with watch_inputs(modules, parameters, rows):
             for number, output in enumerate(self._outputs_with(current)):
                 self.tell(f"{number + 1} of {len(self.calls)} samples")
                 if keep is not None:
@@ -164,18 +161,6 @@ class BlockWork:
                 yield call
 
         return self.outputs(calls())
-
-    def _watch(self, names: Iterable[str], rows: OnInput, watching: ExitStack) -> None:
-        inside: dict[int, str] = {}
-        for name in names:
-            work = self.sites[name]
-            if work.site.swap == "module":
-                handle = work.owner.register_forward_pre_hook(_hook(name, rows), with_kwargs=True)
-                watching.callback(handle.remove)
-            else:
-                inside[work.parameter.untyped_storage().data_ptr()] = name
-        if inside:
-            watching.enter_context(_Products(inside, rows))
 
     @contextmanager
     def _rounding_activations(self) -> Iterator[None]:
@@ -231,27 +216,3 @@ def first_tensor(output: object) -> Tensor:
     leaves = tree_leaves(output)
     held = leaves if any(isinstance(leaf, Tensor) for leaf in leaves) else list(vars(leaves[0]).values())
     return next(leaf for leaf in held if isinstance(leaf, Tensor) and leaf.is_floating_point())
-
-
-def _hook(name: str, rows: OnInput) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows(name, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-
-    return hook
-
-
-class _Products(TorchDispatchMode):
-    """Sees every matrix product, and hands on the other operand of those that read a watched weight's memory."""
-
-    def __init__(self, pointers: dict[int, str], rows: OnInput) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.pointers, self.rows = pointers, rows
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        first = _WEIGHT_AT.get(func)
-        for mine, other in () if first is None else (first, first[::-1]):
-            name = self.pointers.get(args[mine].untyped_storage().data_ptr())
-            if name is not None:
-                x = args[other]
-                self.rows(name, x.mT if mine < other else x)  # W @ x has its rows in columns
-        return func(*args, **(kwargs or {}))

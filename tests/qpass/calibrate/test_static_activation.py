@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.activation_scale import ActivationScale, scale_of_range
-from qpass.errors import LoweringError, NoKernel, QPassError, RecipeError, WeightError
+from qpass.errors import CalibrationError, LoweringError, NoKernel, QPassError, RecipeError, WeightError
 from qpass.kernels.reference.activation import quantize_static
 from qpass.layers import PackedWeight, QuantLinear
 from qpass.lowering.pipeline import disable_pass
@@ -153,6 +153,49 @@ def test_saved_and_loaded(tmp_path: Any, tiny_llama: Any, token_ids: Tensor) -> 
     assert isinstance(qpass.dequantize(again).model.layers[0].mlp.up_proj, nn.Linear)
 
 
+class Inner(nn.Module):
+    """A layer called by keyword, after a division that makes NaN of zeros; the NaN does not leave the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(input=x / x).nan_to_num()
+
+
+class Late(nn.Module):
+    """Two such blocks, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Inner() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.blocks[0](x) + self.blocks[1](x)
+
+
+ALGORITHMS = ([], ["gptq"])
+
+
+@pytest.mark.parametrize("algorithms", ALGORITHMS, ids=str)
+def test_a_layer_called_by_keyword_has_a_range(algorithms: list[str]) -> None:
+    x = torch.rand(8, 128) + 1
+    recipe = qpass.Recipe("w8a8_static", ignore=[], algorithms=algorithms)
+    model = qpass.quantize(Late().eval(), recipe, example_inputs=x, calibration=[x], progress=False)
+    assert float(model.blocks[1].proj.input_scale) == pytest.approx(1 / 127.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("algorithms", ALGORITHMS, ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_input_that_is_nan_once_is_never_forgotten(algorithms: list[str], first: bool) -> None:
+    good = torch.rand(8, 128) + 1
+    data = [torch.zeros(8, 128), good] if first else [good, torch.zeros(8, 128)]
+    recipe = qpass.Recipe("w8a8_static", ignore=[], algorithms=algorithms)
+    with pytest.raises(QPassError, match=r"blocks\.0\.proj\.weight.*NaN or Inf"):
+        qpass.quantize(Late().eval(), recipe, example_inputs=good, calibration=data, progress=False)
+
+
 def test_errors_say_what_to_do() -> None:
     x = torch.randn(2, 128)
     with pytest.raises(RecipeError, match=r"3 layers have static.*calibration="):
@@ -161,7 +204,7 @@ def test_errors_say_what_to_do() -> None:
         qpass.quantize(Block(), qpass.Recipe("w8a8", ignore=[]), example_inputs=x, calibration=[x])
     with pytest.raises(RecipeError, match="holds no inputs"):
         qpass.quantize(Block(), qpass.Recipe("w8a8_static", ignore=[]), example_inputs=x, calibration=[])
-    with pytest.raises(RecipeError, match="was NaN or Inf"):
+    with pytest.raises(CalibrationError, match="was NaN or Inf"):
         qpass.quantize(Block(), qpass.Recipe("w8a8_static", ignore=[]), example_inputs=x, calibration=[x / 0])
     with pytest.raises(RecipeError, match="3 layers have static"):
         qpass.quantize(torch.export.export(Block(), (x,)), qpass.Recipe("w8a8_static", ignore=[]))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qpass
+from qpass.experts_layer import QuantExperts
 from qpass.layers import PackedWeight
 from tests.qpass.formats.fixture_folders import digest, every_fixture
 
@@ -26,7 +27,6 @@ FIXTURES = every_fixture()
 
 # Variant -> the largest difference allowed, and why it is not 0: how the reference differs from the file's own numbers.
 INEXACT: dict[str, tuple[float, str]] = {
-    "compressed-tensors/moe_w4a16": (2e-3, "experts are decoded to the model's bfloat16"),
     "autoround/ar_w8_g32": (3e-4, "the tool computes (q - zero) * scale in float16"),
     "compressed-tensors/moe_nvfp4a16": (2e-3, "experts are decoded to the model's bfloat16"),
     "modelopt/moe_fp8": (2e-3, "experts are decoded to the model's bfloat16"),
@@ -49,18 +49,14 @@ def decoded(model: nn.Module, name: str) -> Tensor:
 
 
 def expert(model: nn.Module, path: str) -> Tensor:
-    """`...experts.3.up_proj` of a model that keeps gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+    """`...experts.3.up_proj` of a model whose experts are gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
     experts, number, projection = path.rsplit(".", 2)
-    owner: Any = model.get_submodule(experts)
-    if projection == "down_proj":
-        return fused(owner, "down_proj")[int(number)]
-    both = fused(owner, "gate_up_proj")[int(number)]
-    return both.chunk(2)[("gate_proj", "up_proj").index(projection)]
-
-
-def fused(owner: Any, leaf: str) -> Tensor:
-    held = getattr(owner, leaf)
-    return held.detach().float() if isinstance(held, Tensor) else held.dequantize(torch.float32)
+    owner, which = model.get_submodule(experts), int(projection == "down_proj")
+    if isinstance(owner, QuantExperts):
+        whole = owner.dequantize(which, int(number), torch.float32)
+    else:
+        whole = getattr(owner, ("gate_up_proj", "down_proj")[which])[int(number)].detach().float()
+    return whole if which else whole.chunk(2)[("gate_proj", "up_proj").index(projection)]
 
 
 @pytest.fixture(scope="module")

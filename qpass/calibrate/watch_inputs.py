@@ -1,0 +1,33 @@
+"""Watch inputs: the modules and parameters of sites in; while a model runs, the name and the input of each out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from qpass.watch_products import WatchProducts
+
+OnInput = Callable[[str, Tensor], None]
+
+
+@contextmanager
+def watch_inputs(modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor],
+                 on_input: OnInput) -> Iterator[None]:
+    """Within, `on_input(name, x)` gets x [..., K] of each call of `modules[name]`, by position or by keyword, and of
+    each product with `parameters[name]` inside a bigger forward."""
+    with ExitStack() as watching:
+        for name, module in modules.items():
+            watching.callback(module.register_forward_pre_hook(_hook(name, on_input), with_kwargs=True).remove)
+        if parameters:
+            watching.enter_context(WatchProducts(parameters, lambda name, product: on_input(name, product.x)))
+        yield
+
+
+def _hook(name: str, on_input: OnInput) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        on_input(name, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    return hook

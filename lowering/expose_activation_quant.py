@@ -4,9 +4,10 @@ before  y = qpass.linear(x, packed, bias, spec)
 after   xq, x_scale, x_zero_point = the lines of kernels/reference/activation.py
         y = qpass.linear_q(xq, x_scale, x_zero_point, packed, bias, spec, x.dtype)
 
-A static scale and zero point, the op's last arguments, are expanded to one a row. In plain ATen the compiler fuses it
-into whatever computed x; inside the op it would stay opaque. Layers without an activation scheme, and kernels without a
-`linear_q` form, are left whole.
+qpass.experts becomes qpass.experts_q likewise: what all of a token's experts read. A static scale and zero point, the
+op's last arguments, are expanded to one a row. In plain ATen the compiler fuses it into whatever computed x; inside the
+op it would stay opaque. Layers without an activation scheme, and kernels without the form that takes integers, are left
+whole.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.fx.node import map_arg
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_static, quantize_symmetric
 from qpass.kernels.registry import kernel
 from qpass.lowering.graph_nodes import (
+    EXPERTS,
+    EXPERTS_Q,
     LINEAR,
     LINEAR_Q,
     QUANTIZES,
@@ -35,19 +38,22 @@ from qpass.lowering.graph_nodes import (
 )
 from qpass.scheme import ActivationArgs
 
+_TAKES_INTEGERS = {LINEAR: (LINEAR_Q, "linear_q"), EXPERTS: (EXPERTS_Q, "experts_q")}
+
 
 def expose_activation_quant(graph: fx.Graph) -> int:
-    """Write out the activation quantization of each qpass.linear. Returns the number of ops rewritten."""
+    """Write out the activation quantization of each qpass.linear and qpass.experts. Returns the number rewritten."""
     changed = 0
     for node, product in our_nodes(graph):
-        activation = product.spec.activation
-        if node.target is not LINEAR or activation is None or "linear_q" not in kernel(product.spec.kernel).forms:
+        activation, (target, form) = product.activation, _TAKES_INTEGERS.get(node.target, (None, ""))
+        if target is None or activation is None or form not in kernel(product.spec.kernel).forms:
             continue
         with graph.inserting_before(node):
-            codes, scale, zero_point = _write_quantization(graph, node, product, activation)
-            arguments = (codes, scale, zero_point, list(product.packed), product.bias[0], product.specs[0],
+            codes = _write_quantization(graph, node, product, activation)
+            arguments = (*codes, *(product.routing or ()), list(product.packed),
+                         product.bias[0] if product.routing is None else list(product.bias), product.specs[0],
                          product.x.meta["val"].dtype)
-            new = add_call(graph, LINEAR_Q, arguments, like=node, name="linear_q")
+            new = add_call(graph, target, arguments, like=node, name=form)
         new.meta[SITES] = sites_of(node)
         replace(node, new)
         changed += 1

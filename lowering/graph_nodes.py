@@ -14,15 +14,20 @@ from torch._guards import detect_fake_mode
 from torch.fx.node import map_arg
 
 import qpass.ops  # noqa: F401  (defines the ops named below)
+from qpass.activation_args import ActivationArgs
 from qpass.errors import LoweringError
+from qpass.experts_spec import ExpertsSpec
 from qpass.spec import LinearSpec
 
 LINEAR = torch.ops.qpass.linear.default
 LINEAR_Q = torch.ops.qpass.linear_q.default
 LINEAR_LIST = torch.ops.qpass.linear_list.default
 LINEAR_Q_LIST = torch.ops.qpass.linear_q_list.default
+EXPERTS = torch.ops.qpass.experts.default
+EXPERTS_Q = torch.ops.qpass.experts_q.default
 OPS: dict[Any, str] = {
-    LINEAR: "linear", LINEAR_Q: "linear_q", LINEAR_LIST: "linear_list", LINEAR_Q_LIST: "linear_q_list"}
+    LINEAR: "linear", LINEAR_Q: "linear_q", LINEAR_LIST: "linear_list", LINEAR_Q_LIST: "linear_q_list",
+    EXPERTS: "experts", EXPERTS_Q: "experts_q"}
 
 # Keys of node.meta that passes write and later passes read.
 SITES = "qpass_sites"  # tuple of str, on every op of ours: the modules it computes, as the compiler names them
@@ -48,10 +53,11 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """The arguments of one of the four ops, by name.
+    """The arguments of one of the ops, by name.
 
     `specs` and `bias` have one entry a weight, `packed` the tensors of all of them. `x_scale` and `dtype` are set for
     the forms that take integers, `x` is then int8. `input_scale` and `input_zero_point` are a static activation's.
+    A layer of experts has one spec, two biases, and `routing`: the experts that each token chose and their weights.
     """
 
     x: fx.Node
@@ -63,11 +69,20 @@ class Product:
     dtype: torch.dtype | None = None
     input_scale: fx.Node | None = None
     input_zero_point: fx.Node | None = None
+    routing: tuple[fx.Node, fx.Node] | None = None
 
     @property
-    def spec(self) -> LinearSpec:
-        """The first weight's spec; all weights of one product have its kernel and its activation."""
-        return LinearSpec.parse(self.specs[0])
+    def spec(self) -> LinearSpec | ExpertsSpec:
+        """The first weight's spec, or that of the experts; all weights of one product have its kernel."""
+        return LinearSpec.parse(self.specs[0]) if self.routing is None else ExpertsSpec.parse(self.specs[0])
+
+    @property
+    def activation(self) -> ActivationArgs | None:
+        """What `x` is rounded to, the same for all weights of one product; None if it stays in float."""
+        spec = self.spec
+        if isinstance(spec, ExpertsSpec):
+            return None if spec.up is None else spec.up.activation
+        return spec.activation
 
 
 def product_of(node: fx.Node) -> Product | None:
@@ -78,13 +93,14 @@ def product_of(node: fx.Node) -> Product | None:
     if op is None:
         return None
     args = named_args(node)
-    many = op.endswith("_list")
+    many, routed = op.endswith("_list"), op.startswith("experts")
     return Product(
         x=args["xq"] if "_q" in op else args["x"], packed=tuple(args["packed"]),
-        bias=tuple(args["bias"]) if many else (args["bias"],),
+        bias=tuple(args["bias"]) if many or routed else (args["bias"],),
         specs=tuple(args["specs"]) if many else (args["spec"],),
         x_scale=args.get("x_scale"), x_zero_point=args.get("x_zero_point"), dtype=args.get("dtype"),
         input_scale=args.get("input_scale"), input_zero_point=args.get("input_zero_point"),
+        routing=(args["index"], args["weight"]) if routed else None,
     )
 
 

@@ -36,9 +36,8 @@ def merge_parallel_linears(graph: fx.Graph) -> int:
     for node, product in our_nodes(graph):
         if node.target not in (LINEAR, LINEAR_Q) or product.input_scale is not None:
             continue
-        spec = product.spec
-        key = (node.target, product.x, product.x_scale, product.x_zero_point, product.dtype, spec.kernel,
-               spec.activation)
+        key = (node.target, product.x, product.x_scale, product.x_zero_point, product.dtype, product.spec.kernel,
+               product.activation)
         group = groups.setdefault(key, [])
         if group and not _stands_before(product, group[0][0], place):
             continue

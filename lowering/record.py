@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from qpass.kernels.registry import KERNELS, LinearCall, kernel
+from qpass.experts_spec import ExpertsSpec
+from qpass.kernels.registry import KERNELS, Call, ExpertsCall, LinearCall, kernel
 from qpass.lowering import debug, record_store
 from qpass.lowering.graph_nodes import (
     LEFT,
@@ -88,7 +89,7 @@ def remember_graph(graph: fx.Graph, passes: dict[str, int]) -> None:
         for site, text in zip(sites, product.specs, strict=True):
             made.append(SiteRecord(
                 site=site, spec=text, kernel=product.spec.kernel, op=op, left=node.meta.get(LEFT, ""), passes=passes,
-                activation=_activation(node, product, site, text, marks), refusals=_refusals(node, text),
+                activation=_activation(node, product, site, text, marks), refusals=_refusals(node, product, text),
                 merged_with=tuple(other for other in sites if other != site)))
     for one in made:
         debug.say(1, f"{one.site}: {one.spec.partition(' @')[0]}, {one.kernel}"
@@ -128,10 +129,11 @@ def forget() -> None:
 
 
 def _activation(node: fx.Node, product: Product, site: str, text: str, marks: set[Quantization]) -> str:
-    if product.spec.activation is None:
+    if product.activation is None:
         return "alone: the scheme leaves the activation in float"
     if product.x_scale is None:
-        if "linear_q" not in kernel(product.spec.kernel).forms:
+        form = "linear_q" if product.routing is None else "experts_q"
+        if form not in kernel(product.spec.kernel).forms:
             return f"alone: {product.spec.kernel} takes only float activations and quantizes them itself"
         return "alone: expose_activation_quant did not run, so the kernel quantizes"
     mark = same_rows(product.x).meta.get(QUANTIZES)
@@ -144,10 +146,15 @@ def _activation(node: fx.Node, product: Product, site: str, text: str, marks: se
     return _PENDING
 
 
-def _refusals(node: fx.Node, text: str) -> dict[str, str]:
+def _refusals(node: fx.Node, product: Product, text: str) -> dict[str, str]:
     value = node.meta["val"]
     value = value[0] if isinstance(value, (list, tuple)) else value
-    call = LinearCall(spec=LinearSpec.parse(text), device=value.device, dtype=value.dtype)
+    call: Call
+    if product.routing is None:
+        call = LinearCall(spec=LinearSpec.parse(text), device=value.device, dtype=value.dtype)
+    else:
+        call = ExpertsCall(spec=ExpertsSpec.parse(text), device=value.device, dtype=value.dtype,
+                           bias=product.bias[0] is not None)
     chosen = kernel(call.spec.kernel)
     better = [k for k in KERNELS.values() if k.priority > chosen.priority and k.op == call.op
               and k.scheme in ("*", call.spec.family) and k.device in ("*", call.device.type)]

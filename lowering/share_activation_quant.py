@@ -3,6 +3,8 @@
 before  a = linear_q(quantize(x), ...);  b = linear_q(quantize(x), ...)
 after   xq = quantize(x);  a = linear_q(xq, ...);  b = linear_q(xq, ...)
 
+A layer of experts shares with the shared expert beside it.
+
 Invariant: two quantizations are one only if they have the same symmetry, the same static scale if any, and read the
 same rows, that is the same tensor up to views that keep its last dimension. The first in the graph stays, so it comes
 before every use.
@@ -16,6 +18,7 @@ import torch
 from torch import fx
 
 from qpass.lowering.graph_nodes import (
+    EXPERTS_Q,
     LINEAR_Q,
     QUANTIZES,
     Product,
@@ -32,7 +35,7 @@ def share_activation_quant(graph: fx.Graph) -> int:
     first: dict[tuple[Any, ...], Product] = {}
     changed = 0
     for node, product in our_nodes(graph):
-        if node.target is not LINEAR_Q or (x := quantized_input(product.x)) is None:
+        if node.target not in (LINEAR_Q, EXPERTS_Q) or (x := quantized_input(product.x)) is None:
             continue
         given = same_rows(product.x).meta[QUANTIZES].given
         kept = first.setdefault((same_rows(x), product.x_zero_point is None, *given), product)

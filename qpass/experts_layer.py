@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qpass.kernels.dispatch  # noqa: F401  (gives the op below what it does)
+import qpass.kernels.dispatch
+import qpass.kernels.gradient_experts  # noqa: F401  (both give the op below what it does)
 from qpass.experts_disk import Disk, describe, read_expert, write_expert
 from qpass.experts_rows import gate_first
 from qpass.experts_site import Argument, ExpertsSite
@@ -105,10 +106,11 @@ class QuantExperts(PackedLayer):
         if len(self.blocks) == 1 and len(self.blocks[0].experts) == self.site.experts:
             return self._run(self.blocks[0], rows, index, weight).view(x.shape)
         safe = torch.where((index < 0) | (index > self.site.experts), self.site.experts, index)
-        total = torch.zeros_like(rows, dtype=torch.float32)
+        wide = rows.float()
+        total = torch.zeros_like(wide)
         for at, block in enumerate(self.blocks):
             local = getattr(self, f"local_{at}")[safe]
-            total = total + self._run(block, rows.float(), local, weight)
+            total = total + self._run(block, wide, local, weight)
         return total.to(x.dtype).view(x.shape)
 
     def _routing(self, rows: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -131,9 +133,12 @@ class QuantExperts(PackedLayer):
 
     def _run(self, block: Block, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         packed = [getattr(self, name) for name in block.names]
+        learns = torch.is_grad_enabled() and any(
+            p.requires_grad for leaf in self._bias_leaves() if (p := self._parameters[leaf]) is not None)
         bias = [b if b is None or len(self.blocks) == 1 else b[list(block.experts)]
-                for b in (self.first_bias_rows, self.second_bias_rows)]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+                for b in (self._bias_rows() if learns else (self.first_bias_rows, self.second_bias_rows))]
+        if torch.compiler.is_compiling() or learns or (
+                torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return torch.ops.qpass.experts(x, index, weight, packed, bias, block.text)  # type: ignore[no-any-return]
         return kernel(block.spec.kernel).forms["experts"](x, index, weight, packed, bias, block.spec)  # type: ignore[no-any-return]
 
@@ -255,14 +260,21 @@ class QuantExperts(PackedLayer):
         return choose_experts(self._call(plain), where=self.site.owner, prepare=True)[0]
 
     def _refresh_biases(self) -> None:
-        """Keep biases gate first, as the kernels take them."""
+        with torch.no_grad():
+            first, second = self._bias_rows()
+        self.register_buffer("first_bias_rows", first, persistent=False)
+        self.register_buffer("second_bias_rows", None if second is None else second.detach(), persistent=False)
+
+    def _bias_rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """Biases [E, N] gate first, as the kernels take them."""
         site, first = self.site, None
         if site.first_bias is not None:
-            stored = [self.get_parameter(leaf).detach() for leaf in site.first_bias]
-            first = torch.stack([gate_first(site, [b[e] for b in stored]) for e in range(site.experts)])
-        self.register_buffer("first_bias_rows", first, persistent=False)
-        second = None if site.second_bias is None else self.get_parameter(site.second_bias).detach()
-        self.register_buffer("second_bias_rows", second, persistent=False)
+            first = gate_first(site, [self.get_parameter(leaf).t() for leaf in site.first_bias]).t().contiguous()
+        return first, None if site.second_bias is None else self.get_parameter(site.second_bias)
+
+    def _bias_leaves(self) -> tuple[str, ...]:
+        """Names of the parameters that are biases."""
+        return (*(self.site.first_bias or ()), *filter(None, (self.site.second_bias,)))
 
     def extra_repr(self) -> str:
         return "; ".join(f"{len(b.experts)} of {self.site.experts}: {b.text}" if len(self.blocks) > 1 else b.text

@@ -21,6 +21,7 @@ from qpass.table import render_html, render_report
 
 _Spec = LinearSpec | ExpertsSpec | None
 _NOT_COMPILED = "in the kernel (not compiled)"
+_BETWEEN = "in the kernel, between the two products"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +114,16 @@ def _row(row: PlanRow, layers: dict[str, tuple[_Spec, int]]) -> ReportRow:
 
 def _experts_activation(row: PlanRow, spec: _Spec) -> str:
     """The first weight's activation is quantized once per token, the second's inside the kernel."""
-    part = spec.up if isinstance(spec, ExpertsSpec) else spec
-    if part is None or part.activation is None:
-        return "not quantized"
-    return _NOT_COMPILED if isinstance(spec, ExpertsSpec) else "in the kernel, between the two products"
+    if isinstance(spec, ExpertsSpec):
+        return _activation(row.name.rpartition(".")[0], spec)
+    return "not quantized" if spec is None or spec.activation is None else _BETWEEN
 
 
-def _activation(path: str, spec: LinearSpec) -> str:
+def _activation(path: str, spec: _Spec) -> str:
     from qpass.lowering.record import for_site
 
-    if spec.activation is None:
+    part = spec.up if isinstance(spec, ExpertsSpec) else spec
+    if part is None or part.activation is None:
         return "not quantized"
     seen = for_site(path, str(spec))
     return _NOT_COMPILED if seen is None else seen.activation

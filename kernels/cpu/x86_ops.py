@@ -3,6 +3,10 @@
 `n`, `k` are the weight's sizes; `activation` is 0 for float, 1 for int8 symmetric, 2 for int8 asymmetric; `isa` is the
 number of an instruction set. The list forms take all weights' tensors in one list: qweight and scale of each, then what
 `has` says (1 zero_point, 2 colsum, 4 bias, added up).
+
+The experts' ops take the two weights of all experts in such a list, each tensor with a leading dimension of experts.
+`sizes` are experts, hidden, intermediate, the two weights' bits, the gate's function (its place in GATE_FUNCTIONS) and
+what the gate has (1 an up part, 2 a limit, 4 an up limit, added up); alpha to shift are the gate's numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, int activation, int isa) -> Tensor"
 LIBRARY.define(f"linear_q({_CODES}, {_WEIGHT}, ScalarType dtype, int isa) -> Tensor")
 LIBRARY.define(f"linear_list(Tensor x, {_WEIGHTS}, int activation, int isa) -> Tensor[]")
 LIBRARY.define(f"linear_q_list({_CODES}, {_WEIGHTS}, ScalarType dtype, int isa) -> Tensor[]")
+_EXPERTS = ("Tensor index, Tensor weight, Tensor[] tensors, int[] has, int[] sizes, float alpha, float limit, "
+            "float up_limit, float shift, int down_activation")
+LIBRARY.define(f"experts(Tensor x, {_EXPERTS}, int activation, int isa) -> Tensor")
+LIBRARY.define(f"experts_q({_CODES}, {_EXPERTS}, ScalarType dtype, int isa) -> Tensor")
 
 
 def _product(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -57,6 +65,26 @@ def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, ten
     return [_product(xq, size, k, dtype) for size in n]
 
 
+def _mixed(x: Tensor, index: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    torch._check(x.dim() == 2 and x.shape[1] == sizes[1] and index.shape[0] == x.shape[0],
+                 lambda: f"qpass_x86: x is {tuple(x.shape)}, experts take [T, {sizes[1]}]")
+    return x.new_empty((x.shape[0], sizes[1]), dtype=dtype)
+
+
+@torch.library.register_fake("qpass_x86::experts", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _experts(x: Tensor, index: Tensor, weight: Tensor, tensors: list[Tensor], has: list[int], sizes: list[int],
+             alpha: float, limit: float, up_limit: float, shift: float, down_activation: int, activation: int,
+             isa: int) -> Tensor:
+    return _mixed(x, index, sizes, x.dtype)
+
+
+@torch.library.register_fake("qpass_x86::experts_q", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _experts_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, index: Tensor, weight: Tensor,
+               tensors: list[Tensor], has: list[int], sizes: list[int], alpha: float, limit: float, up_limit: float,
+               shift: float, down_activation: int, dtype: torch.dtype, isa: int) -> Tensor:
+    return _mixed(xq, index, sizes, dtype)
+
+
 def _load_then_call(name: str) -> Callable[..., Any]:
     """What the op does while the library is not loaded: a graph compiled earlier may be the first to need it."""
 
@@ -72,5 +100,5 @@ def _load_then_call(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("linear", "linear_q", "linear_list", "linear_q_list"):
+for _name in ("linear", "linear_q", "linear_list", "linear_q_list", "experts", "experts_q"):
     LIBRARY.impl(_name, _load_then_call(_name), "CompositeExplicitAutograd")

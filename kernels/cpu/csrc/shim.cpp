@@ -1,5 +1,7 @@
 // Shim: the ops of namespace qpass_x86 on libtorch's stable ABI; tensors in, calls of the C ABI, new tensors out.
 // The schemas stand in kernels/cpu/x86_ops.py. Only what the C ABI cannot see is checked here: dtypes, devices, layout.
+#include "convert.h"
+#include "experts.h"
 #include "shim_tensors.h"
 
 namespace {
@@ -173,6 +175,8 @@ void linear_q_list(StableIValue* stack, uint64_t count, uint64_t) {
   stack[0] = torch::stable::detail::from(out);
 }
 
+#include "shim_experts.h"
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) {
@@ -180,4 +184,6 @@ STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) {
   m.impl("linear_q", &linear_q);
   m.impl("linear_list", &linear_list);
   m.impl("linear_q_list", &linear_q_list);
+  m.impl("experts", &experts);
+  m.impl("experts_q", &experts_q);
 }

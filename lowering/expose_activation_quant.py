@@ -13,6 +13,7 @@ whole.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -38,7 +39,7 @@ from qpass.lowering.graph_nodes import (
 )
 from qpass.scheme import ActivationArgs
 
-_TAKES_INTEGERS = {LINEAR: (LINEAR_Q, "linear_q"), EXPERTS: (EXPERTS_Q, "experts_q")}
+_TAKES_INTEGERS: dict[Any, tuple[Any, str]] = {LINEAR: (LINEAR_Q, "linear_q"), EXPERTS: (EXPERTS_Q, "experts_q")}
 
 
 def expose_activation_quant(graph: fx.Graph) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import model
 import model_tables
+import moe
 import products
 from cells import TABLES
 from goals import outcomes
@@ -25,14 +26,14 @@ from peers import find_peers
 from tables import goals_text, table_text
 
 HERE = Path(__file__).parent
-PARTS = ("kernels", "model", "capture")
+PARTS = ("kernels", "model", "moe", "capture")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     began, failed = time.perf_counter(), 0
     for part in options.only:
-        failed += {"kernels": _kernels, "model": _model, "capture": _capture}[part](options)
+        failed += {"kernels": _kernels, "model": _model, "moe": _moe, "capture": _capture}[part](options)
     print(f"\n{time.perf_counter() - began:.0f} s in all")
     return failed
 
@@ -72,6 +73,16 @@ def _model(options: argparse.Namespace) -> int:
     return sum(outcome.why_not is not None for label, outcome in made.outcomes.items() if label.startswith("qpass"))
 
 
+def _moe(options: argparse.Namespace) -> int:
+    made = moe.run(find_peers(options.peers), options.threads, options.cache, tuple(moe.SHAPES)[:options.shapes])
+    print(f"\n== mixtures of experts, 16 layers\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
+    print(moe.text(made))
+    if options.json:
+        write_json(options.json / "moe.json", {**_when(options), **moe.as_data(made)})
+    return sum(outcome.why_not is not None for outcomes in made.outcomes.values() for label, outcome in outcomes.items()
+               if label.startswith("qpass"))
+
+
 def _capture(options: argparse.Namespace) -> int:
     print("\n== capture", flush=True)
     return int(subprocess.run([sys.executable, str(HERE / "capture.py")], check=False).returncode != 0)
@@ -102,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn")
     parser.add_argument("--tables", nargs="+", default=(), choices=[table.name for table in TABLES])
-    parser.add_argument("--shapes", type=int, metavar="N", help="only the first N shapes of each table")
+    parser.add_argument("--shapes", type=int, metavar="N", 
+                        help="only the first N shapes of each table, and of mixtures of experts")
     parser.add_argument("--tokens", nargs="+", type=int, default=())
     parser.add_argument("--models", nargs="+", default=(), metavar="LABEL", help="only the speed of these models")
     parser.add_argument("--rotate", type=int, default=600, metavar="MB", help="weights in rotation at few tokens")

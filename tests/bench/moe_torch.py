@@ -1,0 +1,63 @@
+"""MoE of PyTorch: serves one mixture of experts, as model_torch.py does a dense model.
+
+usage: python tests/bench/moe_torch.py SHAPE bfloat16            the float model, experts computed in the fastest way
+       python tests/bench/moe_torch.py SHAPE bfloat16 FOLDER     what make_moe.py quantized
+       python tests/bench/moe_torch.py SHAPE float32 FOLDER      the same with activations in float32
+
+The float model runs eagerly, and answers with the `experts` implementation that was fastest when first asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_moe import SHAPES, float_model
+from model_torch import Model
+from worker import answer_lines
+
+import qpass
+from qpass.bench_measure import loaded, peak_bytes, process_bytes
+
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+
+
+class Moe(Model):
+    """The model, and for each request of the float one the fastest implementation of its experts."""
+
+    def __init__(self, shape: str, dtype: str, folder: str | None = None) -> None:
+        super().__init__(Path(folder or "."))
+        self.shape, self.dtype, self.float = SHAPES[shape], getattr(torch, dtype), folder is None
+        self.best: dict[tuple[Any, ...], str] = {}
+
+    def load(self) -> dict[str, Any]:
+        before = process_bytes() or 0
+        self.model, took = loaded(lambda: float_model(self.shape) if self.float else qpass.load(self.folder))
+        if self.dtype == torch.float32:
+            self.model.float()
+        with torch.inference_mode():
+            self.model(torch.tensor([[3]]))
+        peak = peak_bytes()
+        return {"seconds": took.seconds, "peak": None if peak is None else peak - before, "weights": took.weights}
+
+    def step(self, batch: int, tokens: int) -> Any:
+        return self.model if self.float else super().step(batch, tokens)
+
+    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        if not self.float or asked["do"] not in ("prefill", "decode"):
+            return super().answer(asked)
+        key = (asked["do"], asked.get("batch"), asked["tokens"])
+        if key not in self.best:
+            took = {}
+            for name in IMPLEMENTATIONS:
+                self.model.set_experts_implementation(name)
+                took[name] = min(super().answer({**asked, "tokens": min(asked["tokens"], 8)})["us"])
+            self.best[key] = min(took, key=lambda name: took[name])
+        self.model.set_experts_implementation(self.best[key])
+        return {**super().answer(asked), "experts": self.best[key]}
+
+
+if __name__ == "__main__":
+    answer_lines(Moe(*sys.argv[1:]).answer)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qpass.experts_spec import ExpertsSpec
 from qpass.kernels.experts_choice import unpack_block
-from qpass.kernels.reference.experts import apply_gate, part_names, quantize_for
+from qpass.kernels.reference.experts import apply_gate, part_names, rounded
 from qpass.ops import LIBRARY
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight
@@ -37,19 +37,19 @@ def _experts_backward(grad: Tensor, x: Tensor, index: Tensor, weight: Tensor, pa
     parsed = ExpertsSpec.parse(spec)
     grad_x, grad_weight, grad_first, grad_second = found = _empty(x, weight, parsed)
     count = len(part_names(parsed)[0])
-    rounded = _rounded(x.float(), parsed.up)
+    wide = rounded(x.float(), parsed.up)
     known = index[(index >= 0) & (index < parsed.experts)]
     for expert in known.unique().tolist():
         token, place = (index == expert).nonzero(as_tuple=True)
         up = _float(packed[:count], parsed.up, expert)
         down = _float(packed[count:], parsed.down, expert)
-        y = rounded[token] @ up.t()
+        y = wide[token] @ up.t()
         if (first := bias[0]) is not None:
             y = y + first[expert].float()
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             h = apply_gate(leaf, parsed.gate)
-        z = _rounded(h.detach(), parsed.down) @ down.t()
+        z = rounded(h.detach(), parsed.down) @ down.t()
         if (second := bias[1]) is not None:
             z = z + second[expert].float()
         grad_weight[token, place] = (grad[token].float() * z).sum(-1)
@@ -65,14 +65,6 @@ def _float(packed: list[Tensor], part: LinearSpec | None, expert: int) -> Tensor
     if part is None:
         return packed[0][expert].float()
     return dequantize_weight(unpack_block(packed, part, expert), part, torch.float32)
-
-
-def _rounded(x: Tensor, part: LinearSpec | None) -> Tensor:
-    codes = quantize_for(x, part)
-    if codes is None:
-        return x
-    q = codes.codes.float()
-    return (q if codes.zero_point is None else q - codes.zero_point) * codes.scale
 
 
 @torch.library.register_fake("qpass::experts_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import EvaluationError
-from qpass.layers import PackedWeight
-from qpass.observe import ReferenceLayer, observe_model, observe_reference, pair_layers
+from qpass.observe import observe_model, observe_reference, pair_layers
+from qpass.observe_experts import keep_experts, observe_experts, pair_experts, row_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class LayerError:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One quantized layer, in the order of execution; `wrong` says why it is, or is empty."""
+    """One quantized layer, or one projection of a layer of experts, in the order of execution; `wrong` says why it is,
+    or is empty."""
 
     name: str
     spec: str
@@ -85,27 +86,35 @@ def compare(reference: nn.Module, model: nn.Module, inputs: Any, *, threshold_db
                   weights give about 20, int8 about 40), or if it makes NaN or Inf where the reference has none
 
     Either model may be compiled: its eager form is run. Neither is changed; hooks are taken off again, also after an
-    error. The reference's outputs of all quantized layers are held at once, so keep the inputs short.
+    error. Experts get a row a projection, over all that were chosen, and one for the layer, where also the routing
+    counts. The reference's outputs of all quantized layers are held at once, so keep the inputs short.
     Raises EvaluationError if nothing in `model` is quantized or `reference` lacks a layer of it.
     """
     reference, model = getattr(reference, "_orig_mod", reference), getattr(model, "_orig_mod", model)
     if reference is model:
         raise EvaluationError("reference and model are one object; quantize works in place, so keep the float model "
                               "with copy.deepcopy(model) before it")
-    pairs = pair_layers(reference, model)
+    pairs, experts = pair_layers(reference, model), pair_experts(reference, model)
+    if not pairs and not experts:
+        raise EvaluationError(f"nothing in this {type(model).__name__} is quantized by qpass; the order is "
+                              "compare(reference, model, inputs)")
+    specs = {name: str(packed.spec) for name, (packed, _) in pairs.items()}
+    for name, pair in experts.items():
+        specs |= row_specs(name, pair.packed)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         with ExitStack() as hooks:
-            kept = observe_reference(reference, pairs, hooks)
+            kept, calls = observe_reference(reference, pairs, hooks), keep_experts(experts, hooks)
             wanted = _run(reference, inputs)
         with ExitStack() as hooks:
-            meters = {name: _Meter(pair) for name, pair in pairs.items()}
+            meters = {name: _Meter(spec) for name, spec in specs.items()}
             order = observe_model(pairs, meters, kept, hooks)
+            observe_experts(experts, meters, calls, order, hooks)
             got = _run(model, inputs)
         rows = tuple(meters[name].row(name, threshold_db) for name in order)
         output = _Sums()
         output.add(got, wanted)
     return Comparison(rows=rows, output=output.error(), threshold_db=threshold_db,
-                      never_called=tuple(name for name in pairs if name not in order))
+                      never_called=tuple(name for name in specs if name not in order))
 
 
 class _Sums:
@@ -143,8 +152,8 @@ class _Sums:
 class _Meter:
     """The two errors of one layer, over all of its calls."""
 
-    def __init__(self, pair: tuple[PackedWeight, ReferenceLayer]) -> None:
-        self.spec = str(pair[0].spec)
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
         self.local, self.accumulated, self.calls = _Sums(), _Sums(), 0
 
     def add(self, got: Tensor, local: Tensor, accumulated: Tensor) -> None:

@@ -101,8 +101,7 @@ class QuantExperts(PackedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = _take(self.site.x, args, kwargs)
-        rows = x.reshape(-1, self.site.hidden)
-        index, weight = self._routing(rows, args, kwargs)
+        rows, index, weight = self.routing(*args, **kwargs)
         if len(self.blocks) == 1 and len(self.blocks[0].experts) == self.site.experts:
             return self._run(self.blocks[0], rows, index, weight).view(x.shape)
         safe = torch.where((index < 0) | (index > self.site.experts), self.site.experts, index)
@@ -113,23 +112,24 @@ class QuantExperts(PackedLayer):
             total = total + self._run(block, wide, local, weight)
         return total.to(x.dtype).view(x.shape)
 
-    def _routing(self, rows: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """index and weight [T, k], whatever the module's own way of routing."""
+    def routing(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H], index and weight [T, k] of a call, whatever the module's own way of routing."""
         site, experts = self.site, self.site.experts
+        rows = _take(site.x, args, kwargs).reshape(-1, site.hidden)
         if site.form == "indexed":
             assert site.index is not None and site.weight is not None
             index, weight = _take(site.index, args, kwargs), _take(site.weight, args, kwargs)
-            return index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1])
+            return rows, index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1])
         numbers = torch.arange(experts, device=rows.device)
         if site.form == "scored":
             assert site.weight is not None
             weight = _take(site.weight, args, kwargs).reshape(-1, experts)
-            return torch.where(weight != 0, numbers, experts), weight
+            return rows, torch.where(weight != 0, numbers, experts), weight
         index = numbers[:, None].expand(experts, rows.shape[0] // experts).reshape(-1, 1)
         if site.gate.keeps_zero and site.first_bias is None and site.second_bias is None:
             # A row of zeros stands for a token that did not choose this expert; the expert need not be read for it.
             index = torch.where((rows != 0).any(-1, keepdim=True), index, experts)
-        return index, torch.ones_like(index, dtype=torch.float32)
+        return rows, index, torch.ones_like(index, dtype=torch.float32)
 
     def _run(self, block: Block, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         packed = [getattr(self, name) for name in block.names]

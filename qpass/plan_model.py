@@ -116,7 +116,8 @@ def plan_row(decision: Decision) -> PlanRow:
                    refusals=decision.refusals,
                    shared_input=site.shared_input, produced_by=site.produced_by,
                    bytes_before=decision.bytes_before, bytes_after=decision.bytes_after,
-                   bytes_a_token=decision.bytes_a_token)
+                   bytes_a_token=decision.bytes_a_token,
+                   bytes_an_expert=decision.bytes_after // site.shape[0] if site.kind == "experts" else 0)
 
 
 def _beaten(recipe: Recipe, decisions: Sequence[Decision]) -> list[str]:

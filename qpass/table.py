@@ -102,7 +102,7 @@ def _cells(rows: Sequence[Any], columns: Sequence[Column], full: bool, footnotes
         row = group[0]
         line = [str(len(group)), name, "x".join(map(str, row.shape)), row.status, row.rule, row.effective or "float",
                 row.kernel or "", human_bytes(sum(r.bytes_before for r in group)),
-                human_bytes(sum(r.bytes_after for r in group)), human_bytes(sum(r.bytes_a_token for r in group)),
+                _after(group), human_bytes(sum(r.bytes_a_token for r in group)),
                 noted(pattern([r.reason for r in group]))]
         if columns is _REPORT:
             text = pattern([r.activation for r in group])
@@ -110,6 +110,12 @@ def _cells(rows: Sequence[Any], columns: Sequence[Column], full: bool, footnotes
             line.append(noted(text, head) if head in ("fused", "shared", "alone") and not full else text)
         cells.append(line)
     return cells
+
+
+def _after(rows: Sequence[Any]) -> str:
+    """Bytes of all rows; of experts also what one of them takes."""
+    whole = human_bytes(sum(row.bytes_after for row in rows))
+    return f"{whole}, {human_bytes(rows[0].bytes_an_expert)} an expert" if rows[0].bytes_an_expert else whole
 
 
 def _page(title: str, told: Sequence[str], columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:

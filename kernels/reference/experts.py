@@ -81,6 +81,15 @@ def quantize_for(x: Tensor, part: LinearSpec | None) -> Codes | None:
     return Codes(codes=codes, scale=scale, zero_point=zero_point)
 
 
+def rounded(x: Tensor, part: LinearSpec | None) -> Tensor:
+    """x float32 [R, K] rounded as `part` asks and multiplied out again, float32 [R, K]."""
+    codes = quantize_for(x, part)
+    if codes is None:
+        return x
+    q = codes.codes.float()
+    return (q if codes.zero_point is None else q - codes.zero_point) * codes.scale
+
+
 def mix(x: Tensor | Codes, index: Tensor, weight: Tensor, packed: Sequence[Tensor], bias: Sequence[Tensor | None],
         spec: ExpertsSpec, dtype: torch.dtype) -> Tensor:
     """The formula above, expert by expert, only those that were chosen, each on the linear kernel its part names."""

@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qpass
 from qpass.experts_layer import QuantExperts
+from tests.small_experts import Experts, Mixture
 
 E, H, N = 4, 32, 32
 
 
-class Experts(nn.Module):
-    def __init__(self, alternating: bool) -> None:
-        super().__init__()
-        self.alternating = alternating
-        self.up, self.up_bias = nn.Parameter(torch.randn(E, 2 * N, H) / 6), nn.Parameter(torch.randn(E, 2 * N))
-        self.down, self.down_bias = nn.Parameter(torch.randn(E, H, N) / 6), nn.Parameter(torch.randn(E, H))
-
-    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        ids = index.reshape(-1)
-        rows = x.repeat_interleave(index.shape[1], 0).unsqueeze(-1)
-        y = torch.bmm(self.up[ids], rows).squeeze(-1) + self.up_bias[ids]
-        g, u = (y[..., ::2], y[..., 1::2]) if self.alternating else y.chunk(2, -1)
-        z = torch.bmm(self.down[ids], (F.silu(g) * u).unsqueeze(-1)).squeeze(-1) + self.down_bias[ids]
-        return (z * weight.reshape(-1, 1)).view(*index.shape, -1).sum(1)
-
-
-class Mixture(nn.Module):
-    def __init__(self, alternating: bool) -> None:
-        super().__init__()
-        self.gate, self.experts = nn.Linear(H, E, bias=False), Experts(alternating)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, index = self.gate(x).softmax(-1).topk(2, -1)
-        return self.experts(x, index, weight)
+def mixture(alternating: bool) -> Mixture:
+    return Mixture(Experts(E, H, N, biased=True, alternating=alternating)).eval()
 
 
 def gradients(model: nn.Module, x: Tensor, run: nn.Module | None = None) -> dict[str, Tensor]:
@@ -50,7 +28,7 @@ def gradients(model: nn.Module, x: Tensor, run: nn.Module | None = None) -> dict
 @pytest.mark.parametrize("alternating", [False, True], ids=["halves", "alternating"])
 def test_gradients_are_those_of_the_dequantized_experts(alternating: bool) -> None:
     torch.manual_seed(0)
-    model, x = Mixture(alternating).eval(), torch.randn(9, H)
+    model, x = mixture(alternating), torch.randn(9, H)
     recipe = qpass.Recipe(None, overrides={"experts.up": "w8a8", "experts.down": "w8a8"})
     qpass.quantize(model, recipe, example_inputs=x, progress=False)
     assert isinstance(model.experts, QuantExperts)
@@ -68,7 +46,7 @@ def test_gradients_are_those_of_the_dequantized_experts(alternating: bool) -> No
 
 def test_a_token_of_experts_elsewhere_gets_no_gradient() -> None:
     torch.manual_seed(1)
-    model = Mixture(False).eval()
+    model = mixture(False)
     qpass.quantize(model, qpass.Recipe(None, overrides={"experts": "w8a8"}), example_inputs=torch.randn(9, H),
                    progress=False)
     x, weight = torch.randn(3, H, requires_grad=True), torch.rand(3, 2, requires_grad=True)

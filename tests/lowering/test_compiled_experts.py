@@ -17,25 +17,9 @@ from qpass.lowering import pipeline
 from qpass.lowering.expose_activation_quant import expose_activation_quant
 from qpass.lowering.install import install
 from qpass.lowering.share_activation_quant import share_activation_quant
+from tests.small_experts import Experts
 
 E, H, N = 5, 64, 32
-
-
-class Experts(nn.Module):
-    def __init__(self, biased: bool = False) -> None:
-        super().__init__()
-        self.up, self.down = nn.Parameter(torch.randn(E, 2 * N, H) / 8), nn.Parameter(torch.randn(E, H, N) / 6)
-        self.up_bias = nn.Parameter(torch.randn(E, 2 * N)) if biased else None
-        self.down_bias = nn.Parameter(torch.randn(E, H)) if biased else None
-
-    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        ids, rows = index.reshape(-1), x.repeat_interleave(index.shape[1], 0).unsqueeze(-1)
-        y = torch.bmm(self.up[ids], rows).squeeze(-1)
-        y = y if self.up_bias is None else y + self.up_bias[ids]
-        g, u = y.chunk(2, -1)
-        z = torch.bmm(self.down[ids], (F.silu(g) * u).unsqueeze(-1)).squeeze(-1)
-        z = z if self.down_bias is None else z + self.down_bias[ids]
-        return (z * weight.reshape(-1, 1)).view(*index.shape, -1).sum(1)
 
 
 class Block(nn.Module):
@@ -43,7 +27,7 @@ class Block(nn.Module):
 
     def __init__(self, top_k: int = 2, biased: bool = False) -> None:
         super().__init__()
-        self.norm, self.gate, self.experts = nn.RMSNorm(H), nn.Linear(H, E, bias=False), Experts(biased)
+        self.norm, self.gate, self.experts = nn.RMSNorm(H), nn.Linear(H, E, bias=False), Experts(E, H, N, biased=biased)
         self.shared_up, self.shared_down = nn.Linear(H, N, bias=False), nn.Linear(N, H, bias=False)
         self.top_k = top_k
 

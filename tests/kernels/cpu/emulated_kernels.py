@@ -48,7 +48,7 @@ class COutput(ctypes.Structure):
 def compile_emulation(folder: Path, *flags: str) -> Path:
     library = folder / "emulated.so"
     # Without optimization: the emulation is fast enough, and inlining it everywhere would take half a minute.
-    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", EMULATION / "harness.cpp"]
+    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", SOURCES / "experts.cpp", EMULATION / "harness.cpp"]
     subprocess.run([str(COMPILER), "-O0", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-DQPASS_EMULATE",
                     *flags, f"-I{EMULATION}", f"-I{SOURCES}", *map(str, sources), "-o", str(library)], check=True)
     return library

@@ -1,7 +1,11 @@
-// C ABI over the emulated kernels, for ctypes: the tables of product.h by number, and scratch memory of exact size.
+// C ABI over the emulated kernels, for ctypes: the tables of product.h by number, scratch memory of exact size, and what
+// experts.cpp needs of the library around it.
+#include <cstdarg>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 
+#include "abi.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -18,7 +22,7 @@ void* scratch(int slot, int64_t bytes) {
       for (void* p : data) free(p);
     }
   } slots;
-  if (slot < 4 || slot > 7) abort();
+  if (slot < 0 || slot > 7) abort();
   free(slots.data[slot]);
   slots.data[slot] = nullptr;
   if (posix_memalign(&slots.data[slot], 64, (size_t)(bytes > 0 ? bytes : 1))) throw std::bad_alloc();
@@ -26,6 +30,18 @@ void* scratch(int slot, int64_t bytes) {
 }
 
 static const Isa& table(int isa) { return isa == 0 ? vnni_isa : amx_isa; }
+
+const Isa* available_isa(int32_t isa) { return &table(isa); }
+
+int32_t team_size(int32_t, int64_t) { return 1; }
+
+int32_t fail(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  vfprintf(stderr, format, args);
+  va_end(args);
+  return -1;
+}
 
 }  // namespace qpass
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qpass.adopt_model import adopt as adopt
     from qpass.compare_models import compare as compare
     from qpass.evaluate_model import evaluate as evaluate
+    from qpass.hf_config import QPassConfig as QPassConfig
     from qpass.inspect_checkpoint import inspect as inspect
     from qpass.kernels.registry import force_kernel as force_kernel
     from qpass.kernels.registry import register_kernel as register_kernel
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "quantize": "quantize_model", "dequantize": "quantize_model", "plan": "plan_model", "explain": "report",
     "save": "save_model", "load": "load_model", "inspect": "inspect_checkpoint", "adopt": "adopt_model",
-    "compare": "compare_models", "evaluate": "evaluate_model",
+    "QPassConfig": "hf_registration", "compare": "compare_models", "evaluate": "evaluate_model",
     "support_matrix": "kernels.support", "force_kernel": "kernels.registry", "register_kernel": "kernels.registry",
     "Scheme": "scheme", "WeightArgs": "scheme", "ActivationArgs": "scheme", "PRESETS": "recipe",
     "register_scheme": "scheme", "Rule": "recipe", "Recipe": "recipe", "register_pass": "lowering.pipeline",

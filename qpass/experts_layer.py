@@ -259,6 +259,13 @@ class QuantExperts(PackedLayer):
         plain = spec.on("experts_reference", "linear_reference", "linear_reference")
         return choose_experts(self._call(plain), where=self.site.owner, prepare=True)[0]
 
+    def renew(self) -> None:
+        """Take the biases and buffers that the replaced module holds now."""
+        origin = self.origin[0]
+        self._parameters.update({leaf: p for leaf, p in origin._parameters.items() if leaf not in self.site.parameters})
+        self._buffers.update(origin._buffers)
+        self._refresh_biases()
+
     def _refresh_biases(self) -> None:
         with torch.no_grad():
             first, second = self._bias_rows()

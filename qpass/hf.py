@@ -38,6 +38,9 @@ def write_config(model: nn.Module, plan: Plan | None) -> None:
         config: Any = model.config
         config.quantization_config = compressed_tensors_config.write_config(
             model, None if plan is None else plan.recipe.to_dict())
+        # Packed tensors are saved under the names they have; Transformers would rename them halfway to an older style.
+        model.__dict__.setdefault("_qpass_conversions", model.__dict__.get("_weight_conversions"))
+        model._weight_conversions = []  # type: ignore[assignment]
         if any(isinstance(module, TiedTable) for module in model.modules()):
             _say_tied(config, False)  # in the files the two are apart, and Transformers must not tie them again
 
@@ -47,6 +50,10 @@ def forget_config(model: nn.Module) -> None:
     if is_transformers(model):
         config: Any = model.config
         config.__dict__.pop("quantization_config", None)
+        for name in ("hf_quantizer", "is_quantized", "quantization_method", "_weight_conversions"):
+            model.__dict__.pop(name, None)
+        if (conversions := model.__dict__.pop("_qpass_conversions", None)) is not None:
+            model._weight_conversions = conversions
         head, table = (getattr(one(), "weight", None)  # type: ignore[operator]
                        for one in (model.get_output_embeddings, model.get_input_embeddings))
         if head is not None and head is table:

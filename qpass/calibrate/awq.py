@@ -44,7 +44,7 @@ def calibrate(settings: Awq, work: BlockWork) -> None:
                                  means[name] / hessians[name].rows, hessians[name].value, grid=settings.grid,
                                  duo=settings.duo_scaling, common=partial(common_factors, pair))
         if fold_checked(work, pair, factors):
-            hessians[name].value = hessians[name].value / factors / factors[:, None]
+            hessians[name].divide(factors)
     if left:
         work.notes.append(f"awq: nothing can take factors off the input of {', '.join(left)}; not rescaled")
     if settings.clip:

@@ -11,6 +11,9 @@ from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
 from qpass.errors import CalibrationError
 
+_PANEL = 384  # columns: narrower ones multiply less and slower
+
+
 
 def calibrate(settings: Gptq, work: BlockWork) -> None:
     """Round the block's sites; those that share an input share a Hessian."""
@@ -28,16 +31,27 @@ def calibrate(settings: Gptq, work: BlockWork) -> None:
 
 
 class Hessian:
-    """X^T X over all rows seen, float32 [K, K]."""
+    """X^T X over all rows seen, float32 [K, K]. Only panels that touch the upper triangle are multiplied."""
 
     def __init__(self, size: int) -> None:
         self.rows = 0
-        self.value = torch.zeros(size, size)
+        self._upper = torch.zeros(size, size)
 
     def add(self, x: Tensor) -> None:
-        self.value = self.value.to(x.device)
-        self.value.addmm_(x.t(), x)
+        self._upper = self._upper.to(x.device)
+        for start in range(0, x.shape[1], _PANEL):
+            stop = start + _PANEL
+            self._upper[:stop, start:stop].addmm_(x[:, :stop].t(), x[:, start:stop])
         self.rows += len(x)
+
+    def divide(self, factors: Tensor) -> None:
+        """What it is once the input's channels are divided by `factors` [K]."""
+        self._upper = self._upper / factors / factors[:, None]
+
+    @property
+    def value(self) -> Tensor:
+        """The whole symmetric matrix."""
+        return self._upper.triu().add_(self._upper.triu(1).t())
 
 
 def by_input(sites: list[SiteWork]) -> list[list[SiteWork]]:

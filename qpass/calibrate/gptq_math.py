@@ -19,7 +19,7 @@ _MOST_DAMPENING = 1e3
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """Upper triangular U [K, K] with H^-1 = U^T U, in the order given; and the dampening that it took."""
+    """Upper triangular U [K, K] float32 with H^-1 = U^T U, in the order given; and the dampening that it took."""
 
     upper: Tensor
     dampening: float
@@ -28,30 +28,35 @@ class InverseFactor:
 def inverse_factor(hessian: Tensor, order: Tensor, dampening_frac: float) -> InverseFactor:
     """Factor the inverse of the dampened Hessian [K, K], columns taken in `order` [K].
 
-    Columns that no input reaches (a zero on the diagonal) get a 1 there and stay uncoupled. Where the matrix is not
-    positive definite the dampening is raised tenfold until it is. Raises ValueError for a Hessian with NaN or Inf.
+    With the columns reversed, H = L L^T gives H = R R^T with R upper triangular, and U = R^-1: one factorization and no
+    inverse of H. Float32 first, float64 where that fails. Columns that no input reaches (a zero on the diagonal) get a
+    1 there and stay uncoupled. Where the matrix is not positive definite the dampening is raised tenfold until it is.
+    Raises ValueError for a Hessian with NaN or Inf.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the Hessian holds NaN or Inf")
-    h = hessian[order][:, order].clone()
+    backwards = order.flip(0)
+    h = hessian[backwards][:, backwards]
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1
     mean, part = float(diagonal.mean()), dampening_frac
     while True:
-        damped = h.clone()
-        damped.diagonal().add_(part * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return InverseFactor(upper, part)
+        for dtype in (torch.float32, torch.float64):
+            damped = h.to(dtype, copy=True)
+            damped.diagonal().add_(part * mean)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                eye = torch.eye(len(h), dtype=dtype, device=h.device)
+                upper = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).float()
+                if bool(torch.isfinite(upper).all()):
+                    return InverseFactor(upper.contiguous(), part)
         part = max(part * 10, 1e-3)
         if part > _MOST_DAMPENING:
             raise ValueError(f"the Hessian is not positive definite even with dampening {part:g}")
 
 
 def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends: tuple[int, int],
-         block_size: int = 128) -> Tensor:
+         block_size: int = 64) -> Tensor:
     """Codes float32 [N, K], whole numbers from `ends`, for `weight` float32 [N, K] on a grid of static groups.
 
     `order` [K] is the order in which columns are rounded, the one that `factor` was made in.

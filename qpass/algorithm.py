@@ -23,7 +23,6 @@ class Algorithm:
     name: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
     rounds: ClassVar[bool] = True  # makes the integers; False: prepares the weights, which are then rounded to nearest
-    matches_float: ClassVar[bool] = False  # wants the float model's outputs of the block
     wiring: ClassVar[str] = ""  # the module whose `calibrate(settings, work)` runs it on one block
     targets: tuple[str, ...] = ()
 
@@ -31,6 +30,11 @@ class Algorithm:
     def propagates(self) -> bool:
         """Whether the inputs of a block should carry the errors of the blocks quantized before it."""
         return bool(getattr(self, "propagate", True))
+
+    @property
+    def matches_float(self) -> bool:
+        """Whether it wants to know what the float model computes in the block."""
+        return False
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, (str, Mapping)):
@@ -101,6 +105,10 @@ class Gptq(Algorithm):
     scales          how the scales are found, see Scales.method
     propagate       the inputs of a block carry the errors of the blocks quantized before it; costs one more run of
                     each block
+    match_float     a layer's target is what the float model computes there, its output or, where that is added to
+                    another tensor, the sum, so that it makes up for errors of the layers before it; layers of a block
+                    are rounded one after another, each on what those before it give. Needs `propagate`; False is the
+                    algorithm as published, in about half the time
     """
 
     name: ClassVar[str] = "gptq"
@@ -110,9 +118,16 @@ class Gptq(Algorithm):
     actorder: str | None = "static"
     scales: str = "absmax"
     propagate: bool = True
+    match_float: bool = True
+
+    @property
+    def matches_float(self) -> bool:
+        """As set, if errors are propagated: otherwise there are none to make up for."""
+        return self.match_float and self.propagate
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_type("match_float", bool)
         self.check_type("dampening_frac", float, int)
         self.check(0 <= self.dampening_frac < 10, "dampening_frac", "from 0 to 10")
         self.check_type("block_size", int)
@@ -157,12 +172,16 @@ class AutoRound(Algorithm):
 
     name: ClassVar[str] = "autoround"
     wiring: ClassVar[str] = "qpass.calibrate.autoround"
-    matches_float: ClassVar[bool] = True
     iterations: int = 200
     batch_size: int = 8
     step_size: float | None = None
     scale_step: float = 1.0
     scales: str = "absmax"
+
+    @property
+    def matches_float(self) -> bool:
+        """Always: the block's float output is what it matches."""
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,7 +32,7 @@ class ActivationStore:
     """An append-only list of trees. Equal tensors of neighbouring trees are kept once."""
 
     def __init__(self, budget: Budget) -> None:
-        self._budget = budget
+        self.budget = budget
         self._items: list[tuple[Any, list[Any], Path | None]] = []
         self._bytes = 0
 
@@ -45,14 +45,14 @@ class ActivationStore:
         fresh = {str(index): leaf for index, leaf in enumerate(leaves)
                  if isinstance(leaf, Tensor) and id(leaf) not in known}
         size = sum(leaf.numel() * leaf.element_size() for leaf in fresh.values())
-        limit = self._budget.limit
-        if limit is not None and self._budget.used + size > limit and fresh:
-            path = self._budget.next_file()
+        limit = self.budget.limit
+        if limit is not None and self.budget.used + size > limit and fresh:
+            path = self.budget.next_file()
             save_file({name: leaf.detach().cpu().contiguous().clone() for name, leaf in fresh.items()}, path)
             held = [leaf.device if str(index) in fresh else leaf for index, leaf in enumerate(leaves)]
             self._items.append((structure, held, path))
             return
-        self._budget.used += size
+        self.budget.used += size
         self._bytes += size
         self._items.append((structure, leaves, None))
 
@@ -76,7 +76,7 @@ class ActivationStore:
             if path is not None:
                 path.unlink(missing_ok=True)
         self._items.clear()
-        self._budget.used -= self._bytes
+        self.budget.used -= self._bytes
         self._bytes = 0
 
 

@@ -12,7 +12,8 @@ from qpass.algorithm import Awq
 from qpass.calibrate.awq_math import search_factors
 from qpass.calibrate.block_work import BlockWork, SiteWork
 from qpass.calibrate.fold import common_factors, fold_checked
-from qpass.calibrate.gptq import Hessian, by_input
+from qpass.calibrate.gptq import by_input
+from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.scale_search import find_grid, round_to_grid
 from qpass.weight import dequantize_weight
 

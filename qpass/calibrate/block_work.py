@@ -82,6 +82,7 @@ class BlockWork:
     notes    sentences for the report
     tell     shows a few words in the progress line
     targets  the float model's outputs of the block, one a sample, if an algorithm matches them
+    float_calls  the block's arguments in the float model, one a sample, likewise
     pairs    inputs within the block whose channels can be rescaled
     keep     takes the float block's outputs from the first observation, if they are wanted
     seed     of whatever an algorithm draws at random here
@@ -97,6 +98,7 @@ class BlockWork:
     tell: Callable[[str], None] = lambda text: None
     pairs: Sequence[Pair] = ()
     targets: ActivationStore | None = None
+    float_calls: ActivationStore | None = None
     keep: ActivationStore | None = None
     seed: int = 0
 
@@ -126,7 +128,7 @@ class BlockWork:
 
     def outputs(self, calls: Iterable[Any] | None = None) -> Iterator[Any]:
         """What the block gives for each of its calls, as it is now."""
-        with torch.no_grad(), self._rounding_activations():
+        with torch.no_grad(), self.rounding_activations():
             for args, kwargs in self.calls if calls is None else calls:
                 yield self.module(*args, **kwargs)
 
@@ -139,11 +141,8 @@ class BlockWork:
         keep = self.keep if self.keep is not None and not len(self.keep) else None
 
         def rows(name: str, x: Tensor) -> None:
-            mask, flat = current[0], x.detach().reshape(-1, x.shape[-1])
-            if mask is not None and len(flat) == mask.numel():
-                flat = flat[mask.reshape(-1).to(flat.device)]
-            if len(flat):
-                on_input(name, flat.float())
+            if len(found := counted_rows(x, current[0])):
+                on_input(name, found)
 
         sites = [self.sites[name] for name in names]
         modules = {work.name: work.owner for work in sites if work.site.swap == "module"}
@@ -163,14 +162,24 @@ class BlockWork:
         return self.outputs(calls())
 
     @contextmanager
-    def _rounding_activations(self) -> Iterator[None]:
-        """Within, inputs of settled sites are rounded as their scheme says, where the site is a module of its own."""
+    def rounding_activations(self, also: Iterable[str] = ()) -> Iterator[None]:
+        """Within, inputs of settled sites and of those in `also` are rounded as their scheme says, where the site is a
+        module of its own."""
+        others = set(also)
         with ExitStack() as undo:
             for work in self.sites.values():
-                hook = None if work.canonical is None else rounding_hook(work)
+                hook = rounding_hook(work) if work.canonical is not None or work.name in others else None
                 if hook is not None:
                     undo.callback(work.owner.register_forward_pre_hook(hook).remove)
             yield
+
+
+def counted_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` [..., K] as float32 rows; those of masked tokens are left out, where `x` still has one row a token."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if mask is not None and len(flat) == mask.numel():
+        flat = flat[mask.reshape(-1).to(flat.device)]
+    return flat.float()
 
 
 def sites_of(model: nn.Module, decisions: Sequence[Decision]) -> dict[str, SiteWork]:

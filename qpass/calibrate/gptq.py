@@ -8,50 +8,33 @@ from torch import Tensor
 from qpass.algorithm import Gptq
 from qpass.calibrate.block_work import BlockWork, SiteWork
 from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor
+from qpass.calibrate.hessian import Hessian
+from qpass.calibrate.match_float import float_side, lacking
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
 from qpass.errors import CalibrationError
 
-_PANEL = 384  # columns: narrower ones multiply less and slower
 
+_ROWS_A_COLUMN = 2  # below that the regression on the inputs fits noise
 
 
 def calibrate(settings: Gptq, work: BlockWork) -> None:
     """Round the block's sites; those that share an input share a Hessian."""
-    sites = [site for site in work.chosen(settings) if site.on_grid]
-    groups = by_input(sites)
+    groups = by_input([site for site in work.chosen(settings) if site.on_grid])
+    if settings.matches_float and work.float_calls is not None:
+        exact = float_side(work, groups)
+        for group in groups:
+            hessian, errors = lacking(work, group, exact)
+            enough = hessian.rows >= _ROWS_A_COLUMN * group[0].spec.in_features
+            if not enough and hessian.rows:
+                work.notes.append(f"gptq: {', '.join(site.name for site in group)} saw {hessian.rows} tokens, too few to "
+                                  "make up for errors before it; rounded for itself")
+            _round(settings, work, group, hessian, errors if enough else None)
+        exact.clear()
+        return
     hessians = {group[0].name: Hessian(group[0].spec.in_features) for group in groups}
     work.observe(list(hessians), lambda name, x: hessians[name].add(x))
     for group in groups:
-        hessian = hessians.pop(group[0].name)
-        if hessian.rows == 0:
-            work.never_reached([site.name for site in group])
-            continue
-        work.tell(group[0].name)
-        _round(settings, work, group, hessian.value)
-
-
-class Hessian:
-    """X^T X over all rows seen, float32 [K, K]. Only panels that touch the upper triangle are multiplied."""
-
-    def __init__(self, size: int) -> None:
-        self.rows = 0
-        self._upper = torch.zeros(size, size)
-
-    def add(self, x: Tensor) -> None:
-        self._upper = self._upper.to(x.device)
-        for start in range(0, x.shape[1], _PANEL):
-            stop = start + _PANEL
-            self._upper[:stop, start:stop].addmm_(x[:, :stop].t(), x[:, start:stop])
-        self.rows += len(x)
-
-    def divide(self, factors: Tensor) -> None:
-        """What it is once the input's channels are divided by `factors` [K]."""
-        self._upper = self._upper / factors / factors[:, None]
-
-    @property
-    def value(self) -> Tensor:
-        """The whole symmetric matrix."""
-        return self._upper.triu().add_(self._upper.triu(1).t())
+        _round(settings, work, group, hessians.pop(group[0].name))
 
 
 def by_input(sites: list[SiteWork]) -> list[list[SiteWork]]:
@@ -63,7 +46,13 @@ def by_input(sites: list[SiteWork]) -> list[list[SiteWork]]:
     return list(groups.values())
 
 
-def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], hessian: Tensor) -> None:
+def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian,
+           errors: list[Tensor] | None = None) -> None:
+    if seen.rows == 0:
+        work.never_reached([site.name for site in group])
+        return
+    work.tell(group[0].name)
+    hessian = seen.value
     order = energy_order(hessian, settings.actorder)
     try:
         factor = inverse_factor(hessian, order, settings.dampening_frac)
@@ -75,8 +64,10 @@ def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], hessian: Tens
                           f"dampening raised from {settings.dampening_frac:g} to {factor.dampening:g}")
     importance = hessian.diagonal() / hessian.diagonal().mean().clamp_min(1e-30)
     alike: dict[object, list[tuple[SiteWork, Tensor, Grid]]] = {}
-    for site in group:
+    for index, site in enumerate(group):
         weight = site.weight.float()
+        if errors is not None:
+            weight = weight + factor.solve(errors[index], order)
         grid = find_grid(weight, site.spec, settings.scales, site.scale_dtype, importance)
         alike.setdefault(site.spec.weight, []).append((site, weight, grid))
     for members in alike.values():  # one grid kind: their rows are rounded together

@@ -107,7 +107,8 @@ class Calibration:
                 with _own_tensors(self.model.get_submodule(block.path)) as originals:
                     work = self._work(number, budget, outputs, _teller(bar, place))
                     if self.matches:
-                        exact[number] = work.targets = self._float_outputs(number, budget, exact)
+                        work.float_calls = ActivationStore(budget)
+                        exact[number] = work.targets = self._float_outputs(number, work.float_calls, exact)
                     for stores in (outputs, exact):
                         for earlier in [n for n in stores if n < number and self.blocks[n].last_reader <= number]:
                             stores.pop(earlier).clear()
@@ -121,6 +122,8 @@ class Calibration:
                                 following.append(output)
                         outputs[number] = following
                     work.calls.clear()
+                    if work.float_calls is not None:
+                        work.float_calls.clear()
                 self.notes += work.notes
                 for name in block.sites:
                     install(self.decisions[name], work.sites[name].canonical, scales.get(name))
@@ -143,12 +146,14 @@ class Calibration:
                          masks=[sample.mask for sample in self.samples], aimed=self.aimed, tell=tell,
                          seed=self.limits.seed + number)
 
-    def _float_outputs(self, number: int, budget: Budget, exact: Mapping[int, ActivationStore]) -> ActivationStore:
-        """What the block gives in the float model, before anything of it is changed."""
-        found = ActivationStore(budget)
+    def _float_outputs(self, number: int, calls: ActivationStore,
+                       exact: Mapping[int, ActivationStore]) -> ActivationStore:
+        """What the block gives in the float model, before anything of it is changed; `calls` takes its arguments."""
+        found = ActivationStore(calls.budget)
         for index, sample in enumerate(self.samples):
             args, kwargs = call_of(self.model, self.blocks, number, sample,
                                    {n: store[index] for n, store in exact.items()})
+            calls.append((args, kwargs))
             found.append(self.model.get_submodule(self.blocks[number].path)(*args, **kwargs))
         return found
 

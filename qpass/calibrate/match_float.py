@@ -1,0 +1,138 @@
+"""Match float: a block's calls in the float and in the quantized model in; what each site's output lacks, out.
+
+A site that is rounded for itself reproduces its float product on inputs that earlier layers have already changed, and
+every error before it stays. Here its target is what the float model computes at that place: its output there or, where
+that is added to another tensor (a residual stream), the sum. The difference E [T, N] is regressed on the quantized
+model's input x, so that the corrected weight is W + (E^T x) (x^T x)^-1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.calibrate.activation_store import ActivationStore
+from qpass.calibrate.block_work import BlockWork, SiteWork, counted_rows
+from qpass.calibrate.hessian import Hessian
+from qpass.watch_products import SeenProduct, WatchProducts
+
+_ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+class WatchSums(WatchProducts):
+    """WatchProducts that is also told, by `see_sum(name, sum)`, of the sum of a product and a tensor of its size."""
+
+    def __init__(self, weights: Mapping[str, Tensor], see: Callable[[str, SeenProduct], None],
+                 see_sum: Callable[[str, Tensor], None]) -> None:
+        super().__init__(weights, self._product)
+        self._see, self._see_sum = see, see_sum
+        self._waiting: dict[str, Tensor] = {}
+
+    def _product(self, name: str, product: SeenProduct) -> None:
+        self._waiting[name] = product.output
+        self._see(name, product)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _ADDS and not kwargs and all(isinstance(part, Tensor) for part in args[:2]):
+            for name, product in list(self._waiting.items()):
+                for mine, other in (args[:2], args[1::-1]):
+                    if mine.untyped_storage().data_ptr() != product.untyped_storage().data_ptr() or (
+                            mine.numel() != product.numel()):
+                        continue
+                    if other.numel() < mine.numel():
+                        self._waiting[name] = output  # a bias
+                    else:
+                        del self._waiting[name]
+                        self._see_sum(name, output)
+                    break
+        return output
+
+
+class _Enough(Exception):
+    pass
+
+
+def float_side(work: BlockWork, groups: Sequence[Sequence[SiteWork]]) -> ActivationStore:
+    """What the float model's inputs give at every group and sum of the block, a dict by key for each sample.
+
+    Run before anything of the block is rounded.
+    """
+    assert work.float_calls is not None
+    found = ActivationStore(work.calls.budget)
+    sites = [site for group in groups for site in group]
+    firsts = {group[0].name for group in groups}
+    for number, mask in enumerate(work.masks):
+        work.tell(f"float {number + 1} of {len(work.calls)} samples")
+        seen = _one_run(work, sites, work.float_calls[number], mask, firsts, frozenset())
+        found.append({key: tensors[0] for key, tensors in seen.items() if len(tensors) == 1})
+    return found
+
+
+def lacking(work: BlockWork, group: Sequence[SiteWork], exact: ActivationStore) -> tuple[Hessian, list[Tensor]]:
+    """Hessian of the group's input in the quantized model, and E^T x [N, K] of each of its sites."""
+    first = group[0]
+    hessian = Hessian(first.spec.in_features)
+    sums = [torch.zeros(site.spec.out_features, site.spec.in_features, device=site.weight.device) for site in group]
+    drift = torch.zeros(first.spec.in_features, first.spec.in_features, device=first.weight.device)
+    summed: Counter[int] = Counter()
+    for number, mask in enumerate(work.masks):
+        work.tell(f"{first.name}: {number + 1} of {len(work.calls)} samples")
+        wanted = exact[number]
+        keys = frozenset(key for site in group for key in (f"x|{first.name}", f"sum|{site.name}") if key in wanted)
+        seen = _one_run(work, group, work.calls[number], mask, {first.name}, keys)
+        for x in seen.get(f"x|{first.name}", []):
+            hessian.add(x)
+        if not _alike(seen, wanted, f"x|{first.name}"):
+            continue
+        x, aim = seen[f"x|{first.name}"][0], wanted[f"x|{first.name}"]
+        plain = False
+        for index, site in enumerate(group):
+            key = f"sum|{site.name}"
+            if _alike(seen, wanted, key) and len(wanted[key]) == len(x):
+                sums[index].addmm_((wanted[key] - seen[key][0]).t(), x)
+                summed[index] += 1
+            else:
+                plain = True
+        if plain:
+            drift.addmm_((aim - x).t(), x)
+    return hessian, [one if summed[index] else site.weight.float() @ drift
+                     for index, (site, one) in enumerate(zip(group, sums, strict=True))]
+
+
+def _alike(seen: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Tensor], key: str) -> bool:
+    """Whether both models came to `key` once, with as many tokens: experts may see other tokens in each."""
+    return key in wanted and len(seen.get(key, ())) == 1 and seen[key][0].shape == wanted[key].shape
+
+
+def _one_run(work: BlockWork, sites: Sequence[SiteWork], call: tuple[Any, Any], mask: Tensor | None,
+             firsts: set[str], enough: frozenset[str]) -> dict[str, list[Tensor]]:
+    """Inputs of the sites in `firsts` and sums of all `sites`, as rows; the run ends when it has all of `enough`."""
+    seen: dict[str, list[Tensor]] = {}
+    left = set(enough)
+
+    def keep(key: str, value: Tensor) -> None:
+        rows = counted_rows(value, mask)
+        if len(rows):
+            seen.setdefault(key, []).append(rows)
+        left.discard(key)
+        if enough and not left:
+            raise _Enough
+
+    def product(name: str, found: SeenProduct) -> None:
+        if name in firsts:
+            keep(f"x|{name}", found.x)
+
+    watch = WatchSums({site.name: site.parameter for site in sites}, product,
+                      lambda name, total: keep(f"sum|{name}", total))
+    try:
+        with work.rounding_activations({site.name for site in sites} if enough else set()), torch.no_grad(), watch:
+            args, kwargs = call
+            work.module(*args, **kwargs)
+    except _Enough:
+        pass
+    return seen

@@ -26,8 +26,9 @@ def calibrate(settings: Gptq, work: BlockWork) -> None:
             hessian, errors = lacking(work, group, exact)
             enough = hessian.rows >= _ROWS_A_COLUMN * group[0].spec.in_features
             if not enough and hessian.rows:
-                work.notes.append(f"gptq: {', '.join(site.name for site in group)} saw {hessian.rows} tokens, too few to "
-                                  "make up for errors before it; rounded for itself")
+                names = ", ".join(site.name for site in group)
+                work.notes.append(f"gptq: {names} saw {hessian.rows} tokens, too few to make up for errors before it; "
+                                  "rounded for itself")
             _round(settings, work, group, hessian, errors if enough else None)
         exact.clear()
         return

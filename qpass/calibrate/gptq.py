@@ -13,7 +13,6 @@ from qpass.calibrate.match_float import float_side, lacking
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
 from qpass.errors import CalibrationError
 
-
 _ROWS_A_COLUMN = 2  # below that the regression on the inputs fits noise
 
 

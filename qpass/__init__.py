@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qpass.scheme import Scheme as Scheme
     from qpass.scheme import WeightArgs as WeightArgs
     from qpass.scheme import register_scheme as register_scheme
+    from qpass.search_recipe import search as search
 
     plan = make_plan
 
@@ -43,6 +44,7 @@ _WHERE = {
     "quantize": "quantize_model", "dequantize": "quantize_model", "plan": "plan_model", "explain": "report",
     "save": "save_model", "load": "load_model", "inspect": "inspect_checkpoint", "adopt": "adopt_model",
     "QPassConfig": "hf_registration", "compare": "compare_models", "evaluate": "evaluate_model",
+    "search": "search_recipe",
     "support_matrix": "kernels.support", "force_kernel": "kernels.registry", "register_kernel": "kernels.registry",
     "Scheme": "scheme", "WeightArgs": "scheme", "ActivationArgs": "scheme", "PRESETS": "recipe",
     "register_scheme": "scheme", "Rule": "recipe", "Recipe": "recipe", "register_pass": "lowering.pipeline",

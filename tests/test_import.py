@@ -16,8 +16,8 @@ from tests.source_tree import modules
 
 # Integrations, which import what they integrate with. Nothing else may.
 INTEGRATIONS = ("qpass.hf", "qpass.cli", "qpass.demo")
-API = ("quantize", "plan", "explain", "dequantize", "save", "load", "compare", "evaluate", "support_matrix", "Scheme",
-       "Rule", "Recipe", "PRESETS", "register_scheme", "register_kernel", "register_pass")
+API = ("quantize", "plan", "explain", "dequantize", "save", "load", "compare", "evaluate", "support_matrix", "search",
+       "Scheme", "Rule", "Recipe", "PRESETS", "register_scheme", "register_kernel", "register_pass")
 
 _WATCH = """
 import json, os, sys

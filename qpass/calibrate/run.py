@@ -68,7 +68,7 @@ def without_data(model: nn.Module, decisions: Sequence[Decision], aimed: Mapping
         block = Block(path=decision.site.owner, sites=(decision.site.name,), last_reader=0)
         work = BlockWork(block=block, module=model, sites=sites_of(model, [decision]), masks=(), notes=notes,
                          calls=ActivationStore(Budget(None, Path())), aimed=aimed)
-        with _own_tensors(model.get_submodule(decision.site.owner), recurse=False):
+        with own_tensors(model.get_submodule(decision.site.owner), recurse=False):
             for algorithm in aimed:
                 import_module(algorithm.wiring).calibrate(algorithm, work)
         install(decision, work.sites[decision.site.name].canonical, None)
@@ -104,7 +104,7 @@ class Calibration:
             for number, block in enumerate(self.blocks):
                 place = f"{block.path or 'the model'} ({number + 1} of {len(self.blocks)})"
                 bar.set_postfix_str(f"{place}: inputs")
-                with _own_tensors(self.model.get_submodule(block.path)) as originals:
+                with own_tensors(self.model.get_submodule(block.path)) as originals:
                     work = self._work(number, budget, outputs, _teller(bar, place))
                     if self.matches:
                         work.float_calls = ActivationStore(budget)
@@ -187,7 +187,7 @@ def _teller(bar: Bar, place: str) -> Callable[[str], None]:
 
 
 @contextmanager
-def _own_tensors(module: nn.Module, recurse: bool = True) -> Iterator[dict[str, Tensor]]:
+def own_tensors(module: nn.Module, recurse: bool = True) -> Iterator[dict[str, Tensor]]:
     """Within, the module's parameters and buffers are float32, and may be replaced (`.data = `) but not written into.
 
     Yields name -> tensor as it was. Afterwards they have their dtype again; after an exception also their numbers.

@@ -100,7 +100,7 @@ def _backward(model: nn.Module, sample: Sample, draw: torch.Generator) -> int:
     else:
         noise = torch.randn(rows.shape, generator=draw).to(rows)
         score = (rows / rows.detach().square().sum(-1, keepdim=True).sqrt().clamp_min(1e-20) * noise).sum()
-    score.backward()  # type: ignore[no-untyped-call]
+    score.backward()
     return len(rows)
 
 

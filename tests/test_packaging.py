@@ -51,7 +51,8 @@ def test_every_python_file_is_in_a_package() -> None:
 def test_every_import_is_a_declared_dependency() -> None:
     project = PYPROJECT["project"]
     names = [Requirement(text).name for text in project["dependencies"]]
-    optional = [Requirement(t).name for extra in ("hf", "demo", "search") for t in project["optional-dependencies"][extra]]
+    optional = [Requirement(text).name for extra in ("hf", "demo", "search")
+                for text in project["optional-dependencies"][extra]]
     required, all_names = ({canonicalize_name(n) for n in group} for group in (names, names + optional))
     wrong = []
     for module in modules():

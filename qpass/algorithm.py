@@ -219,6 +219,46 @@ class Awq(Algorithm):
         self.check_type("clip", bool)
 
 
+@register_algorithm
+@dataclass(frozen=True, kw_only=True)
+class ActivationRanges(Algorithm):
+    """How the range of a static activation scale is found; without it, minmax.
+
+    method      minmax: from the smallest to the largest value; percentile: what holds `percentile` per cent of the
+                values; mse: the range whose rounding has the smallest squared error
+    """
+
+    name: ClassVar[str] = "activation_ranges"
+    wiring: ClassVar[str] = "qpass.calibrate.activation_range"
+    rounds: ClassVar[bool] = False
+    method: str = "mse"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.method in ("minmax", "percentile", "mse"), "method", "minmax, percentile or mse")
+        self.check_type("percentile", float, int)
+        self.check(50 <= self.percentile <= 100, "percentile", "from 50 to 100")
+
+
+@register_algorithm
+@dataclass(frozen=True, kw_only=True)
+class BiasCorrection(Algorithm):
+    """Bias correction (Nagel et al., 2019): each bias takes up the mean change of its layer's output.
+
+    The mean is over all tokens, against the float model on its own inputs. It works on rounded weights, so it stands
+    last in a recipe; what nothing has rounded is rounded to nearest. Layers without a bias are named in the report.
+    """
+
+    name: ClassVar[str] = "bias_correction"
+    wiring: ClassVar[str] = "qpass.calibrate.bias_correction"
+
+    @property
+    def matches_float(self) -> bool:
+        """Always: the float model's mean outputs are the target."""
+        return True
+
+
 def as_algorithm(value: object) -> Algorithm:
     """An Algorithm from one, from a name, or from {name: settings}; RecipeError names what is allowed."""
     if isinstance(value, Algorithm):

@@ -115,6 +115,18 @@ class BlockWork:
                 site.settle(quantize_weight(site.weight.float(), site.spec, site.scale_dtype))
         return [site.name for site in left]
 
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Within, the block multiplies with the float weights that its integers stand for."""
+        settled = [(site, site.weight) for site in self.sites.values() if site.canonical is not None]
+        try:
+            for site, _ in settled:
+                site.weight = site.exact
+            yield
+        finally:
+            for site, weight in settled:
+                site.weight = weight
+
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The block's parameters by their name in the model."""
@@ -132,7 +144,7 @@ class BlockWork:
             for args, kwargs in self.calls if calls is None else calls:
                 yield self.module(*args, **kwargs)
 
-    def observe(self, names: Iterable[str], on_input: OnInput) -> None:
+    def observe(self, names: Iterable[str], on_input: OnInput, calls: Iterable[Any] | None = None) -> None:
         """Run the block on every call; `on_input(site, x)` gets each named site's input as float32 rows [T, K].
 
         Rows of masked tokens are left out, wherever the input still has one row a token.
@@ -148,18 +160,18 @@ class BlockWork:
         modules = {work.name: work.owner for work in sites if work.site.swap == "module"}
         parameters = {work.name: work.parameter for work in sites if work.site.swap != "module"}
         with watch_inputs(modules, parameters, rows):
-            for number, output in enumerate(self._outputs_with(current)):
+            for number, output in enumerate(self._outputs_with(current, self.calls if calls is None else calls)):
                 self.tell(f"{number + 1} of {len(self.calls)} samples")
                 if keep is not None:
                     keep.append(output)
 
-    def _outputs_with(self, current: list[Tensor | None]) -> Iterator[Any]:
-        def calls() -> Iterator[Any]:
-            for mask, call in zip(self.masks, self.calls, strict=True):
+    def _outputs_with(self, current: list[Tensor | None], calls: Iterable[Any]) -> Iterator[Any]:
+        def masked() -> Iterator[Any]:
+            for mask, call in zip(self.masks, calls, strict=True):
                 current[0] = mask
                 yield call
 
-        return self.outputs(calls())
+        return self.outputs(masked())
 
     @contextmanager
     def rounding_activations(self, also: Iterable[str] = ()) -> Iterator[None]:

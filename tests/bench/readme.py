@@ -18,11 +18,10 @@ SHOWN = ("W4A8", "W8A8", "W4A16")
 
 def section(results: Path = HERE / "results") -> str:
     """The Markdown between the marks, from the files of the last run; each part only if its file is there."""
-    kernels, model = (_read(results / f"{name}.json") for name in ("kernels", "model"))
+    kernels, model, moe = (_read(results / f"{name}.json") for name in ("kernels", "model", "moe"))
     parts = []
-    for found in (kernels, model):
+    for what, found in (("Products", kernels), ("Whole models", model), ("Mixtures of experts", moe)):
         if found:
-            what = "Products" if found is kernels else "Whole models"
             parts.append(f"{what}: {found['machine']}; {found['date']} UTC; {_versions(found['versions'])}.")
     if kernels:
         shapes = len({(tuple(cell["n"]), cell["k"]) for cell in kernels["cells"] if cell["table"] == "W4A8"})
@@ -33,7 +32,10 @@ def section(results: Path = HERE / "results") -> str:
                   for table in TABLES if table.name in SHOWN]
     if model:
         parts += ["Models of Llama-3.2-1B's shapes with random weights, tokens a second:", _models(model)]
-    reached = [goal for goal in (*kernels.get("goals", ()), *model.get("goals", ())) if _reached(goal) is not None]
+    if moe:
+        parts += ["Random weights, 16 layers, hidden 2048, vocabulary 32,000; experts x width and how many a token "
+                  "chooses; tokens a second:", _mixtures(moe)]
+    reached = [goal for kept in (kernels, model, moe) for goal in kept.get("goals", ()) if _reached(goal) is not None]
     if reached:
         count = sum(bool(_reached(goal)) for goal in reached)
         parts.append(f"{count} of the {len(reached)} goals that this machine can measure are reached; "
@@ -90,6 +92,18 @@ def _models(model: Mapping[str, Any]) -> str:
             us = timing.get("median_us")
             cells.append(f"{outcome['tokens'][metric] / us * 1e6:.1f}" if us else "")
         rows.append([label, *cells, f"{outcome['peak'] / 1e6:.0f} MB" if outcome["peak"] else ""])
+    return _markdown(rows)
+
+
+def _mixtures(moe: Mapping[str, Any]) -> str:
+    metrics = list(next(iter(next(iter(moe["outcomes"].values())).values()))["timings"])
+    rows = [["", "", *metrics, "peak memory"]]
+    for shape, outcomes in moe["outcomes"].items():
+        for label, outcome in outcomes.items():
+            spans = [(outcome["timings"].get(metric) or {}).get("median_us") for metric in metrics]
+            cells = [f"{outcome['tokens'][metric] / us * 1e6:.1f}" if us else ""
+                     for metric, us in zip(metrics, spans, strict=True)]
+            rows.append([shape, label, *cells, f"{outcome['peak'] / 1e6:.0f} MB" if outcome["peak"] else ""])
     return _markdown(rows)
 
 

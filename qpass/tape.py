@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +63,8 @@ class Tape:
     def __init__(self, tensors: Mapping[str, Tensor], *, guess: bool = False) -> None:
         """`tensors`: parameters and buffers by qualified name, as the run will see them.
 
-        guess: where the forward asks for a number that depends on data, answer 1 (true), and count it in `guesses`.
+        guess: where the forward asks for a number that depends on data, answer 1 (true), and count it in `guesses`;
+        that of the rows that `nonzero` finds among them.
         """
         self.guesses: int | None = 0 if guess else None
         self.graph = fx.Graph()
@@ -86,6 +88,17 @@ class Tape:
         if self.guesses > _MOST_GUESSES:
             raise RuntimeError(f"more than {_MOST_GUESSES} numbers that depend on data")
         return True if asked.dtype is torch.bool else 1.0 if asked.is_floating_point() else 1
+
+    def guess_shape(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What a call gives whose size depends on data, if one number were all that it is about; None for other ops."""
+        if func is _aten.nonzero.default:
+            self.guess(args[0])
+            return torch.empty((1, args[0].ndim), dtype=torch.int64, device=args[0].device)
+        if func is _aten.bincount.default:
+            self.guess(args[0])
+            least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+            return torch.empty(max(1, least), dtype=torch.int64, device=args[0].device)
+        return None
 
     def add_input(self, name: str, tensor: Tensor) -> None:
         """Make `tensor` a placeholder; only before the first run."""
@@ -200,7 +213,12 @@ class _AtenCalls(TorchDispatchMode):
         if func._can_decompose():  # reached whole, as under inference_mode
             with self:
                 return func.decompose(*args, **kwargs)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            result = None if self.tape.guesses is None else self.tape.guess_shape(func, args, kwargs)
+            if result is None:
+                raise
         self.tape.record(func, args, kwargs, result)
         return result
 

@@ -184,10 +184,14 @@ def _roles(products: Sequence[Product], first: tuple[str, ...], second: str, val
             return None
         before = [_rows(values[of[name][index].node]) for name in first]
         after = values.get(last.activation)
+        if isinstance(after, Tensor) and after.numel() == 0:  # an expert that none of the made-up tokens chose
+            continue
         fit = fit_gate(before, _rows(after), constants_in(nodes)) if isinstance(after, Tensor) else None
         if fit is None or (fits and fit != fits[0]):
             return None
         fits.append(fit)
+    if not fits:
+        return None
     turned = [{p.transposed for p in found} for found in of.values()]
     one, two = turned[:-1], turned[-1]
     if any(len(t) != 1 for t in turned) or len({t for s in one for t in s}) != 1:

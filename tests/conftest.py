@@ -104,3 +104,12 @@ def tiny_model() -> Callable[..., torch.nn.Module]:
 def token_ids() -> torch.Tensor:
     """[2, 9] seeded token ids within the small models' vocabulary."""
     return torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many expert parameters of each model family were found and quantized, also where workers ran the tests."""
+    told = [text for report in terminalreporter.stats.get("passed", ()) for name, text in report.user_properties
+            if name == "experts"]
+    if told:
+        terminalreporter.section("experts of model families")
+        terminalreporter.write_line("\n".join(told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,9 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
-_table: list[str] = []
-
-
 @every_family
-def test_every_expert_parameter_is_found_and_quantized(family: str) -> None:
+def test_every_expert_parameter_is_found_and_quantized(
+        family: str, record_property: Callable[[str, object], None]) -> None:
     model = build(family)
     wanted = expert_parameters(model)
     assert wanted
@@ -92,14 +91,8 @@ def test_every_expert_parameter_is_found_and_quantized(family: str) -> None:
     report = [row for row in qpass.explain(model).rows if row.kind == "experts"]
     assert {row.name for row in report if row.status == "quantized"} == set(wanted)
     assert sum(row.bytes_after for row in report) == sum(module.nbytes for module in experts)
-    _table.append(f"{family:<12} {len(wanted)} parameters, {sum(wanted.values()):>8,} numbers found; "
-                  f"{len(report)} parameters, {sum(wanted[row.name] for row in report):>8,} quantized")
-
-
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed by every run: how many expert parameters of each family were found and quantized."""
-    with capsys.disabled():
-        print("\n" + "\n".join(_table))
+    record_property("experts", f"{family:<12} {len(wanted)} parameters, {sum(wanted.values()):>8,} numbers found; "
+                    f"{len(report)} parameters, {sum(wanted[row.name] for row in report):>8,} quantized")
 
 
 @every_family

@@ -105,6 +105,28 @@ def biased(s: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return (z * weight.reshape(-1, 1)).view(*index.shape, -1).sum(1)
 
 
+def indexed_loop(s: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """A Python loop in which each expert takes the tokens that chose it: sizes depend on data."""
+    y = torch.zeros_like(x)
+    for e in range(E):
+        rows, place = torch.where(index == e)
+        if rows.numel() > 0:
+            z = F.linear(silu_halves(F.linear(x[rows], s.up[e])), s.down[e])
+            y.index_add_(0, rows, z * weight[rows, place, None])
+    return y
+
+
+def counted_loop(s: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Sizes read off a tensor decide which rows each expert gets: no one graph says what all data would give."""
+    order, start, y = index.flatten().argsort(), 0, torch.zeros_like(x)
+    for e, count in enumerate(torch.bincount(index.flatten(), minlength=E).tolist()):
+        at = order[start:start + count]
+        start, rows = start + count, at // index.shape[1]
+        z = F.linear(silu_halves(F.linear(x[rows], s.up[e])), s.down[e])
+        y.index_add_(0, rows, z * weight.flatten()[at, None])
+    return y
+
+
 HALVES = {"up": (E, 2 * N, H), "down": (E, H, N)}
 UNDERSTOOD: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "gathered": (lambda: Experts(HALVES, lambda *a: gathered(*a, silu_halves)), "silu*up", "one after the other"),
@@ -115,6 +137,7 @@ UNDERSTOOD: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "no gate": (lambda: Experts({"up": (E, N, H), "down": (E, H, N)}, lambda *a: gathered(*a, F.gelu)), "gelu",
                 "single"),
     "loop": (lambda: Experts(HALVES, loop), "silu*up", "one after the other"),
+    "indexed loop": (lambda: Experts(HALVES, indexed_loop), "silu*up", "one after the other"),
     "apart": (lambda: Experts({"w1": (E, H, N), "w3": (E, H, N), "w2": (E, N, H)}, apart), "silu*up", "apart"),
     "scored": (lambda: Scored({"up": (E, N, H), "down": (E, H, N)}, einsum_scored), "relu2", "single"),
     "biased": (lambda: Experts({"up": (E, H, 2 * N), "up_bias": (E, 2 * N), "down": (E, N, H), "down_bias": (E, H)},
@@ -152,6 +175,7 @@ REFUSED = {
     "unknown function": (lambda *a: gathered(*a, lambda y: torch.sin(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1]),
                          r"between its two products that was not understood: mul\(sin\(.*up\(x\)"),
     "scaled result": (lambda *a: gathered(*a, silu_halves) * 3.0, r"not the weighted sum .*: mul\(.*3\.0\)"),
+    "counted loop": (counted_loop, r"not the weighted sum .*: index_add"),
     "weight before": (lambda s, x, i, w: gathered(s, x, i, w * w, silu_halves), "not the weighted sum"),
 }
 

@@ -2,6 +2,7 @@
 //
 // 4 bits: maddubs(code 0..15, x) adds two products, at most 2 * 15 * 128 = 3840, so the 8 lines of a block can be added
 // in int16 (30720) before they are widened; a line's low nibbles are 32 inputs, its high nibbles the next 32.
+// Groups of 64 inputs and their multiples have a faster way, avx2_product_q4.h.
 // 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows.
 // Integer scales: a run's sum, its offset taken off, times the run's multiplier, adds up in int32 over the whole row.
 // Codes carry an offset (8 or 128) plus the weight's zero point: offset * sum(x) is taken off once a group.
@@ -9,8 +10,6 @@
 
 namespace qpass {
 namespace {
-
-constexpr int64_t kPrefetch = 3072;  // bytes ahead: about what DRAM delivers in its own latency
 
 // Sums of 32 inputs, of R rows and 16 outputs (two halves of 8).
 template <int R>
@@ -210,7 +209,9 @@ const int32_t* sums_of_groups(const Weight& w, const QuantRows& x) {
 }
 
 void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
-  const int32_t* group_sums = sums_of_groups(w, x);
+  const bool whole = w.bits == 4 && (inner_groups(w) == 1 || inner_size(w) % 64 == 0);
+  const int32_t* starts = whole ? starts_of(x) : nullptr;
+  const int32_t* group_sums = starts && !w.zero_point ? nullptr : sums_of_groups(w, x);
   // Rows at a time so that they stay in the L2 cache while every block of weights passes by.
   const int64_t element = w.bits == 4 ? 1 : 2, fit = (256 << 10) / (x.Kp * element), step = fit < 8 ? 8 : fit & ~3;
   int16_t* wide = w.bits == 4 ? nullptr : (int16_t*)scratch(5, (x.M < step ? x.M : step) * x.Kp * 2);
@@ -222,7 +223,8 @@ void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t b
         _mm256_storeu_si256((__m256i*)(wide + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i))));
     }
     for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
-      if (wide) multiply_rows<false>(w, x, wide, group_sums, out, m0, m1, block);
+      if (starts) multiply_rows64(w, x, starts, group_sums, out, m0, m1, block);
+      else if (wide) multiply_rows<false>(w, x, wide, group_sums, out, m0, m1, block);
       else if (w.multiplier) multiply_rows<true>(w, x, x.q + m0 * x.Kp, group_sums, out, m0, m1, block);
       else multiply_rows<false>(w, x, x.q + m0 * x.Kp, group_sums, out, m0, m1, block);
     }

@@ -1,6 +1,6 @@
 """MoE: whole mixtures of experts beside Transformers in bfloat16 and llama.cpp: speed, memory, and the goals.
 
-usage: python tests/bench/run.py --only moe [--shapes 1]
+usage: python tests/bench/run.py --only moe [--models 32x768-top4]
 """
 
 from __future__ import annotations

@@ -18,9 +18,11 @@ SHOWN = ("W4A8", "W8A8", "W4A16")
 
 def section(results: Path = HERE / "results") -> str:
     """The Markdown between the marks, from the files of the last run; each part only if its file is there."""
-    kernels, model, moe = (_read(results / f"{name}.json") for name in ("kernels", "model", "moe"))
+    kernels, model = (_read(results / f"{name}.json") for name in ("kernels", "model"))
+    mixtures = [_read(path) for path in sorted(results.glob("moe-*.json"))]
     parts = []
-    for what, found in (("Products", kernels), ("Whole models", model), ("Mixtures of experts", moe)):
+    for what, found in (("Products", kernels), ("Whole models", model),
+                        *(("Mixture " + " and ".join(one["outcomes"]), one) for one in mixtures)):
         if found:
             parts.append(f"{what}: {found['machine']}; {found['date']} UTC; {_versions(found['versions'])}.")
     if kernels:
@@ -32,10 +34,11 @@ def section(results: Path = HERE / "results") -> str:
                   for table in TABLES if table.name in SHOWN]
     if model:
         parts += ["Models of Llama-3.2-1B's shapes with random weights, tokens a second:", _models(model)]
-    if moe:
+    if mixtures:
         parts += ["Random weights, 16 layers, hidden 2048, vocabulary 32,000; experts x width and how many a token "
-                  "chooses; tokens a second:", _mixtures(moe)]
-    reached = [goal for kept in (kernels, model, moe) for goal in kept.get("goals", ()) if _reached(goal) is not None]
+                  "chooses; tokens a second:", _mixtures(mixtures)]
+    goals = [goal for kept in (kernels, model, *mixtures) for goal in kept.get("goals", ())]
+    reached = [goal for goal in goals if _reached(goal) is not None]
     if reached:
         count = sum(bool(_reached(goal)) for goal in reached)
         parts.append(f"{count} of the {len(reached)} goals that this machine can measure are reached; "
@@ -95,10 +98,10 @@ def _models(model: Mapping[str, Any]) -> str:
     return _markdown(rows)
 
 
-def _mixtures(moe: Mapping[str, Any]) -> str:
-    metrics = list(next(iter(next(iter(moe["outcomes"].values())).values()))["timings"])
+def _mixtures(mixtures: Sequence[Mapping[str, Any]]) -> str:
+    metrics = list(next(iter(next(iter(mixtures[0]["outcomes"].values())).values()))["timings"])
     rows = [["", "", *metrics, "peak memory"]]
-    for shape, outcomes in moe["outcomes"].items():
+    for shape, outcomes in [pair for one in mixtures for pair in one["outcomes"].items()]:
         for label, outcome in outcomes.items():
             spans = [(outcome["timings"].get(metric) or {}).get("median_us") for metric in metrics]
             cells = [f"{outcome['tokens'][metric] / us * 1e6:.1f}" if us else ""

@@ -74,13 +74,15 @@ def _model(options: argparse.Namespace) -> int:
 
 
 def _moe(options: argparse.Namespace) -> int:
-    made = moe.run(find_peers(options.peers), options.threads, options.cache, tuple(moe.SHAPES)[:options.shapes])
-    print(f"\n== mixtures of experts, 16 layers\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
-    print(moe.text(made))
-    if options.json:
-        write_json(options.json / "moe.json", {**_when(options), **moe.as_data(made)})
-    return sum(outcome.why_not is not None for outcomes in made.outcomes.values() for label, outcome in outcomes.items()
-               if label.startswith("qpass"))
+    failed = 0
+    for name in [name for name in moe.SHAPES if not options.models or name in options.models]:
+        made = moe.run(find_peers(options.peers), options.threads, options.cache, (name,))
+        print(f"\n== mixtures of experts, 16 layers\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
+        print(moe.text(made), flush=True)
+        if options.json:
+            write_json(options.json / f"moe-{name}.json", {**_when(options), **moe.as_data(made)})
+        failed += made.outcomes[name][moe.OURS].why_not is not None
+    return failed
 
 
 def _capture(options: argparse.Namespace) -> int:
@@ -114,9 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn")
     parser.add_argument("--tables", nargs="+", default=(), choices=[table.name for table in TABLES])
     parser.add_argument("--shapes", type=int, metavar="N", 
-                        help="only the first N shapes of each table, and of mixtures of experts")
+                        help="only the first N shapes of each table")
     parser.add_argument("--tokens", nargs="+", type=int, default=())
-    parser.add_argument("--models", nargs="+", default=(), metavar="LABEL", help="only the speed of these models")
+    parser.add_argument("--models", nargs="+", default=(), metavar="LABEL",
+                        help="only the speed of these models, or these mixtures")
     parser.add_argument("--rotate", type=int, default=600, metavar="MB", help="weights in rotation at few tokens")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "bench", metavar="DIR",
                         help="where the whole models are kept, 10 GB of them (default: .cache/bench)")

@@ -1,4 +1,4 @@
-"""ISA: what this machine's processor can do, read from the operating system, without compiling anything."""
+"""ISA: what this machine's processor can do, read from the operating system, without compiling anything; GPUs too."""
 
 from __future__ import annotations
 
@@ -47,6 +47,10 @@ def machine_has() -> tuple[str, ...]:
 
 def machine_refuses(isa: str | None) -> str | None:
     """None if this machine has `isa`, otherwise the sentence that says what it has instead."""
+    if isa is not None and isa.startswith("sm_"):
+        from qpass.kernels.cuda import capability
+
+        return capability.machine_refuses(isa)
     if isa is None or isa in machine_has():
         return None
     best = machine_has()[0] if machine_has() else platform.machine()

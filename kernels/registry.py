@@ -240,6 +240,9 @@ def load_builtin() -> None:
     """Import the kernels that come with qpass; compiles nothing."""
     import qpass.kernels.cpu.x86
     import qpass.kernels.cpu.x86_experts
+    import qpass.kernels.cuda.experts
+    import qpass.kernels.cuda.linear
+    import qpass.kernels.cuda.torch_products
     import qpass.kernels.experts_loop
     import qpass.kernels.reference.experts
     import qpass.kernels.reference.linear  # noqa: F401

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from qpass.experts_spec import ExpertsSpec, Gate
+from qpass.kernels.cuda.capability import CAPABILITIES, assume
+from qpass.kernels.cuda.proven import PROVEN
 from qpass.kernels.isa import machine_refuses
 from qpass.kernels.registry import KERNELS, ExpertsCall, Kernel, LinearCall, load_builtin
-from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs
+from qpass.scheme import PRESETS, ActivationArgs, RowCodec, Scheme, WeightArgs, codec_of
 from qpass.spec import LinearSpec
 
 # Each is tried on every kernel, on a weight that all of them divide, so that a row says what the kernel itself says.
@@ -19,6 +22,8 @@ _GRANULARITIES: tuple[tuple[str, dict[str, object]], ...] = (
     ("g128", {"granularity": "per_group", "group_size": 128}),
     ("channel", {"granularity": "per_channel", "group_size": None}),
     ("tensor", {"granularity": "per_tensor", "group_size": None}))
+_GROUPINGS = (("g16", "per_group", 16), ("g32", "per_group", 32), ("g64", "per_group", 64), ("g128", "per_group", 128),
+              ("b128", "per_block", 128), ("channel", "per_channel", None), ("tensor", "per_tensor", None))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIZE = 1024
 
@@ -29,6 +34,8 @@ class SupportRow:
 
     weights, activations and dtypes are those the kernel takes at 1024x1024; whether it takes a given layer is for
     qpass.plan to say. Weights say the granularity, `asym` is added where zero points are taken too.
+    gpus are the NVIDIA generations that have what a kernel for `cuda` needs, each with the dtypes it lacks there, and
+    proven those on which its results were compared with the reference; with none, it was only interpreted.
     """
 
     kernel: str
@@ -41,6 +48,13 @@ class SupportRow:
     priority: int
     runs_here: bool
     why_not: str = ""
+    gpus: tuple[str, ...] = ()
+    proven: tuple[str, ...] = ()
+
+    @property
+    def interpreted_only(self) -> bool:
+        """Whether it is a kernel for GPUs that has never run on one: tested in Triton's interpreter or on the CPU."""
+        return self.device == "cuda" and not self.proven
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +68,9 @@ class SupportMatrix:
         table = [heads, *(_cells(row) for row in self.rows)]
         widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        notes = ["", "* tested in Triton's interpreter, on the CPU, and compiled, but never run on a GPU"] if any(
+            row.interpreted_only for row in self.rows) else []
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *notes])
 
 
 def support_matrix() -> SupportMatrix:
@@ -65,7 +81,7 @@ def support_matrix() -> SupportMatrix:
 
 
 def _row(kernel: Kernel) -> SupportRow:
-    probes = [probe for scheme in _schemes(kernel.scheme) for probe in _probes(scheme)]
+    probes = [probe for scheme in _schemes(kernel.scheme) for probe in _probes(scheme)] or _codec_probes(kernel.scheme)
     taken = [(label, act, dtype) for label, act, spec in probes for dtype in _DTYPES
              if kernel.takes(_call(kernel, spec, dtype)) is None]
     why = _device_refuses(kernel.device) or machine_refuses(kernel.isa) or ""
@@ -74,19 +90,60 @@ def _row(kernel: Kernel) -> SupportRow:
                       activations=_once([act for _, act, _ in taken]),
                       dtypes=_once([_short(dtype) for _, _, dtype in taken]), isa=kernel.isa,
                       device="every device" if kernel.device == "*" else kernel.device, priority=kernel.priority,
-                      runs_here=not why, why_not=why)
+                      runs_here=not why, why_not=why, gpus=_gpus(kernel, [spec for _, _, spec in probes]),
+                      proven=PROVEN.get(kernel.name, ()))
+
+
+def _gpus(kernel: Kernel, specs: Sequence[LinearSpec]) -> tuple[str, ...]:
+    """`sm_80`, `sm_75 without bf16`: the generations on which a kernel for CUDA takes anything."""
+    if kernel.device != "cuda":
+        return ()
+    found = []
+    every = [d for d in _DTYPES if any(kernel.takes(_call(kernel, spec, d)) is None for spec in specs)]
+    for number in CAPABILITIES:
+        with assume(number):
+            lacks = [_short(d) for d in every if all(kernel.takes(_call(kernel, spec, d)) for spec in specs)]
+        if len(lacks) < len(every):
+            found.append(f"sm_{number}" + (f" without {' '.join(lacks)}" if lacks else ""))
+    return tuple(found)
 
 
 def _schemes(family: str) -> list[Scheme]:
     """The registered schemes that a kernel for `family` is about; one of each weight type and width is enough."""
     found = {(s.weight.type, s.weight.bits, s.activation is None): s for s in PRESETS.values()
-             if family in ("*", s.family) and (s.activation is None or s.activation.number == "int8")}
+             if (family == "*" and (s.activation is None or s.activation.number == "int8"))
+             or (s.family == family and s.weight.type == "int")}
     return list(found.values())
+
+
+def _codec_probes(family: str) -> list[tuple[str, str, LinearSpec]]:
+    """The same for a family of weights that a codec stores, `mxfp4_w4a16` say, in every grouping that it can store."""
+    parts = re.fullmatch(r"(\w+)_w(\d)a(16|fp8)", family)
+    if parts is None:
+        return []
+    kind, bits = parts[1], int(parts[2])
+    activations: tuple[tuple[str, ActivationArgs | None], ...] = (("float", None),) if parts[3] == "16" else (
+        ("fp8", ActivationArgs(type="float")),
+        ("fp8 g128", ActivationArgs(type="float", granularity="per_group", group_size=128)))
+    found = []
+    for label, granularity, size in _GROUPINGS:
+        weight = WeightArgs(bits=bits, type=kind, granularity=granularity, group_size=size)  # type: ignore[arg-type]
+        codec = codec_of(weight)
+        try:
+            if isinstance(codec, RowCodec):
+                codec.stored(weight, (_SIZE, _SIZE))
+        except ValueError:  # not a grouping of this format
+            continue
+        found += [(label, name, LinearSpec(family=family, weight=weight, activation=activation, out_features=_SIZE,
+                                           in_features=_SIZE)) for name, activation in activations]
+    return found
 
 
 def _probes(scheme: Scheme) -> list[tuple[str, str, LinearSpec]]:
     activations: list[tuple[str, ActivationArgs | None]] = [("float", None)]
     if scheme.activation is not None:
+        activations = [(scheme.activation.number, scheme.activation)]
+    if scheme.activation is not None and scheme.activation.number == "int8":
         activations = [("int8", ActivationArgs()), ("int8 asym", ActivationArgs(symmetric=False)),
                        ("int8 static", ActivationArgs(granularity="per_tensor", dynamic=False))]
     found = []
@@ -145,5 +202,5 @@ def _cells(row: SupportRow) -> tuple[str, ...]:
     every = (*(label for label, _ in _GRANULARITIES), "asym")
     return (row.kernel, row.scheme, "all, asym too" if row.weights == every else " ".join(row.weights),
             ", ".join(label.removeprefix("int8 ") for label in row.activations), " ".join(row.dtypes),
-            row.isa or "nothing", row.device,
+            row.isa or "nothing", row.device + ("*" if row.interpreted_only else ""),
             "yes" if row.runs_here else f"no: {row.why_not}")

@@ -15,7 +15,7 @@ import qpass
 from tests.source_tree import modules
 
 # Integrations, which import what they integrate with. Nothing else may.
-INTEGRATIONS = ("qpass.hf", "qpass.cli", "qpass.demo")
+INTEGRATIONS = ("qpass.hf", "qpass.cli", "qpass.demo", "qpass.kernels.cuda.programs")
 API = ("quantize", "plan", "explain", "dequantize", "save", "load", "compare", "evaluate", "support_matrix", "search",
        "Scheme", "Rule", "Recipe", "PRESETS", "register_scheme", "register_kernel", "register_pass")
 

@@ -6,6 +6,8 @@ symmetric   (vLLM's dynamic int8)        scale = max(amax(|x|), EPS) / 127,  q =
 asymmetric  (compressed-tensors' token)  low = min(x, 0), high = max(x, 0), scale = max(high - low, EPS) / 255,
             zero_point = -128 - round(low / scale),  q = clamp(round(x / scale) + zero_point, -128, 127)
 static      (vLLM's static int8)         q = clamp(round(x / scale) + zero_point, -128, 127), scale and zero point given
+float8      (vLLM's dynamic fp8)         scale = max(amax(|x|), EPS) / 448,  q = e4m3(clamp(x / scale, -448, 448)),
+            a scale for each token, or for each group of its inputs
 All in float32, rounding half to even. A code that is not a number is 0: float NaN to int8 is not the same on every
 path of a machine. A token with NaN or Inf has such a scale, which carries it into the product; a static scale knows
 nothing of the token, so there Inf is the largest code and NaN is lost.
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from qpass.activation_args import ActivationArgs
 
 EPS = 1e-10  # keeps an all-zero token from dividing by zero; far below any real activation
 
@@ -34,6 +38,22 @@ def quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = (high - low).clamp_min(EPS) / 255
     zero_point = -128 - (low / scale).round()
     return _codes(((x / scale).round() + zero_point).clamp(-128, 127)), scale, zero_point
+
+
+def quantize_float8(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., K] floating -> codes float8_e4m3fn [..., K], scale float32 [..., 1], or [..., K / group_size]."""
+    x = x.float()
+    groups = x if group_size is None else x.unflatten(-1, (-1, group_size))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(EPS) / 448
+    codes = (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (codes, scale) if group_size is None else (codes.flatten(-2), scale.squeeze(-1))
+
+
+def quantize_activation(x: Tensor, activation: ActivationArgs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scale and zero point (or None) of a dynamic activation, of whatever numbers some kernel rounds to."""
+    if activation.number == "fp8":
+        return (*quantize_float8(x, activation.group_size), None)
+    return (*quantize_symmetric(x), None) if activation.symmetric else quantize_asymmetric(x)
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:

@@ -242,6 +242,7 @@ def load_builtin() -> None:
     import qpass.kernels.cpu.x86_experts
     import qpass.kernels.cuda.experts
     import qpass.kernels.cuda.linear
+    import qpass.kernels.cuda.ops
     import qpass.kernels.cuda.torch_products
     import qpass.kernels.experts_loop
     import qpass.kernels.reference.experts

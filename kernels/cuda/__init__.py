@@ -1,1 +1,1 @@
-"""CUDA kernels: Triton programs, how weights are packed for them, and their registration; no GPU or Triton at import."""
+"""CUDA kernels: Triton programs, the packing of weights for them, and the table's entries; imports no Triton."""

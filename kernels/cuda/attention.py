@@ -49,8 +49,8 @@ def attend_quantized(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: 
     batch, heads, keys, size = k.shape
     if (v.shape != k.shape or v.dtype != k.dtype or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != size
             or lengths.shape != (batch,)):
-        raise ValueError("attention takes q [B, heads * shared, L, D], k and v [B, heads, S, D] of one dtype and lengths "
-                         f"[B]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {tuple(lengths.shape)}")
+        raise ValueError("attention takes q [B, heads * shared, L, D], k and v [B, heads, S, D] of one dtype and "
+                         f"lengths [B]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {tuple(lengths.shape)}")
     parts = parts_of(batch * heads, rows_of(keys), capability_of(q.device) or 90)
     acc, top, total = _parts(q, k, k_scale.expand(batch, heads, keys), v, v_scale.expand(batch, heads, keys), lengths,
                              parts, 1 / math.sqrt(size) if scale is None else scale)
@@ -81,7 +81,7 @@ def _parts(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, le
     top, total = (q.new_empty((parts, batch, heads, rows), dtype=torch.float32) for _ in range(2))
     acc = q.new_empty((parts, batch, heads, rows, size), dtype=torch.float32)
     block_r = 16 if rows_of(rows) <= 16 else 64
-    each = -(-(-(-keys // parts)) // _STEP) * _STEP
+    each = -(-keys // (parts * _STEP)) * _STEP
     launcher(attend)[(batch * heads, parts * -(-rows // block_r))](
         q, _bytes(k), _bytes(v), k_scale, v_scale, lengths.int(), acc, top, total, queries, size, heads, keys, each,
         factor, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_scale.stride(), *v_scale.stride(),

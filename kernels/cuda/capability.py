@@ -51,7 +51,7 @@ def needs(least: int, device: torch.device, what: str = "") -> str | None:
 
 def machine_refuses(isa: str) -> str | None:
     """The same of `isa`, "sm_80" say, for the best GPU of this machine."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.cuda.device_count() == 0:
         return f"needs {isa}, there is no CUDA device here"
     best = max(_capability(i) for i in range(torch.cuda.device_count()))
     return None if best >= int(isa.removeprefix("sm_")) else f"needs {isa}, the best GPU here is sm_{best}"

@@ -55,7 +55,7 @@ def bucket(m: int) -> int:
 
 
 def rows_of(m: Any) -> int:
-    """How many rows a choice should suit: `m`, or the example a symbolic size was traced with, without a guard on it."""
+    """How many rows a choice should suit: `m`, or the example that a symbolic size was traced with; sets no guard."""
     if isinstance(m, int):
         return m
     hint = getattr(getattr(m, "node", None), "hint", None)

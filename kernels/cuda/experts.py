@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from qpass.experts_spec import ExpertsSpec
-from qpass.kernels.cuda.launch import Grouping, Rows, multiply, operands
+from qpass.kernels.cuda.capability import triton_refuses
+from qpass.kernels.cuda.launch import Rows, multiply, operands
 from qpass.kernels.cuda.layouts import CUDA_TILES, names
 from qpass.kernels.cuda.linear import FLOAT_FAMILIES, FP8_FAMILIES, INT8_FAMILIES, LEAST, PRIORITY, kind_of, name_of
 from qpass.kernels.cuda.linear import refuses as linear_refuses
-from qpass.kernels.cuda.capability import triton_refuses
 from qpass.kernels.cuda.routing import group_rows
 from qpass.kernels.reference.activation import quantize_activation
 from qpass.kernels.reference.experts import apply_gate

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qpass.kernels.cuda.capability import capability_of, needs, triton_refuses
+from qpass.kernels.cuda.capability import needs, triton_refuses
 from qpass.kernels.cuda.launch import Rows, multiply, operands
 from qpass.kernels.cuda.layouts import CUDA_TILES, LARGEST_GROUP
 from qpass.kernels.reference.activation import quantize_activation
@@ -22,8 +21,8 @@ INT8_FAMILIES = ("w4a8", "w8a8")
 FP8_FAMILIES = ("w4afp8", "fp8_w8afp8", "mxfp4_w4afp8")
 PRIORITY = 20
 LEAST = {"half": 80, "int8": 80, "fp8": 89}
-"""The capability from which Triton has tensor cores for a kind of product. For sm_75 Triton 3.6 compiles no int8 product
-at all, and others without tensor cores; for Volta nothing."""
+"""The capability from which Triton has tensor cores for a kind of product. For sm_75 Triton 3.6 compiles no int8
+product at all, and others without tensor cores."""
 
 
 def kind_of(family: str) -> str:
@@ -110,9 +109,9 @@ def _shaped(rows: Rows, x: Tensor, packed: Sequence[Tensor], bias: Sequence[Tens
 
 
 def _native_call(op: str, args: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    from qpass.kernels.cuda.ops import OPS
-
-    return getattr(OPS, op).default, tuple(args)
+    specs = 5 if op.startswith("linear_q") else 3
+    return getattr(torch.ops.qpass_cuda, op).default, tuple("\n".join(a) if i == specs and op.endswith("list") else a
+                                           for i, a in enumerate(args))
 
 
 def _register(family: str) -> None:

@@ -52,7 +52,8 @@ def attend(q, k, v, k_scale, v_scale, lengths, acc_out, top_out, sum_out, querie
         s = start + tl.arange(0, BLOCK_S)
         there = s < length
         rows = s.to(tl.int64)
-        codes = tl.load(k_at + (rows * k_row)[None, :] + d[:, None], mask=there[None, :] & (d < size)[:, None], other=0)
+        inner = there[None, :] & (d < size)[:, None]
+        codes = tl.load(k_at + (rows * k_row)[None, :] + d[:, None], mask=inner, other=0)
         score = tl.dot(query, _number(codes, FORMAT, DTYPE), out_dtype=tl.float32, input_precision="ieee")
         score *= tl.load(ks_at + rows * ks_row, mask=there, other=0).to(tl.float32)[None, :] * factor
         seen = there[None, :] & (s[None, :] <= position[:, None])
@@ -61,7 +62,8 @@ def attend(q, k, v, k_scale, v_scale, lengths, acc_out, top_out, sum_out, querie
         p = tl.where(seen, tl.exp(score - higher[:, None]), 0.0)
         shrink = tl.exp(top - higher)
         total = total * shrink + tl.sum(p, axis=1)
-        values = tl.load(v_at + (rows * v_row)[:, None] + d[None, :], mask=there[:, None] & (d < size)[None, :], other=0)
+        inner = there[:, None] & (d < size)[None, :]
+        values = tl.load(v_at + (rows * v_row)[:, None] + d[None, :], mask=inner, other=0)
         p *= tl.load(vs_at + rows * vs_row, mask=there, other=0).to(tl.float32)[None, :]
         acc = acc * shrink[:, None] + tl.dot(p.to(DTYPE), _number(values, FORMAT, DTYPE), out_dtype=tl.float32,
                                              input_precision="ieee")

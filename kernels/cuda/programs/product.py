@@ -176,8 +176,10 @@ def product(x, xs, xz, factor, book, slots, owners, w0, s0, z0, c0, b0, o0, w1, 
             if GROUP == 16:  # four groups in a tile; the scaled number is exact in 16 bits, so it is scaled first
                 g = tile * 4 + (j % 32) // 16
                 at = s + g.to(tl.int64)[None, :] * scale_rows + wn[:, None]
-                low *= e4m3(tl.load(at, mask=(g < k // 16)[None, :], other=0).to(tl.int32)).to(DTYPE)
-                high *= e4m3(tl.load(at + 2 * scale_rows, mask=(g + 2 < k // 16)[None, :], other=0).to(tl.int32)).to(DTYPE)
+                s_low = tl.load(at, mask=(g < k // 16)[None, :], other=0).to(tl.int32)
+                s_high = tl.load(at + 2 * scale_rows, mask=(g + 2 < k // 16)[None, :], other=0).to(tl.int32)
+                low *= e4m3(s_low).to(DTYPE)
+                high *= e4m3(s_high).to(DTYPE)
                 acc += _dot(low, x_low, EXACT) + _dot(high, x_high, EXACT)
             else:
                 low = _shifted(low, z, g_low, wn, scale_rows, ZERO)

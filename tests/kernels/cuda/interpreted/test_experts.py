@@ -1,4 +1,4 @@
-"""Layers of experts, their grouped products interpreted, agree with float64 token by token, however tokens are spread."""
+"""Layers of experts, their grouped products interpreted, agree with float64 token by token, however they are routed."""
 
 from __future__ import annotations
 

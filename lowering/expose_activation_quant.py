@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_arg
 
-from qpass.kernels.reference.activation import quantize_asymmetric, quantize_static, quantize_symmetric
+from qpass.kernels.reference.activation import quantize_activation, quantize_static
 from qpass.kernels.registry import kernel
 from qpass.lowering.graph_nodes import (
     EXPERTS,
@@ -100,7 +100,8 @@ def _lines(dtypes: tuple[torch.dtype, ...], device: torch.device, activation: Ac
     def run(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         if given:
             return quantize_static(x, *given), *(one.float() for one in given)
-        return quantize_symmetric(x) if activation.symmetric else quantize_asymmetric(x)
+        codes, scale, zero_point = quantize_activation(x, activation)
+        return (codes, scale) if zero_point is None else (codes, scale, zero_point)
 
     with torch.no_grad(), FakeTensorMode():
         examples = [torch.empty(1 if i else (2, 3), dtype=dtype, device=device) for i, dtype in enumerate(dtypes)]

@@ -49,8 +49,9 @@ def attend_quantized(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: 
     batch, heads, keys, size = k.shape
     if (v.shape != k.shape or v.dtype != k.dtype or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != size
             or lengths.shape != (batch,)):
+        found = ", ".join(str(tuple(t.shape)) for t in (q, k, v, lengths))
         raise ValueError("attention takes q [B, heads * shared, L, D], k and v [B, heads, S, D] of one dtype and "
-                         f"lengths [B]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {tuple(lengths.shape)}")
+                         f"lengths [B]; got {found}")
     parts = parts_of(batch * heads, rows_of(keys), capability_of(q.device) or 90)
     acc, top, total = _parts(q, k, k_scale.expand(batch, heads, keys), v, v_scale.expand(batch, heads, keys), lengths,
                              parts, 1 / math.sqrt(size) if scale is None else scale)

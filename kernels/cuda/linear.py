@@ -110,8 +110,10 @@ def _shaped(rows: Rows, x: Tensor, packed: Sequence[Tensor], bias: Sequence[Tens
 
 def _native_call(op: str, args: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     specs = 5 if op.startswith("linear_q") else 3
-    return getattr(torch.ops.qpass_cuda, op).default, tuple("\n".join(a) if i == specs and op.endswith("list") else a
-                                           for i, a in enumerate(args))
+    given = list(args[:7 if op.startswith("linear_q") else 4])  # without a static scale, which lowering has exposed
+    if op.endswith("list"):
+        given[specs] = "\n".join(given[specs])
+    return getattr(torch.ops.qpass_cuda, op).default, tuple(given)
 
 
 def _register(family: str) -> None:

@@ -21,8 +21,7 @@ LIBRARY = torch.library.Library("qpass_cuda", "DEF")
 OPS = torch.ops.qpass_cuda
 _CODES = "Tensor xq, Tensor x_scale, Tensor? x_zero_point"
 _SCHEMAS = {
-    "linear": "(Tensor x, Tensor[] packed, Tensor? bias, str spec, Tensor? input_scale=None, "
-              "Tensor? input_zero_point=None) -> Tensor",
+    "linear": "(Tensor x, Tensor[] packed, Tensor? bias, str spec) -> Tensor",
     "linear_q": f"({_CODES}, Tensor[] packed, Tensor? bias, str spec, ScalarType dtype) -> Tensor",
     "linear_list": "(Tensor x, Tensor[] packed, Tensor?[] bias, str specs) -> Tensor[]",
     "linear_q_list": f"({_CODES}, Tensor[] packed, Tensor?[] bias, str specs, ScalarType dtype) -> Tensor[]",
@@ -33,8 +32,7 @@ def _parsed(specs: str) -> list[LinearSpec]:
     return [LinearSpec.parse(spec) for spec in specs.split("\n")]
 
 
-def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: str, input_scale: Tensor | None = None,
-           input_zero_point: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     """x [..., K] floating -> [..., N]."""
     return forward(x, packed, [bias], _parsed(spec))[0]
 

@@ -49,9 +49,13 @@ def linear_reference(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, s
 @linear_reference.form("linear_q")
 def linear_q_reference(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: Sequence[Tensor],
                        bias: Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-    """xq int8 [..., K], x_scale float32 [..., 1], x_zero_point float32 [..., 1] or None -> [..., N] in `dtype`."""
+    """xq int8 or float8 [..., K], x_scale float32 [..., 1], or [..., G] of groups, x_zero_point float32 [..., 1] or None
+    -> [..., N] in `dtype`."""
     weight = unpack(packed, spec)
     x = xq.double() if x_zero_point is None else xq.double() - x_zero_point.double()
+    if x_scale.shape[-1] > 1:
+        x, x_scale = x * x_scale.repeat_interleave(x.shape[-1] // x_scale.shape[-1], dim=-1), torch.ones_like(
+            x_scale[..., :1])
     if spec.weight.type != "int":  # a codec's weights are not integers: one float product of the rounded activation
         y = _times(x.float(), weight, spec) * x_scale
         return (y if bias is None else y + bias.float()).to(dtype)

@@ -1,6 +1,6 @@
 """CUDA benchmark: builds, checks and times the kernels on a GPU, prints the table of goals and writes JSON.
 
-    python tests/bench/cuda.py --out cuda.json             on a machine with a GPU, PyTorch and Triton; nothing to install
+    python tests/bench/cuda.py --out cuda.json             with a GPU, PyTorch and Triton; nothing is installed
     python tests/bench/cuda.py --dry-run --out dry.json    the same on a CPU, tiny, in Triton's interpreter
 
 A stage that fails is reported by its name and the next goes on; what has been found is written after each stage. Stages

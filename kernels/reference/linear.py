@@ -49,8 +49,8 @@ def linear_reference(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, s
 @linear_reference.form("linear_q")
 def linear_q_reference(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: Sequence[Tensor],
                        bias: Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-    """xq int8 or float8 [..., K], x_scale float32 [..., 1], or [..., G] of groups, x_zero_point float32 [..., 1] or None
-    -> [..., N] in `dtype`."""
+    """xq int8 or float8 [..., K], x_scale float32 [..., 1], or [..., G] of groups, x_zero_point float32 [..., 1] or
+    None -> [..., N] in `dtype`."""
     weight = unpack(packed, spec)
     x = xq.double() if x_zero_point is None else xq.double() - x_zero_point.double()
     if x_scale.shape[-1] > 1:

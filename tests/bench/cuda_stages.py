@@ -55,7 +55,7 @@ def activations_of(scheme: str) -> list[Any]:
 
 
 def check_linears(machine: Machine) -> dict[str, Any]:
-    """Every linear kernel for CUDA, in each dtype, at few and many rows and odd sizes, against float64 on the device."""
+    """Every linear kernel for CUDA, in each dtype, at few and many rows and odd sizes, against float64."""
     load_builtin()
     agree, differ, errors = [], [], {}
     for kernel in [k for k in KERNELS.values() if k.device == "cuda" and k.op == "linear"]:

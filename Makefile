@@ -34,7 +34,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test-all
 	$(PYTEST) $(TEST_ARGS)
 
 check: $(VENV)/.test
@@ -63,6 +63,11 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
 	@$(INSTALL) --no-build-isolation -e '.[test,demo]'
 	@touch $@ $(VENV)/.demo
+
+# Triton is 600 MB, and only the tests of the CUDA kernels need it.
+$(VENV)/.test-all: $(VENV)/.test
+	@$(INSTALL) --no-build-isolation -e '.[test,demo,triton]'
+	@touch $@
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

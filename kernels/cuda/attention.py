@@ -15,6 +15,7 @@ from torch import Tensor
 from qpass.errors import NoKernel
 from qpass.kernels.cuda.capability import capability_of, needs, triton_refuses
 from qpass.kernels.cuda.configs import PROCESSORS, rows_of
+from qpass.kernels.cuda.launch import on_device
 
 _STEP = 64  # keys of one step
 
@@ -83,11 +84,12 @@ def _parts(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, le
     acc = q.new_empty((parts, batch, heads, rows, size), dtype=torch.float32)
     block_r = 16 if rows_of(rows) <= 16 else 64
     each = -(-keys // (parts * _STEP)) * _STEP
-    launcher(attend)[(batch * heads, parts * -(-rows // block_r))](
-        q, _bytes(k), _bytes(v), k_scale, v_scale, lengths.int(), acc, top, total, queries, size, heads, keys, each,
-        factor, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_scale.stride(), *v_scale.stride(),
-        SHARED=shared, FORMAT="int8" if k.dtype == torch.int8 else "e4m3", DTYPE=language(q.dtype, q.device),
-        BLOCK_R=block_r, BLOCK_S=_STEP, BLOCK_D=max(16, 1 << (size - 1).bit_length()), num_warps=4, num_stages=2)
+    with on_device(q):
+        launcher(attend)[(batch * heads, parts * -(-rows // block_r))](
+            q, _bytes(k), _bytes(v), k_scale, v_scale, lengths.int(), acc, top, total, queries, size, heads, keys, each,
+            factor, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_scale.stride(), *v_scale.stride(),
+            SHARED=shared, FORMAT="int8" if k.dtype == torch.int8 else "e4m3", DTYPE=language(q.dtype, q.device),
+            BLOCK_R=block_r, BLOCK_S=_STEP, BLOCK_D=max(16, 1 << (size - 1).bit_length()), num_warps=4, num_stages=2)
     return acc, top, total
 
 

@@ -8,6 +8,7 @@ that blocks are square. `tuning` measures a few neighbours where a user asks for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -77,6 +78,7 @@ _TABLES: dict[int, dict[str, tuple[tuple[int, tuple[int, int, int, int, int]], .
 }
 
 
+@lru_cache(maxsize=1024)
 def default_config(problem: Problem) -> Config:
     """The table's choice. Holds for every problem that no kernel refuses: block_k divides what groups allow."""
     m = bucket(problem.m)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,20 +144,28 @@ def _run(rows: Rows, weights: Sequence[Operand], numbers: ProgramNumbers, output
         first.weight, first.scale, tensors.get("zero_point"), tensors.get("colsum"), first.bias)]
     blocks_m = -(-m // block_m) if grouping is None else grouping.owners.shape[0]
     grid = (blocks_m * sum(-(-size // config.block_n) for size in n), config.splits)
-    launcher(product)[grid](
-        x, scale, rows.zero_point, factor, tensors.get("code"),
-        None if grouping is None else grouping.slots, None if grouping is None else grouping.owners, *given,
-        m, spec.in_features, *sizes, k_padded, *scale_rows, -(-steps // config.splits),
-        0 if scale is None else scale.stride(0), 0 if scale is None else scale.shape[1], *strides,
-        1 if grouping is None else grouping.places,
-        COUNT=len(weights), FORMAT=_format(first, numbers), HALVES=numbers.halves, DTYPE=language(x.dtype, x.device),
-        GROUP=numbers.group, SCALES="integer" if integer else _scales(first, numbers), SCALE_ROWS=numbers.scale_rows,
-        FACTOR=numbers.factor, X_GROUP=numbers.x_group, GROUPED=grouping is not None, SPLIT=split,
-        EXACT=x.dtype == torch.float32, FAST=_fast(x) and not integer, BLOCK_M=block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages)
+    with on_device(x):
+        launcher(product)[grid](
+            x, scale, rows.zero_point, factor, tensors.get("code"),
+            None if grouping is None else grouping.slots, None if grouping is None else grouping.owners, *given,
+            m, spec.in_features, *sizes, k_padded, *scale_rows, -(-steps // config.splits),
+            0 if scale is None else scale.stride(0), 0 if scale is None else scale.shape[1], *strides,
+            1 if grouping is None else grouping.places,
+            COUNT=len(weights), FORMAT=_format(first, numbers), HALVES=numbers.halves,
+            DTYPE=language(x.dtype, x.device), GROUP=numbers.group,
+            SCALES="integer" if integer else _scales(first, numbers), SCALE_ROWS=numbers.scale_rows, FACTOR=numbers.factor,
+            X_GROUP=numbers.x_group, GROUPED=grouping is not None, SPLIT=split,
+            EXACT=x.dtype == torch.float32, FAST=_fast(x) and not integer, BLOCK_M=block_m, BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages)
     if not split:
         return outputs
     return [_added(parts, one.bias, out.dtype) for parts, one, out in zip(written, weights, outputs, strict=True)]
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes x's GPU the current one, on which Triton launches; a compiler that traces sees to that itself."""
+    real = x.device.type == "cuda" and type(x) is Tensor and not torch.compiler.is_compiling()
+    return torch.cuda.device(x.device) if real else nullcontext()
 
 
 def _added(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

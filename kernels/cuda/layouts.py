@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qpass.errors import WeightError
 from qpass.integer_scales import factor
 from qpass.kernels.layout import CANONICAL, Layout, Packed
 from qpass.spec import LinearSpec
@@ -157,6 +158,9 @@ def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
     if "packed" in t:
         codes = torch.stack((t["packed"] & 15, t["packed"] >> 4), dim=-1).view(n, -1)
         return {**t, "packed": to_tiles(codes), "scale": _turned(t["scale"], spec)}
+    if t["weight"].dtype == torch.float8_e5m2 and spec.activation is not None:
+        raise WeightError(f"{spec}: products of float8 activations take float8_e4m3fn weights, not float8_e5m2; "
+                          "load it with a recipe that leaves activations in float")
     return {"weight": _wide(t["weight"]), "scale": _turned(t["scale"], spec)}
 
 

@@ -26,13 +26,13 @@ from qpass.kernels.cuda.configs import Config, Problem, bucket, default_config, 
 
 MOST_TRIED = 24
 _REPEATS = 5
-_kept: dict[str, dict[str, Config]] = {}
+_kept: dict[str, dict[Problem, Config]] = {}
 
 
 def chosen_config(problem: Problem, run: Callable[[Config], Any], x: Tensor) -> Config:
     """The config for a problem; `run` computes it with a config. x says where, and whether this is only a trace."""
-    key = key_of(problem)
-    kept = _choices(x.device) if x.device.type == "cuda" else {}
+    key = replace(problem, m=bucket(problem.m))
+    kept = _choices(x.device) if x.device.type == "cuda" and torch.cuda.is_available() else {}
     if key in kept:
         return fitted_splits(problem, kept[key])
     table = default_config(problem)
@@ -41,13 +41,8 @@ def chosen_config(problem: Problem, run: Callable[[Config], Any], x: Tensor) -> 
         return table
     best = measured_best(neighbours(problem, table)[:most], run)
     kept[key] = best
-    keep(x.device, kept)
+    keep(cache_dir() / file_name(x.device), kept)
     return best
-
-
-def key_of(problem: Problem) -> str:
-    """A problem as text, its rows only as a bucket."""
-    return json.dumps(asdict(replace(problem, m=bucket(problem.m))), sort_keys=True)
 
 
 def fitted_splits(problem: Problem, config: Config) -> Config:
@@ -100,28 +95,27 @@ def _may_measure(x: Tensor) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def _choices(device: torch.device) -> dict[str, Config]:
+def _choices(device: torch.device) -> dict[Problem, Config]:
     name = file_name(device)
     if name not in _kept:
         _kept[name] = read(cache_dir() / name)
     return _kept[name]
 
 
-def read(path: Path) -> dict[str, Config]:
+def read(path: Path) -> dict[Problem, Config]:
     """The choices of a file; none if it is not there or holds something else."""
     try:
-        return {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
+        return {Problem(**json.loads(key)): Config(**value) for key, value in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def keep(device: torch.device, choices: dict[str, Config]) -> None:
-    """Add `choices` to the file of this kind of GPU, whole or not at all; another process may have added its own."""
-    path = cache_dir() / file_name(device)
+def keep(path: Path, choices: dict[Problem, Config]) -> None:
+    """Add `choices` to a file, whole or not at all; another process may have added its own meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    both = read(path) | choices
+    both = {json.dumps(asdict(problem)): asdict(config) for problem, config in (read(path) | choices).items()}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump({key: asdict(config) for key, config in both.items()}, file, indent=0)
+        json.dump(both, file, indent=0)
     os.replace(file.name, path)
 
 
@@ -134,6 +128,7 @@ def _version() -> str:
     return hashlib.sha256(source + triton.__version__.encode()).hexdigest()[:12]
 
 
+@cache
 def file_name(device: torch.device) -> str:
     """Where the choices for this kind of GPU are kept: its name, and the version of Triton and of these programs."""
     gpu = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")

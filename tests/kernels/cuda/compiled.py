@@ -1,7 +1,7 @@
 """Compiled programs: a call of a kernel on fake CUDA tensors in, what Triton makes of its launches for a GPU out.
 
-Nothing runs: the launch is recorded, its arguments are specialized as Triton does at a call (16 divides it, it is 1), and
-the program is compiled for the target to PTX, and by Triton's own ptxas to a binary.
+Nothing runs: the launch is recorded, its arguments are specialized as Triton does at a call (16 divides it, it is 1),
+and the program is compiled for the target to PTX, and by Triton's own ptxas to a binary.
 """
 
 from __future__ import annotations

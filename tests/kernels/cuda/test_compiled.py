@@ -1,4 +1,4 @@
-"""The Triton programs compile for sm_80, sm_89 and sm_90, to the tensor-core instructions and loads that they should."""
+"""The Triton programs compile for sm_80, sm_89 and sm_90, to the tensor-core instructions and loads meant."""
 
 from __future__ import annotations
 

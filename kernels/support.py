@@ -99,7 +99,8 @@ def _gpus(kernel: Kernel, specs: Sequence[LinearSpec]) -> tuple[str, ...]:
     if kernel.device != "cuda":
         return ()
     found = []
-    every = [d for d in _DTYPES if any(kernel.takes(_call(kernel, spec, d)) is None for spec in specs)]
+    with assume(max(CAPABILITIES)):
+        every = [d for d in _DTYPES if any(kernel.takes(_call(kernel, spec, d)) is None for spec in specs)]
     for number in CAPABILITIES:
         with assume(number):
             lacks = [_short(d) for d in every if all(kernel.takes(_call(kernel, spec, d)) for spec in specs)]
@@ -200,7 +201,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def _cells(row: SupportRow) -> tuple[str, ...]:
     every = (*(label for label, _ in _GRANULARITIES), "asym")
-    return (row.kernel, row.scheme, "all, asym too" if row.weights == every else " ".join(row.weights),
+    weights = "all, asym too" if row.weights == every else " ".join(row.weights)
+    return (row.kernel, "" if f"_{row.scheme}_" in row.kernel else row.scheme, weights,
             ", ".join(label.removeprefix("int8 ") for label in row.activations), " ".join(row.dtypes),
             row.isa or "nothing", row.device,
             ("yes" if row.runs_here else f"no: {row.why_not}") + ("; interpreted only" if row.interpreted_only else ""))

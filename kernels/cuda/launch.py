@@ -153,8 +153,8 @@ def _run(rows: Rows, weights: Sequence[Operand], numbers: ProgramNumbers, output
             1 if grouping is None else grouping.places,
             COUNT=len(weights), FORMAT=_format(first, numbers), HALVES=numbers.halves,
             DTYPE=language(x.dtype, x.device), GROUP=numbers.group,
-            SCALES="integer" if integer else _scales(first, numbers), SCALE_ROWS=numbers.scale_rows, FACTOR=numbers.factor,
-            X_GROUP=numbers.x_group, GROUPED=grouping is not None, SPLIT=split,
+            SCALES="integer" if integer else _scales(first, numbers), SCALE_ROWS=numbers.scale_rows,
+            FACTOR=numbers.factor, X_GROUP=numbers.x_group, GROUPED=grouping is not None, SPLIT=split,
             EXACT=x.dtype == torch.float32, FAST=_fast(x) and not integer, BLOCK_M=block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages)
     if not split:

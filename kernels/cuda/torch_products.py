@@ -72,9 +72,9 @@ def linear_q_w8a8_int_mm(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | Non
     """xq int8 [..., K], x_scale and x_zero_point float32 [..., 1] -> [..., N] in `dtype`."""
     t, n = _named(packed, spec), spec.out_features
     weight = t["qweight"]
-    shape = (*xq.shape[:-1], n)
+    shape, m = (*xq.shape[:-1], n), xq.numel() // max(xq.shape[-1], 1)
     sums = torch._int_mm(_padded(xq, weight.shape[1], _LEAST_ROWS), weight.t())
-    y = sums[:shape[:-1].numel(), :n].view(shape).float() * t["scale"][0, :n].float()
+    y = sums[:m, :n].reshape(shape).float() * t["scale"][0, :n].float()
     if x_zero_point is not None:
         y = y - x_zero_point * t["colsum"][:n]
     y = y * x_scale

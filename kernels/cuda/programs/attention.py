@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Attention: softmax(q k^T) v over a cache of 8-bit keys and values, as one Triton program, K split over programs.
 
 Each program takes the query heads that share a key head, all L queries of them, and a part of the keys, and gives an

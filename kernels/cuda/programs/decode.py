@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Decode: bytes of a packed weight in, numbers that a matrix product multiplies out, inside a Triton program.
 
 Formats: `int4` and `int8` two's complement, `e2m1` (FP4), `e4m3` and `e5m2` (FP8), `book` (indices into 16 floats).

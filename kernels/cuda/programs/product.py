@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Product: y[m, n] = sum over k of x[m, k] w[n, k], with packed weights of any format, as one Triton program.
 
 One launch multiplies with one weight, or with up to three of the same numbers (q, k, v; gate, up), or, GROUPED, sorted

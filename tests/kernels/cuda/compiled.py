@@ -103,8 +103,8 @@ def compile_launch(launch: Launch, target: int) -> Compiled:
     fixed = {p.name for p in program.params if p.do_not_specialize}
     for i, name in enumerate(program.arg_names):
         value = given[name]
-        if program.params[i].is_constexpr or value is None or (value == 1 and name not in fixed
-                                                               and isinstance(value, int)):
+        one = isinstance(value, int) and value == 1 and name not in fixed
+        if program.params[i].is_constexpr or value is None or one:
             signature[name] = "constexpr"
             constants[(i,)] = value
             continue

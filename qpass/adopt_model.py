@@ -31,9 +31,9 @@ class LiveTensors:
             name: Stored(file=_WHERE, dtype=tensor.dtype, shape=tuple(tensor.shape))
             for name, tensor in self._held.items()}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors, which are then held here no longer."""
-        return {name: self._held.pop(name) for name in names}
+    def read(self, names: Iterable[str], at: int | None = None) -> dict[str, Tensor]:
+        """The tensors, which are then held here no longer; with `at`, a part of each, which stays."""
+        return {name: self._held.pop(name) if at is None else self._held[name][at] for name in names}
 
 
 def adopt(model: nn.Module) -> nn.Module:

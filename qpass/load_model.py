@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,11 @@ from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Reader
 from qpass.replan_layers import replan
+
+if TYPE_CHECKING:
+    from qpass.checkpoint_experts import ExpertsLayer
+    from qpass.plan_model import Plan
+    from qpass.recipe import Recipe
 
 
 def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device | str | None = None,
@@ -60,12 +65,12 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
             raise CheckpointError(f"{checkpoint.path / 'config.json'}: num_hidden_layers is {layers_said}, and the "
                                   f"files have {len(checkpoint.tensors)} tensors")
         model = empty_model(checkpoint.path, checkpoint.config)
-    experts = find_experts(model, checkpoint, reader) if recipe is None else ()
+    experts: Sequence[ExpertsLayer] = find_experts(model, checkpoint, reader)
     contents = match_contents(model, checkpoint, reader, experts)
     if recipe is not None:
-        layers, notes = replan(model, contents.layers, recipe, str(checkpoint.path))
+        layers, experts, notes = replan(model, contents.layers, experts, recipe, str(checkpoint.path))
         contents = replace(contents, layers=tuple(layers), notes=(*contents.notes, *notes))
-    plan = plan_of(model, None if recipe is not None else reader, checkpoint.quantization, contents)
+    plan = plan_of(model, None if recipe is not None else reader, checkpoint.quantization, contents, experts)
     # A table that reads a packed head's rows is in the files for others; here it would be a second copy.
     fill_floats([item for item in contents.floats if item.name not in reader.tied], checkpoint, device, dtype)
     fill_layers(model, contents.layers, checkpoint, device, dtype)
@@ -95,27 +100,34 @@ def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype
     return model.eval()
 
 
-def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, Any], contents: Contents) -> Any:
-    """What `explain` tells of each layer, planned anew on the empty model; None if that cannot be had."""
-    from qpass.plan_model import make_plan
+def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, Any], contents: Contents,
+            experts: Sequence[ExpertsLayer] = ()) -> Plan:
+    """What `explain` tells of each layer, planned anew on the empty model; only notes where that cannot be had."""
+    from qpass.plan_model import Plan, make_plan
 
     asked = [dict(reader.recipe)] if reader is not None and reader.recipe else []
     if reader is not None and quantization.get("quant_method") == "compressed-tensors":
         asked.append(dict(quantization))
-    for recipe in (*asked, _recipe(contents)):
+    made = _recipe(contents, experts)
+    for recipe in (*asked, made):
         try:
             plan = make_plan(model, recipe)
         except QPassError:
             continue
         return replace(plan, notes=(*plan.notes, *contents.notes))
-    return None
+    none = ("nothing of this checkpoint stays packed",) if not contents.layers and not experts else ()
+    return Plan(rows=(), decisions=(), recipe=made, capture_method="none", notes=(*none, *contents.notes))
 
 
-def _recipe(contents: Contents) -> Any:
+def _recipe(contents: Contents, experts: Sequence[ExpertsLayer]) -> Recipe:
     """The recipe that would make these layers, each by its name."""
     from qpass.recipe import Recipe
     from qpass.scheme import scheme_for
 
-    return Recipe(None, ignore=(), overrides={
-        path: scheme_for(layer.read.spec.weight, layer.read.spec.activation)
-        for layer in contents.layers for path in layer.paths})
+    packed = {path: layer.read.spec for layer in contents.layers for path in layer.paths}
+    for layer in experts:
+        for which, leaves in enumerate((layer.site.first, (layer.site.second,))):
+            spec = next((parts[which] for parts, _ in layer.blocks if parts[which] is not None), None)
+            packed |= {f"{layer.site.owner}.{leaf}": spec for leaf in leaves if spec is not None}
+    return Recipe(None, ignore=(), overrides={path: scheme_for(spec.weight, spec.activation)
+                                              for path, spec in packed.items()})

@@ -114,6 +114,23 @@ class RowCodec(ABC):
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
         """Rows start to stop of the weight [N, K], float32 [stop - start, K]."""
 
+    def unit(self, args: WeightArgs, shape: tuple[int, int]) -> int:
+        """After how many rows nothing of the tensors spans rows before and after; 0 if nowhere."""
+        return 1
+
+    def by_rows(self, args: WeightArgs, shape: tuple[int, int]) -> WeightArgs:
+        """The numbers of the same weight with nothing shared between rows, so that every tensor has N in front.
+
+        Raises ValueError if there are none.
+        """
+        if self.unit(args, shape) == 0 or any(size[:1] != shape[:1] for _, size in self.stored(args, shape).values()):
+            raise ValueError(f"rows of {args.type} weights share what they are stored with")
+        return args
+
+    def rows_apart(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of `by_rows`."""
+        return tensors
+
     def check(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int]) -> None:
         """Raise ValueError, saying which tensor, unless they are what `stored` says."""
         for name, (dtypes, size) in self.stored(args, shape).items():

@@ -13,6 +13,7 @@ from qpass.codecs import (  # noqa: F401  (each registers itself)
     ggml_blocks,
     hqq_columns,
     int8_absmax,
+    int_columns,
     microscaling,
     nvfp4,
 )

@@ -6,6 +6,7 @@ element stands in the high nibble. Blocks may run across rows. The table is stor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,9 @@ class Codebook(RowCodec):
             raise ValueError("codebook weights need a block size")
         return {"packed": ((torch.uint8,), (-(-count // 2),)),
                 "absmax": ((torch.float32,), (-(-count // args.group_size),)), "code": ((torch.float32,), (16,))}
+
+    def unit(self, args: WeightArgs, shape: tuple[int, int]) -> int:
+        return math.lcm(2, args.group_size or 1) // math.gcd(math.lcm(2, args.group_size or 1), shape[1])
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         block = args.group_size or 64

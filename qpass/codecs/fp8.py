@@ -6,6 +6,8 @@ and that dtype's eps in place of zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,20 @@ class Fp8(RowCodec):
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
         return tensors["weight"][rows].float() * spread(tensors["scale"].float(), args, rows, shape[1])
+
+    def unit(self, args: WeightArgs, shape: tuple[int, int]) -> int:
+        return args.group_size or 1 if args.granularity == "per_block" else 1
+
+    def by_rows(self, args: WeightArgs, shape: tuple[int, int]) -> WeightArgs:
+        if args.granularity == "per_tensor":
+            return replace(args, granularity="per_channel")
+        return replace(args, granularity="per_group") if args.granularity == "per_block" else args
+
+    def rows_apart(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int]) -> dict[str, Tensor]:
+        scale = tensors["scale"].reshape(1, 1) if args.granularity == "per_tensor" else tensors["scale"]
+        if args.granularity in ("per_tensor", "per_block"):
+            scale = scale[torch.arange(shape[0], device=scale.device) // (args.group_size or shape[0])]
+        return {"weight": tensors["weight"], "scale": scale}
 
 
 def scale_shape(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, ...]:

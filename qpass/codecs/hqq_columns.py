@@ -26,6 +26,9 @@ class HqqColumns(RowCodec):
         return {"packed": ((torch.int32,), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (groups,)),
                 "zero": (FLOATS, (groups,))}
 
+    def unit(self, args: WeightArgs, shape: tuple[int, int]) -> int:
+        return 0  # a group has elements of every so many rows
+
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         groups = weight.reshape(args.group_size or 64, -1)
         low, high = groups.amin(0), groups.amax(0)

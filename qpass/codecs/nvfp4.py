@@ -8,6 +8,8 @@ Source: compressed-tensors 0.20, compressors/nvfp4 and quantization/utils/helper
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,14 @@ from qpass.scheme import ActivationArgs, RowCodec, Scheme, Stored, WeightArgs, r
 GROUP = 16
 
 
+@dataclass(frozen=True)
 class NvFp4(RowCodec):
-    """`packed` uint8 [N, K/2], `scale` float8_e4m3fn [N, K/16], `global_scale` float32 [1], a divisor."""
+    """`packed` uint8 [N, K/2], `scale` float8_e4m3fn [N, K/16], `global_scale` float32 [1], a divisor.
 
+    With `rows` it is [N, 1]: several weights below each other, each with a scale of its own.
+    """
+
+    rows: bool = False
     names = ("packed", "scale", "global_scale")
 
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
@@ -27,7 +34,7 @@ class NvFp4(RowCodec):
         if k % GROUP or args.group_size != GROUP:
             raise ValueError(f"nvfp4 groups are {GROUP} weights; {k} inputs in groups of {args.group_size} are none")
         return {"packed": ((torch.uint8,), (n, k // 2)), "scale": ((torch.float8_e4m3fn,), (n, k // GROUP)),
-                self.names[2]: ((torch.float32,), (1,))}
+                self.names[2]: ((torch.float32,), (n, 1) if self.rows else (1,))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         self.stored(args, (weight.shape[0], weight.shape[1]))
@@ -37,7 +44,8 @@ class NvFp4(RowCodec):
         scale = scale.clamp(max=448.0).to(torch.float8_e4m3fn)
         scale = torch.where(scale.float() == 0, torch.finfo(torch.float8_e4m3fn).eps, scale.float())
         scale = scale.to(torch.float8_e4m3fn)
-        tensors = {"packed": torch.empty(0), "scale": scale, self.names[2]: global_scale}
+        tensors = {"packed": torch.empty(0), "scale": scale, "global_scale": global_scale}
+        tensors = self.rows_apart(tensors, args, (weight.shape[0], 0)) if self.rows else tensors
         tensors["packed"] = pack_nibbles(to_codes(weight / self._spread(tensors, slice(None)), E2M1))
         return tensors
 
@@ -45,8 +53,18 @@ class NvFp4(RowCodec):
         codes = unpack_nibbles(tensors["packed"][rows]).int()
         return values(E2M1, codes.device)[codes] * self._spread(tensors, rows)
 
+    def by_rows(self, args: WeightArgs, shape: tuple[int, int]) -> WeightArgs:
+        return args if args.type.endswith("_rows") else replace(args, type=f"{args.type}_rows")
+
+    def rows_apart(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int]) -> dict[str, Tensor]:
+        return {**tensors, self.names[2]: tensors[self.names[2]].reshape(-1, 1).expand(shape[0], 1).contiguous()}
+
+    def _shared(self, tensors: dict[str, Tensor], rows: slice) -> Tensor:
+        """The scale of the tensor, or of these rows."""
+        return tensors[self.names[2]][rows] if self.rows else tensors[self.names[2]]
+
     def _spread(self, tensors: dict[str, Tensor], rows: slice) -> Tensor:
-        scale = tensors["scale"][rows].float() / tensors["global_scale"]
+        scale = tensors["scale"][rows].float() / self._shared(tensors, rows)
         return scale.repeat_interleave(GROUP, dim=1)
 
 
@@ -56,13 +74,13 @@ class NvFp4Multiplied(NvFp4):
     names = ("packed", "scale", "scale_2")
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-        divided = NvFp4().encode(weight, args, scale_dtype)
+        divided = NvFp4(self.rows).encode(weight, args, scale_dtype)
         tensors = {"packed": torch.empty(0), "scale": divided["scale"], "scale_2": 1 / divided["global_scale"]}
         tensors["packed"] = pack_nibbles(to_codes(weight / self._spread(tensors, slice(None)), E2M1))
         return tensors
 
     def _spread(self, tensors: dict[str, Tensor], rows: slice) -> Tensor:
-        return (tensors["scale"][rows].float() * tensors["scale_2"]).repeat_interleave(GROUP, dim=1)
+        return (tensors["scale"][rows].float() * self._shared(tensors, rows)).repeat_interleave(GROUP, dim=1)
 
 
 class NvFp4Reciprocal(NvFp4):
@@ -71,12 +89,13 @@ class NvFp4Reciprocal(NvFp4):
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
         codes = unpack_nibbles(tensors["packed"][rows]).int()
         scale = tensors["scale"][rows].float().repeat_interleave(GROUP, dim=1)
-        return values(E2M1, codes.device)[codes] * (1 / tensors["global_scale"]) * scale
+        return values(E2M1, codes.device)[codes] * (1 / self._shared(tensors, rows)) * scale
 
 
-register_codec("nvfp4", NvFp4())
-register_codec("nvfp4_reciprocal", NvFp4Reciprocal())
-register_codec("nvfp4_mul", NvFp4Multiplied())
+for _suffix, _rows in (("", False), ("_rows", True)):
+    register_codec(f"nvfp4{_suffix}", NvFp4(_rows))
+    register_codec(f"nvfp4_reciprocal{_suffix}", NvFp4Reciprocal(_rows))
+    register_codec(f"nvfp4_mul{_suffix}", NvFp4Multiplied(_rows))
 
 _WEIGHT = WeightArgs(bits=4, type="nvfp4", granularity="per_group", group_size=GROUP)
 register_scheme(Scheme(name="nvfp4a16", weight=_WEIGHT))

@@ -18,12 +18,16 @@ _LARGEST_JSON = 64 << 20  # bytes; a tokenizer's file has some 20 MB, a config s
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor of a checkpoint: in which file, and what it is. `version` tells a file from one that replaced it."""
+    """One tensor of a checkpoint: in which file, from which byte on if that is known, and what it is.
+
+    `version` tells a file from one that replaced it.
+    """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     version: tuple[int, ...] = ()
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -39,14 +43,15 @@ class Stored:
 class Source(Protocol):
     """The tensors of a checkpoint: facts of all, which cost a header, and the numbers of those that are asked for.
 
-    `metadata` is what the file says beside its tensors. `read` gives copies: nothing refers to the file afterwards.
-    Both raise CheckpointError, naming the file.
+    `metadata` is what the file says beside its tensors. `read` gives copies: nothing refers to the file afterwards;
+    with `at`, of each tensor only what stands there in its first dimension. Both raise CheckpointError, naming the
+    file.
     """
 
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, Any]
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+    def read(self, names: Iterable[str], at: int | None = None) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +102,7 @@ class Checkpoint:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises CheckpointError, naming the file; a key said twice is an error."""
-    if not file.is_file():  # a pipe would never end
-        raise CheckpointError(f"{file} is no ordinary file")
+    check_inside(file)  # a pipe would never end
     try:
         if file.stat().st_size > _LARGEST_JSON:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, which no config has; it was not read")
@@ -108,6 +112,21 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} holds {type(found).__name__}, not the fields of a config")
     return found
+
+
+def check_inside(file: Path) -> None:
+    """Raise CheckpointError if `file` is no ordinary file, or a link that leads out of its folder.
+
+    The cache of Hugging Face keeps what its folders hold beside them, `snapshots/<revision>/` in `blobs/`; that is in.
+    """
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is no ordinary file")
+    if not file.is_symlink():
+        return
+    folder, real = file.parent.resolve(), file.resolve()
+    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if folder not in real.parents and cache not in real.parents:
+        raise CheckpointError(f"{file} is a link to {real}, out of its folder; put the file itself there")
 
 
 def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

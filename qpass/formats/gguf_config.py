@@ -20,6 +20,10 @@ _LARGEST = 1 << 24  # of any number in the metadata but those of positions; far 
 _POSITIONS = ("context_length", "original_context_length")
 _UINT32, _FLOAT32 = 4, 0
 
+# Keys that Transformers' tables leave out, so that the config would keep its default -> the config's names.
+EXPERT_SIZES = {"expert_feed_forward_length": "moe_intermediate_size",
+                "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+
 
 def architecture_of(file: GgufFile) -> str:
     """`general.architecture`. Raises CheckpointError if there is none."""
@@ -47,6 +51,10 @@ def read_config(file: GgufFile) -> Any:
             raise CheckpointError(f"Transformers {transformers.__version__} cannot make a config of {file.path} "
                                   f"(architecture {architecture!r}): {error}") from error
     config.__dict__.pop("quantization_config", None)
+    for key, name in EXPERT_SIZES.items():
+        size = file.metadata.get(f"{architecture}.{key}")
+        if isinstance(size, int) and hasattr(config, name):
+            setattr(config, name, size)
     return config
 
 

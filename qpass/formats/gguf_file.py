@@ -101,26 +101,31 @@ class GgufFile:
                 found += file.read(stop - start)
         return found
 
-    def read(self, name: str) -> Tensor:
-        """A tensor in memory of its own: typed if its type is plain, else the blocks' bytes, uint8 [..., row bytes].
+    def read(self, name: str, at: int | None = None) -> Tensor:
+        """A tensor in memory of its own: typed if its type is plain, else the blocks' bytes, uint8 [..., row bytes];
+        with `at`, what stands there in its first dimension.
 
         Raises CheckpointError if the file changed since its header was read.
         """
         info = self.tensors[name]
-        raw = np.empty(info.nbytes, dtype=np.uint8)
+        shape, start, nbytes = info.shape, info.start, info.nbytes
+        if at is not None:
+            shape, nbytes = shape[1:], nbytes // shape[0]
+            start += at * nbytes
+        raw = np.empty(nbytes, dtype=np.uint8)
         try:
             with open(self.path, "rb") as file:
                 if _version(file.fileno()) != self.version:
                     raise CheckpointError(f"{self.path} changed while it was being read; load it again")
-                file.seek(info.start)
-                if file.readinto(raw.data) != info.nbytes:
+                file.seek(start)
+                if file.readinto(raw.data) != nbytes:
                     raise CheckpointError(f"{self.path} ends within {name}")
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error}") from error
         flat = torch.from_numpy(raw)
         if (dtype := PLAIN.get(info.kind)) is not None:
-            return flat.view(dtype).view(info.shape)
-        return flat.view(*info.shape[:-1], -1)
+            return flat.view(dtype).view(shape)
+        return flat.view(*shape[:-1], -1)
 
 
 def read_gguf(path: Path) -> GgufFile:

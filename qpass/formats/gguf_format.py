@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from qpass.errors import CheckpointError, QPassError
 from qpass.formats.checkpoint import Checkpoint, Stored
+from qpass.formats.codec_reads import spec_of
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.gguf_config import architecture_of, empty_model, read_config
 from qpass.formats.gguf_file import MAGIC, PLAIN, GgufFile, read_gguf
 from qpass.formats.gguf_names import GgufNames
 from qpass.formats.gguf_types import args_of, unpack_blocks
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
-from qpass.scheme import family_of
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
+
+_UNKNOWN = "how its module computes with experts is not known"
 
 
 class GgufSource:
@@ -33,8 +35,8 @@ class GgufSource:
                          shape=info.shape if info.kind in PLAIN else (*info.shape[:-1], info.row_bytes))
             for name, info in self.file.tensors.items()}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.file.read(name) for name in names}
+    def read(self, names: Iterable[str], at: int | None = None) -> dict[str, Tensor]:
+        return {name: self.file.read(name, at) for name in names}
 
 
 class GgufReader(Reader):
@@ -70,8 +72,7 @@ class GgufReader(Reader):
             raise CheckpointError(f"{name} in {self.file.path} is {list(info.shape)}, the model's {place.name} is "
                                   f"{list(place.shape)}")
         args = args_of(info.kind)
-        spec = LinearSpec(family=family_of(args, None), weight=args, activation=None, out_features=info.shape[0],
-                          in_features=info.shape[1])
+        spec = spec_of(args, info.shape)
         try:
             rows = self.names.rows_of(name, info.shape[0])
         except QPassError as error:
@@ -104,21 +105,40 @@ class GgufReader(Reader):
 
         return FloatRead(tensors={"blocks": name}, read=read, note=f"decoded to float: {why}")
 
-    def _stacks(self, names: list[str], place: Place) -> FloatRead:
-        """Matrices of every expert: [E, rows, K] of each name, their rows below each other."""
+    def stack(self, place: Place) -> tuple[WeightRead, ...]:
+        names = [name for name in self.names.tensors_of(place.name) if name in self.file.tensors]
+        infos = [self.file.tensors[name] for name in names]
+        if any(info.kind in PLAIN or len(info.shape) != 3 for info in infos):
+            return ()
+        self._check_stacks(names, place)
+        return tuple(self._one_of_stack(name) for name in names)
+
+    def _one_of_stack(self, name: str) -> WeightRead:
+        info = self.file.tensors[name]
+
+        def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
+            return CanonicalWeight(unpack_blocks(tensors["blocks"], info.kind))
+
+        return WeightRead(spec=spec_of(args_of(info.kind), info.shape[1:]), tensors={"blocks": name}, read=read)
+
+    def _check_stacks(self, names: list[str], place: Place) -> None:
         shapes = [self.file.tensors[name].shape for name in names]
         experts, _, k = place.shape if len(place.shape) == 3 else (0, 0, 0)
-        if any(len(s) != 3 or (s[0], s[2]) != (experts, k) for s in shapes) or (
-                sum(s[1] for s in shapes) != place.shape[1]):
+        if names and (any(len(s) != 3 or (s[0], s[2]) != (experts, k) for s in shapes)
+                      or sum(s[1] for s in shapes) != place.shape[1]):
             raise CheckpointError(f"{', '.join(names)} in {self.file.path} are {[list(s) for s in shapes]}, which do "
                                   f"not make up {place.name} {list(place.shape)}")
+
+    def _stacks(self, names: list[str], place: Place) -> FloatRead:
+        """Matrices of every expert: [E, rows, K] of each name, their rows below each other."""
+        self._check_stacks(names, place)
         quantized = any(self.file.tensors[name].kind not in PLAIN for name in names)
 
         def read(tensors: dict[str, Tensor]) -> Tensor:
             return torch.cat([self._float(name, tensors[name]) for name in names], dim=1)
 
         return FloatRead(tensors={name: name for name in names}, read=read,
-                         note="decoded to float: experts of GGUF files are not packed yet" if quantized else "")
+                         note=f"decoded to float: {_UNKNOWN}" if quantized else "")
 
     def _float(self, name: str, raw: Tensor) -> Tensor:
         """A tensor of any type and number of dimensions, decoded to float32."""
@@ -127,8 +147,7 @@ class GgufReader(Reader):
             return raw.float()
         args = args_of(info.kind)
         flat = raw.view(-1, raw.shape[-1])
-        spec = LinearSpec(family=family_of(args, None), weight=args, activation=None, out_features=flat.shape[0],
-                          in_features=info.shape[-1])
+        spec = spec_of(args, (flat.shape[0], info.shape[-1]))
         return dequantize_weight(CanonicalWeight(unpack_blocks(flat, info.kind)), spec).view(info.shape)
 
     def leftover(self, name: str) -> str | None:
@@ -141,6 +160,8 @@ def _file_of(path: Path) -> Path | None:
     if path.is_dir():
         files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
         return files[0] if len(files) == 1 and not files[0].is_symlink() else None
+    if not path.is_file():  # a pipe would never end
+        return None
     with open(path, "rb") as file:
         return path if file.read(4) == MAGIC else None
 

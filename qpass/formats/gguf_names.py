@@ -46,11 +46,11 @@ class GgufNames:
         if leaf not in ("weight", "bias"):
             path, leaf = name, ""
         while path:
-            if (found := self._map.get_name(path)) is not None:
-                return (f"{found}.{leaf}" if leaf else found,)
             owner, _, last = path.rpartition(".")
             if not leaf and (parts := _EXPERTS.get(last)) and (block := _BLOCK.search(owner + ".")):
                 return tuple(f"blk.{block[1]}.{part}.weight" for part in parts)
+            if (found := self._map.get_name(path)) is not None:
+                return (f"{found}.{leaf}" if leaf else found,)
             if "." not in path:
                 return ()
             path = path.partition(".")[2]  # some converters start from the model without its head

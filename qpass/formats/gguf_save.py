@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError, QPassError
+from qpass.formats.gguf_config import EXPERT_SIZES
 from qpass.formats.gguf_names import GgufNames
 from qpass.formats.gguf_vocabulary import vocabulary
 from qpass.formats.gguf_write import GgufEntry, integer_blocks, plain_bytes, write_gguf
@@ -72,7 +73,7 @@ def _metadata(config: Any) -> tuple[str, dict[str, Any]]:
                               "which this version does not write")
     found: dict[str, Any] = {"general.architecture": architecture, "general.quantization_version": 2,
                              "general.name": str(getattr(config, "_name_or_path", "") or kind)}
-    for key, name in table.items():
+    for key, name in (table | EXPERT_SIZES).items():
         value = rope.get(name, getattr(config, name, None)) if name is not None else None
         if value is None and name == "head_dim":
             value = config.hidden_size // config.num_attention_heads

@@ -5,7 +5,8 @@ qweight  int32 [K * bits / 32, N]   a dense stream along K, the low bits first
 qzeros   int32 [G, N * bits / 32]   the same along N; version 1 stores zero - 1, subtracted from the whole word, so that
                                     a zero of 0 borrows from its neighbour (3 bits straddle words: from the field)
 scales   float [G, N], g_idx int32 [K] the group of each input, which may be missing where groups run in order
-and w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]) with g = g_idx[k].
+and w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]) with g = g_idx[k]. A group size that does not divide K leaves one
+group smaller than the rest; such a weight runs through the reference.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from qpass.errors import CheckpointError
 from qpass.formats.bits import unpack_rows
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, register_format
-from qpass.formats.integer_weights import as_canonical, checked_scale, group_order, integer_spec
+from qpass.formats.integer_weights import as_canonical, checked_scale, group_order, integer_spec, uneven_columns
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -46,7 +47,7 @@ def gptq_weight(checkpoint: Checkpoint, place: Place, settings: Settings) -> Wei
     path, where = place.path, f"{checkpoint.path}: {place.path}"
     if len(place.shape) != 2:
         raise CheckpointError(f"{where} holds a GPTQ weight, and the model has {list(place.shape)} there, no matrix")
-    spec = integer_spec(settings.bits, settings.group_size, settings.sym, place.shape, where)
+    spec = integer_spec(settings.bits, settings.group_size, settings.sym, place.shape, where, uneven=True)
     n, k, bits, of = spec.out_features, spec.in_features, spec.weight.bits, f"{path} ({settings.bits} bits, GPTQ)"
     if k * bits % 32 or n * bits % 32:
         raise CheckpointError(f"{where}: [{n}, {k}] of {bits} bits does not fill int32 words, as GPTQ needs")
@@ -73,8 +74,10 @@ def read_gptq(tensors: Mapping[str, Tensor], spec: LinearSpec, version: int | No
     if spec.weight.symmetric and bool(zeros.any()) and bool((zeros == zeros.flatten()[0]).all()):
         raise ValueError(f"qzeros hold {int(zeros.flatten()[0]) + (1 << bits - 1)} everywhere, and a symmetric weight "
                          f"has {1 << bits - 1}; the file may be of another version of GPTQ than its config says")
-    order = group_order(tensors["g_idx"], spec) if "g_idx" in tensors else None
     scale = checked_scale(tensors["scales"]).t().contiguous()
+    if spec.weight.type == "int_columns":
+        return CanonicalWeight(uneven_columns(codes, scale, zeros.t().contiguous(), tensors.get("g_idx"), spec))
+    order = group_order(tensors["g_idx"], spec) if "g_idx" in tensors else None
     return CanonicalWeight(as_canonical(codes, scale, zeros.t().contiguous(), order))
 
 
@@ -135,5 +138,5 @@ def _claims(path: Any, config: Mapping[str, Any]) -> bool:
 
 register_format(Format(
     name="gptq", title="GPTQ, GPTQModel", methods=("gptq",), reader=GptqReader, claims=_claims,
-    reads="versions 1 and 2, 2 to 8 bits, symmetric and asymmetric, desc_act, no g_idx, dynamic",
-    runs="native; experts decoded to float"))
+    reads="versions 1 and 2, 2 to 8 bits, symmetric and asymmetric, desc_act, no g_idx, any group size, dynamic",
+    runs="native; as stored where groups do not divide the inputs"))

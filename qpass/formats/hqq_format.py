@@ -1,4 +1,4 @@
-"""HQQ: `W_q`, `scale`, `zero` and their settings, as HQQLinear.state_dict() gives them, in safetensors.
+"""HQQ: `W_q`, `scale`, `zero` and their settings, as HQQLinear.state_dict() gives them, in safetensors or qmodel.pt.
 
 Source: hqq 0.2.8, core/quantize.py and core/bitpack.py. The weight is seen as rows of one group each (axis 1) or as
 columns of one group each (axis 0); codes are packed along dim 0, the first part in the high bits:
@@ -7,7 +7,7 @@ columns of one group each (axis 0); codes are packed along dim 0, the first part
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qpass.codecs.affine import pack_unsigned
 from qpass.errors import CheckpointError
-from qpass.formats.checkpoint import Stored
+from qpass.formats.checkpoint import Source, Stored, check_inside
 from qpass.formats.codec_reads import check_scale, spec_of
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
+from qpass.formats.safetensors_file import INDEX, SINGLE
+from qpass.formats.safetensors_folder import SafetensorsFolder
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -95,11 +97,47 @@ def _read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight({"packed": pack_unsigned(q, bits), "scale": tensors["scale"].reshape(shape),
                             "zero": tensors["zero"].reshape(shape)})
 
+class HqqPickle:
+    """The tensors of qmodel.pt, {module: {name: tensor or setting}}, as `module.name`; settings are told by shapes."""
+
+    def __init__(self, file: Path) -> None:
+        check_inside(file)
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever unpickling finds
+            raise CheckpointError(f"{file} cannot be read with torch.load(weights_only=True): "
+                                  f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        if not isinstance(held, dict) or not all(isinstance(part, dict) for part in held.values()):
+            raise CheckpointError(f"{file} does not hold the state of each module, as HQQ writes it")
+        self._held: dict[str, Tensor] = {}
+        for path, part in held.items():
+            for name, value in part.items():
+                if name == "shape" and isinstance(value, list | tuple) and all(isinstance(n, int) for n in value):
+                    value = torch.tensor(value)
+                if isinstance(value, Tensor):
+                    self._held[f"{path}.{name}"] = value.detach()
+        self.metadata: Mapping[str, Any] = {}
+        self.tensors: Mapping[str, Stored] = {
+            name: Stored(file=file, dtype=tensor.dtype, shape=tuple(tensor.shape))
+            for name, tensor in self._held.items()}
+
+    def read(self, names: Iterable[str], at: int | None = None) -> dict[str, Tensor]:
+        return {name: (self._held[name] if at is None else self._held[name][at]).clone() for name in names}
+
+
+def _source(path: Path, allow_pickle: bool) -> Source:
+    if any((path / name).exists() for name in (SINGLE, INDEX)):
+        return SafetensorsFolder(path)
+    if not allow_pickle:
+        raise CheckpointError(f"{path / 'qmodel.pt'} is a pickle, which may do more than hold numbers; if you trust "
+                              "whoever made it: qpass.load(folder, allow_pickle=True)")
+    return HqqPickle(path / "qmodel.pt")
+
 
 def _claims(path: Path, config: Mapping[str, Any]) -> bool:
     return path.is_dir() and (path / "qmodel.pt").is_file()
 
 
 register_format(Format(
-    name="hqq", title="HQQ", methods=("hqq",), reader=HqqReader, reads="8, 4, 3, 2 and 1 bits, either axis",
-    runs="as stored"))
+    name="hqq", title="HQQ", methods=("hqq",), reader=HqqReader, claims=_claims, source=_source,
+    reads="8, 4, 3, 2 and 1 bits, either axis, in safetensors, or with allow_pickle in qmodel.pt", runs="as stored"))

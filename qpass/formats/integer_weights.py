@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from qpass.errors import CheckpointError, RecipeError
+from qpass.formats.bits import pack_rows
 from qpass.formats.checkpoint import Checkpoint
 from qpass.scheme import ActivationArgs, Scheme, WeightArgs
 from qpass.spec import LinearSpec
 
 
 def integer_spec(bits: Any, group_size: Any, symmetric: Any, shape: tuple[int, ...], where: str,
-                 activation: ActivationArgs | None = None) -> LinearSpec:
+                 activation: ActivationArgs | None = None, *, uneven: bool = False) -> LinearSpec:
     """The spec of a weight [N, K]; group_size -1, None or 0 < K < group_size means one group a row.
+
+    `uneven` allows a group size that does not divide K: the weight's type is int_columns then.
 
     Raises CheckpointError, beginning with `where`, for numbers that no such weight has.
     """
@@ -33,10 +36,11 @@ def integer_spec(bits: Any, group_size: Any, symmetric: Any, shape: tuple[int, .
         raise CheckpointError(f"{where}: whether it is symmetric is said as {symmetric!r}; it must be true or false")
     if group_size is not None and group_size > k:
         group_size = None
-    if group_size is not None and k % group_size:
+    odd = group_size is not None and k % group_size != 0
+    if odd and not uneven:
         raise CheckpointError(f"{where}: group size {group_size} does not divide its {k} input features")
     try:
-        weight = WeightArgs(bits=bits, symmetric=symmetric, group_size=group_size,
+        weight = WeightArgs(bits=bits, symmetric=symmetric, group_size=group_size, type="int_columns" if odd else "int",
                             granularity="per_channel" if group_size is None else "per_group")
     except RecipeError as error:
         raise CheckpointError(f"{where}: {error}") from error
@@ -79,6 +83,20 @@ def group_order(g_idx: Tensor, spec: LinearSpec) -> Tensor | None:
         raise ValueError(f"g_idx puts {int(counts.min())} to {int(counts.max())} inputs into a group, and the config "
                          f"says {spec.group_size}")
     return g_idx.argsort(stable=True).to(torch.int32)
+
+
+def uneven_columns(codes: Tensor, scale: Tensor, zeros: Tensor, g_idx: Tensor | None, spec: LinearSpec
+                   ) -> dict[str, Tensor]:
+    """The tensors of int_columns, where a group may have fewer inputs than the spec's size. ValueError if one has more,
+    or if an index is out of range."""
+    k, size, groups = spec.in_features, spec.group_size, spec.groups
+    group = torch.arange(k, device=codes.device) // size if g_idx is None else g_idx.long()
+    if int(group.min()) < 0 or int(group.max()) >= groups:
+        raise ValueError(f"g_idx holds {int(group.min())} to {int(group.max())}, and there are {groups} groups")
+    if (most := int(torch.bincount(group).max())) > size:
+        raise ValueError(f"g_idx puts {most} inputs into a group, and the config says {size}")
+    return {"packed": pack_rows(codes, spec.weight.bits), "scale": scale, "zero": zeros,
+            "group": group.to(torch.int32)}
 
 
 def as_canonical(codes: Tensor, scale: Tensor, zero_point: Tensor | None, order: Tensor | None = None

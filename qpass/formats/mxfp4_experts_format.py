@@ -6,6 +6,8 @@ even element in the low nibble, scales uint8 [E, R, K / 32]; the model's paramet
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from qpass.formats.codec_reads import spec_of
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import WeightArgs
+from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
 
 _ARGS = WeightArgs(bits=4, type="mxfp4", granularity="per_group", group_size=32)
@@ -23,28 +26,36 @@ class Mxfp4ExpertsReader(Reader):
     """What is quantized is what has `_blocks` and `_scales`."""
 
     def weight(self, place: Place) -> WeightRead | FloatRead | None:
-        names = {"blocks": f"{place.name}_blocks", "scales": f"{place.name}_scales"}
-        blocks = self.checkpoint.tensors.get(names["blocks"])
-        if blocks is None:
+        if f"{place.name}_blocks" not in self.checkpoint.tensors:
             return None
-        if len(place.shape) != 3 or len(blocks.shape) != 4:
-            raise CheckpointError(f"{names['blocks']} in {blocks.file} is {blocks}, for {list(place.shape)}")
-        experts, rows, groups, size = blocks.shape
-        if (experts, groups * 32, rows, size) != (*place.shape, 16):
-            raise CheckpointError(f"{names['blocks']} in {blocks.file} is {blocks}, which does not make up "
-                                  f"{list(place.shape)}")
-        self.checkpoint.need(names["blocks"], of=place.path, dtype=torch.uint8)
-        self.checkpoint.need(names["scales"], of=place.path, dtype=torch.uint8, shape=(experts, rows, groups))
+        if len(place.shape) != 3:
+            raise CheckpointError(f"{self.checkpoint.path}: {place.name}_blocks stands for {list(place.shape)}, which "
+                                  "is no stack of experts")
+        experts, k, rows = place.shape
+        one, = self.stack(replace(place, shape=(experts, rows, k)))
 
         def read(tensors: dict[str, Tensor]) -> Tensor:
+            each = [dequantize_weight(one.read({short: tensor[expert] for short, tensor in tensors.items()}, one.spec),
+                                      one.spec, torch.bfloat16) for expert in range(experts)]
+            return torch.stack(each).transpose(1, 2).contiguous()
+
+        return FloatRead(tensors=one.tensors, read=read, note="decoded to float: how its module computes with experts "
+                         "is not known")
+
+    def stack(self, place: Place) -> tuple[WeightRead, ...]:
+        names = {"blocks": f"{place.name}_blocks", "scales": f"{place.name}_scales"}
+        if names["blocks"] not in self.checkpoint.tensors:
+            return ()
+        experts, rows, k = place.shape
+        self.checkpoint.need(names["blocks"], of=place.path, dtype=torch.uint8, shape=(experts, rows, k // 32, 16))
+        self.checkpoint.need(names["scales"], of=place.path, dtype=torch.uint8, shape=(experts, rows, k // 32))
+
+        def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
             if bool((tensors["scales"] == 255).any()):
                 raise ValueError(f"{names['scales']} holds NaN")
-            flat = CanonicalWeight({"packed": tensors["blocks"].reshape(experts * rows, -1),
-                                    "scale": tensors["scales"].reshape(experts * rows, -1)})
-            decoded = dequantize_weight(flat, spec_of(_ARGS, (experts * rows, groups * 32)), torch.bfloat16)
-            return decoded.view(experts, rows, -1).transpose(1, 2).contiguous()
+            return CanonicalWeight({"packed": tensors["blocks"].flatten(1), "scale": tensors["scales"]})
 
-        return FloatRead(tensors=names, read=read, note="decoded to float: experts of mxfp4 are not packed yet")
+        return (WeightRead(spec=spec_of(_ARGS, (rows, k)), tensors=names, read=read),)
 
     def shape_of(self, path: str) -> tuple[int, int] | None:
         return None
@@ -52,4 +63,4 @@ class Mxfp4ExpertsReader(Reader):
 
 register_format(Format(
     name="mxfp4", title="MXFP4 experts", methods=("mxfp4",), reader=Mxfp4ExpertsReader,
-    reads="fused experts as blocks and scales", runs="decoded to bfloat16, which holds every MXFP4 number"))
+    reads="fused experts as blocks and scales", runs="as stored"))

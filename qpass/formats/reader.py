@@ -26,6 +26,7 @@ class Place:
     shape    (N, K) as multiplied, or as the model stores it if it is no matrix
     classes  names of the owner's class and its bases, nearest first: ("Linear", "Module", ...)
     linear   whether the model multiplies with it, so that it can be packed; else it is decoded to float
+    transposed  whether the model stores it [..., K, N], which matters where a checkpoint holds it as the model does
     """
 
     path: str
@@ -33,6 +34,7 @@ class Place:
     shape: tuple[int, ...]
     classes: tuple[str, ...] = ("Linear",)
     linear: bool = True
+    transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,16 @@ class Reader:
         Raises CheckpointError, naming the layer and both sides, where the config and the files disagree.
         """
         raise NotImplementedError
+
+    def stack(self, place: Place) -> tuple[WeightRead, ...]:
+        """How to read one matrix of those stacked at `place`, whose shape is [E, N, K] as multiplied; () if the files
+        hold no such stack, or hold it in float.
+
+        The tensors of such a read have E in front in the files, and are given without it, one matrix's. Of two reads
+        the first gives the gate's rows, the second up's; one read gives rows in the order in which the model stores
+        them. Raises CheckpointError as `weight` does.
+        """
+        return ()
 
     def shape_of(self, path: str) -> tuple[int, int] | None:
         """(N, K) of the quantized weight at `path`, from headers alone; None if none is there. For `qpass inspect`."""

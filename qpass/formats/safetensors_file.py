@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import CheckpointError
-from qpass.formats.checkpoint import Stored, no_doubles
+from qpass.formats.checkpoint import Stored, check_inside, no_doubles, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {
@@ -118,16 +118,17 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
-    if file.exists() and not file.is_file():
-        raise CheckpointError(f"{file} is no ordinary file")
+    check_inside(file)
     try:
         version = file_version(file)
         with safe_open(str(file), framework="pt"):  # checks offsets, sizes and the file's length
             pass
         with open(file, "rb") as raw:
-            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=no_doubles)
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length), object_pairs_hook=no_doubles)
         metadata = header.pop("__metadata__", None) or {}
-        return {name: Stored(file=file, version=version, dtype=_DTYPES[item["dtype"]], shape=tuple(item["shape"]))
+        return {name: Stored(file=file, version=version, dtype=_DTYPES[item["dtype"]], shape=tuple(item["shape"]),
+                             start=8 + length + item["data_offsets"][0])
                 for name, item in header.items()}, metadata
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete, copy it again") from error
@@ -137,15 +138,15 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raise CheckpointError(f"{file} holds a tensor of dtype {error}, which this version cannot read") from error
 
 
-def file_version(file: Path) -> tuple[int, ...]:
-    """What tells a file from one that replaced it, or that was written to since."""
+def file_version(file: Path | int) -> tuple[int, ...]:
+    """What tells a file (or an open one) from one that replaced it, or that was written to since."""
     seen = os.stat(file)
     return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed = read_json(index)["weight_map"]
         names = {str(name): str(file) for name, file in listed.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}") from error

@@ -31,9 +31,8 @@ from qpass.weight import CanonicalWeight
 _Read = Callable[[dict[str, Tensor], LinearSpec], CanonicalWeight]
 _NEEDS = {"Int8Tensor": ("qdata", "scale"), "IntxUnpackedToInt8Tensor": ("qdata", "scale", "zero_point"),
           "Float8Tensor": ("qdata", "scale"), "NVFP4Tensor": ("qdata", "scale"), "MXTensor": ("qdata", "scale"),
-          "Int4Tensor": ("qdata", "scale", "zero_point"), "Int4PlainInt32Tensor": ("qdata", "scale", "zero_point")}
-_CANNOT = {"Int4TilePackedTo4dTensor": "is packed for one kernel of CUDA; quantize the float model, or save it from "
-                                       "torchao in packing format PLAIN"}
+          "Int4Tensor": ("qdata", "scale", "zero_point"), "Int4PlainInt32Tensor": ("qdata", "scale", "zero_point"),
+          "Int4TilePackedTo4dTensor": ("qdata", "scale_and_zero")}
 
 
 class TorchAoReader(Reader):
@@ -51,7 +50,7 @@ class TorchAoReader(Reader):
             return None
         where = f"{self.checkpoint.path}: {place.name}"
         if kind not in _NEEDS or len(place.shape) != 2:
-            raise CheckpointError(f"{where} is a {kind}, which {_CANNOT.get(kind, 'this version does not know')}; "
+            raise CheckpointError(f"{where} is a {kind}, which this version does not know; "
                                   f"{', '.join(_NEEDS)} are read")
         owner, _, leaf = place.name.rpartition(".")
         prefix = f"{owner}._{leaf}_"
@@ -211,9 +210,41 @@ def _int4(checkpoint: Checkpoint, place: Place, names: Mapping[str, str], data: 
         **{short: names[short] for short in ("qdata", "scale", "zero_point")}, **_pre_scale(names)})
 
 
+def _tiles(checkpoint: Checkpoint, place: Place, names: Mapping[str, str], data: Mapping[str, Any]) -> WeightRead:
+    """int4 in the order of a tensor core's lanes, rows padded to a multiple of 8 and columns to one of 1024.
+
+    Source: PyTorch, aten/src/ATen/native/cuda/int4mm.cu, matrix_to_m16n8k16_Bint4_layout on NVIDIA (AMD has another
+    order in the same shape). Word [r, c, lane, j] has row 8 r + lane // 4; its nibble 4 odd + i, from the low end, has
+    column 128 c + 32 j + 8 i + 2 (lane % 4) + odd. w = (q - 8) * scale + zero, in groups of block_size[-1].
+    """
+    n, k = place.shape
+    size = int(data["block_size"][-1])
+    rows, columns = -(-n // 8) * 8, -(-k // 1024) * 1024
+    if size < 1 or k % size:
+        raise ValueError(f"block_size {data['block_size']} of {[n, k]}")
+    checkpoint.need(names["qdata"], of=place.path, dtype=torch.int32, shape=(rows // 8, columns // 128, 32, 4))
+    checkpoint.need(names["scale_and_zero"], of=place.path, shape=(columns // size, rows, 2))
+    args = WeightArgs(bits=4, type="affine_signed", granularity="per_group", group_size=size, symmetric=False)
+
+    def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
+        words = tensors["qdata"].unflatten(2, (8, 4)).unsqueeze(-1)  # r, c, row, lane % 4, j, 1
+        nibbles = (words >> torch.arange(0, 32, 4, device=words.device) & 15).to(torch.uint8).unflatten(-1, (2, 4))
+        codes = nibbles.permute(0, 2, 1, 4, 6, 3, 5).reshape(rows, columns)[:n, :k]
+        check_scale(tensors["scale_and_zero"], "scale_and_zero")
+        scale, zero = (part[:k // size, :n].t().contiguous() for part in tensors["scale_and_zero"].unbind(-1))
+        made = {"packed": pack_unsigned(codes, 4), "scale": scale, "offset": zero}
+        if "pre_scale" in tensors:
+            made["pre_scale"] = tensors["pre_scale"].reshape(-1)
+        return CanonicalWeight(made)
+
+    return WeightRead(spec=spec_of(args, place.shape), read=read, tensors={
+        **{short: names[short] for short in ("qdata", "scale_and_zero")}, **_pre_scale(names)})
+
+
 _READS: dict[str, Callable[[Checkpoint, Place, Mapping[str, str], Mapping[str, Any]], WeightRead]] = {
     "Int8Tensor": _integers, "IntxUnpackedToInt8Tensor": _integers, "Float8Tensor": _float8,
-    "NVFP4Tensor": _four_bit_floats, "MXTensor": _four_bit_floats, "Int4Tensor": _int4, "Int4PlainInt32Tensor": _int4}
+    "NVFP4Tensor": _four_bit_floats, "MXTensor": _four_bit_floats, "Int4Tensor": _int4, "Int4PlainInt32Tensor": _int4,
+    "Int4TilePackedTo4dTensor": _tiles}
 
 register_format(Format(
     name="torchao", title="torchao", methods=("torchao",), reader=TorchAoReader,

@@ -71,7 +71,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no zeros": (rewrite(lambda t: t.pop(Q + ".qzeros")), r"needs .*q_proj\.qzeros"),
     "bits": (said(bits=9), "bits is 9"), "bits text": (said(bits="4"), "bits is '4'"),
     "group negative": (said(group_size=-7), "group_size is -7"), "group zero": (said(group_size=0), "group_size is 0"),
-    "group odd": (said(group_size=48), "48 does not divide"), "group huge": (said(group_size=10**30), "qzeros in .*"),
+    "group odd": (said(group_size=48), "qzeros in .*"), "group huge": (said(group_size=10**30), "qzeros in .*"),
     "sym": (said(sym="yes"), "'yes'"), "layout": (said(checkpoint_format="marlin"), "'marlin'"),
     "dynamic": (said(dynamic={"+:(": {"bits": 8}}), "dynamic"), "dynamic list": (said(dynamic=[1]), "dynamic is list"),
     "layers": (reconfigure(lambda c: c.update(num_hidden_layers=10**9)), "num_hidden_layers is 1000000000"),
@@ -92,4 +92,30 @@ def test_damage_is_named(tmp_path: Path, kind: str) -> None:
     shutil.copytree(SMALL / "gptq" / "w4_g32_descact", folder)
     damage(folder)
     with pytest.raises(CheckpointError, match=expected):
+        qpass.load(folder)
+
+
+def test_links_lead_nowhere_out_of_the_folder(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "model", tmp_path / "elsewhere.safetensors"
+    shutil.copytree(SMALL / "gptq" / "w4_g32_descact", folder)
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"is a link to .*out of its folder"):
+        qpass.load(folder)
+    # As the cache of Hugging Face has it.
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "revision", tmp_path / "cache" / "blobs"
+    shutil.copytree(SMALL / "gptq" / "w4_g32_descact", snapshot)
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(blobs / "abc")
+    (snapshot / "model.safetensors").symlink_to(blobs / "abc")
+    assert qpass.explain(qpass.load(snapshot)).counts["quantized"]
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "/etc/passwd", "a/../../b.safetensors", "", 7, None])
+def test_an_index_names_files_of_its_folder_only(tmp_path: Path, where: Any) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(SMALL / "gptq" / "w4_g32_descact", folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q + ".qweight": where}}))
+    with pytest.raises(CheckpointError, match="not a safetensors file of this folder"):
         qpass.load(folder)

@@ -109,6 +109,7 @@ class Gptq(Algorithm):
                     another tensor, the sum, so that it makes up for errors of the layers before it; layers of a block
                     are rounded one after another, each on what those before it give. Needs `propagate`; False is the
                     algorithm as published, in about half the time
+    refit           the scales are fitted to the integers found, by least squares on the outputs
     """
 
     name: ClassVar[str] = "gptq"
@@ -119,6 +120,7 @@ class Gptq(Algorithm):
     scales: str = "absmax"
     propagate: bool = True
     match_float: bool = True
+    refit: bool = True
 
     @property
     def matches_float(self) -> bool:
@@ -128,6 +130,7 @@ class Gptq(Algorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_type("match_float", bool)
+        self.check_type("refit", bool)
         self.check_type("dampening_frac", float, int)
         self.check(0 <= self.dampening_frac < 10, "dampening_frac", "from 0 to 10")
         self.check_type("block_size", int)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qpass.algorithm import Gptq
 from qpass.calibrate.block_work import BlockWork, SiteWork
-from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor
+from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, refit
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.match_float import float_side, lacking
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
@@ -75,6 +75,9 @@ def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian
         whole = Grid(torch.cat([grid.scale for _, _, grid in members]), torch.cat(zeros) if zeros else None)
         codes = gptq(torch.cat([weight for _, weight, _ in members]), factor, order, whole,
                      grid_ends(members[0][0].spec), settings.block_size)
-        for (site, _, grid), own in zip(members, codes.split([site.spec.out_features for site, _, _ in members]),
-                                        strict=True):
+        for (site, weight, grid), own in zip(members, codes.split([site.spec.out_features for site, _, _ in members]),
+                                             strict=True):
+            free = site.spec.weight.granularity != "per_tensor" and site.spec.weight.scales != "integer"
+            if settings.refit and free:
+                grid = refit(own, grid, weight, hessian, site.scale_dtype)
             site.settle(canonical_of(own, grid, site.scale_dtype))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpass.calibrate.scale_search import Grid
+from qpass.calibrate.scale_search import Grid, storable
 
 _MOST_DAMPENING = 1e3
+_HELD = 1e-3  # part of a scale's own curvature that holds it where it is
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,29 @@ def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends:
     found = torch.empty_like(codes)
     found[order] = codes
     return found.t().contiguous()
+
+
+def refit(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, dtype: torch.dtype) -> Grid:
+    """The scales, as stored in `dtype`, with which `codes` [N, K] come nearest to `target` [N, K] in the output.
+
+    For each row the least squares of (W_q - W) H (W_q - W)^T in its group scales: one [G, G] system, held near the
+    scales as they are where H says little.
+    """
+    n, groups = grid.scale.shape
+    q = codes.view(n, groups, -1)
+    if grid.zero_point is not None:
+        q = q - grid.zero_point.unsqueeze(-1)
+    size = q.shape[-1]
+    quadratic = torch.empty(n, groups, groups, dtype=codes.dtype, device=codes.device)
+    linear = torch.empty(n, groups, dtype=codes.dtype, device=codes.device)
+    for group in range(groups):
+        reach = q[:, group] @ hessian[group * size:(group + 1) * size]
+        quadratic[:, group] = (reach.view(q.shape) * q).sum(-1)
+        linear[:, group] = (reach * target).sum(-1)
+    held = quadratic.diagonal(dim1=1, dim2=2) * _HELD + 1e-30
+    scale, failed = torch.linalg.solve_ex(quadratic + torch.diag_embed(held), linear + held * grid.scale)
+    good = torch.isfinite(scale) & (scale * grid.scale > 0) & (failed == 0)[:, None]
+    return Grid(storable(torch.where(good, scale, grid.scale), dtype), grid.zero_point)
 
 
 def energy_order(hessian: Tensor, actorder: str | None) -> Tensor:

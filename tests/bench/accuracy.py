@@ -29,19 +29,30 @@ import qpass
 CALIBRATE_ON = ("austen-emma", "austen-mansfield-park", "austen-pride-and-prejudice")
 EVALUATE_ON = {"austen": ("austen-sense-and-sensibility", "austen-persuasion"), "union": ("sotu",)}
 ROWS_AT_ONCE = 256
+SEARCH_SAMPLES, SEARCH_LENGTH = 64, 128
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize: a preset, the group size of its weights (None keeps the preset's), and algorithms."""
+    """One way to quantize: a preset, the group size of its weights (None keeps the preset's), and algorithms.
+
+    With `budget` the schemes are searched for, from 3 to 8 bits in groups of that size.
+    """
 
     name: str
     preset: str
     group_size: int | None
     algorithms: tuple[Any, ...] = ()
+    budget: str | None = None
 
-    @property
-    def recipe(self) -> qpass.Recipe:
+    def recipe(self, model: Any, samples: Tensor) -> qpass.Recipe:
+        """The recipe; a search looks at the model and at the samples."""
+        if self.budget is not None:
+            schemes = [qpass.PRESETS[f"w{bits}a16"].with_group_size(self.group_size) for bits in (3, 4, 5, 6, 8)]
+            every = [row[None] for sample in samples for row in sample.split(SEARCH_LENGTH)]
+            data = every[::max(1, len(every) // SEARCH_SAMPLES)]
+            return qpass.search(model, self.budget, data=data, schemes=schemes, num_samples=SEARCH_SAMPLES,
+                                max_seq_length=SEARCH_LENGTH, algorithms=self.algorithms)
         scheme = qpass.PRESETS[self.preset]
         return qpass.Recipe(scheme if self.group_size is None else scheme.with_group_size(self.group_size),
                             algorithms=self.algorithms)
@@ -55,11 +66,20 @@ ROWS = (
     Row("w4a16_asym g64, round to nearest", "w4a16_asym", 64),
     Row("w4a16_asym g64, searched scales", "w4a16_asym", 64, ({"scales": {"method": "search"}},)),
     Row("w4a16_asym g64, hqq", "w4a16_asym", 64, ({"scales": {"method": "hqq"}},)),
+    Row("w4a16 g64, awq", "w4a16", 64, ({"awq": {"clip": True}},)),
+    Row("w4a16 g64, gptq as published", "w4a16", 64, ({"gptq": {"match_float": False}},)),
     Row("w4a16 g64, gptq", "w4a16", 64, ("gptq",)),
     Row("w4a16 g64, gptq, signed scales", "w4a16", 64, ({"gptq": {"scales": "signed"}},)),
-    Row("w4a8 g64, gptq", "w4a8", 64, ("gptq",)),
+    Row("w4a16 g64, autoround", "w4a16", 64, ("autoround",)),
+    Row("w4a16 g64, gptq, autoround", "w4a16", 64, ({"gptq": {"scales": "signed"}}, {"autoround": {"iterations": 50}})),
+    Row("w4a16_asym g64, gptq", "w4a16_asym", 64, ({"gptq": {"scales": "search"}},)),
+    Row("search at 4.5 bits, gptq", "search", 64, ({"gptq": {"scales": "signed"}},), budget="4.5 bits"),
     Row("w4a8 g64, round to nearest", "w4a8", 64),
+    Row("w4a8 g64, gptq", "w4a8", 64, ({"gptq": {"scales": "signed"}},)),
     Row("w8a8, round to nearest", "w8a8", None),
+    Row("w8a8, smoothquant", "w8a8", None, ("smoothquant",)),
+    Row("w8a8, smoothquant, gptq", "w8a8", None, ("smoothquant", "gptq")),
+    Row("w8a16, round to nearest", "w8a16", 32),
 )
 
 
@@ -136,12 +156,13 @@ def spread(texts: Path, names: Sequence[str], tokenizer: Any, count: int, length
 def measure(row: Row, args: argparse.Namespace, judge: Judge, samples: Tensor) -> Iterator[dict[str, Any]]:
     """One record a text for one way to quantize."""
     model = load(args.model, torch.bfloat16)
-    start = time.perf_counter()
-    needs = any(algorithm.needs_data for algorithm in row.recipe.algorithms)
+    start, cpu = time.perf_counter(), time.process_time()
+    recipe = row.recipe(model, samples)
+    needs = any(algorithm.needs_data for algorithm in recipe.algorithms)
     data: Any = [sample[None] for sample in samples] if needs else None
-    qpass.quantize(model, row.recipe, calibration=data, num_samples=len(samples), max_seq_length=samples.shape[1],
+    qpass.quantize(model, recipe, calibration=data, num_samples=len(samples), max_seq_length=samples.shape[1],
                    progress=False)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     rows = [r for r in qpass.explain(model).rows if r.status == "quantized"]
     weights = sum(math.prod(r.shape) for r in rows)
     bits = qpass.explain(model).rows and model.__dict__["_qpass_plan"].totals.bits_per_weight
@@ -152,6 +173,7 @@ def measure(row: Row, args: argparse.Namespace, judge: Judge, samples: Tensor) -
     for name in texts:
         floated = judge.score(model, name)
         yield {"row": row.name, "text": name, "bits": bits, "weights": weights, "seconds": seconds,
+               "cpu_seconds": cpu,
                "samples": len(samples) if needs else 0, **asdict(own.get(name, floated)), "float_kl": floated.kl}
 
 
@@ -159,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a text")
@@ -175,13 +197,13 @@ def main() -> None:
                if args.text in (None, name)}
     samples = spread(args.texts, CALIBRATE_ON, tokenizer, args.samples, args.length)
     judge = Judge(args.model, windows, args.cache)
-    print(f"{'':<40} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>6}")
+    print(f"{'':<40} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>6} {'cpu s':>6}")
     for row in ROWS:
-        if args.only in row.name:
+        if any(part in row.name for part in args.only):
             for found in measure(row, args, judge, samples):
                 print(f"{row.name:<40} {found['text']:<7} {found['bits']:>5.2f} {found['kl']:>8.4f} "
                       f"{found['float_kl']:>8.4f} {found['top1']:>6.1%} {found['perplexity']:>7.2f} "
-                      f"{found['seconds']:>6.1f}", flush=True)
+                      f"{found['seconds']:>6.1f} {found['cpu_seconds']:>6.1f}", flush=True)
                 if args.json:
                     with args.json.open("a") as lines:
                         lines.write(json.dumps({**found, "threads": torch.get_num_threads()}) + "\n")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qpass
-from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor
+from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, refit
 from qpass.calibrate.scale_search import Grid, find_grid, grid_ends, round_to_grid
 from qpass.scheme import PRESETS
 from qpass.spec import LinearSpec
@@ -124,3 +124,27 @@ def test_a_note_tells_of_raised_dampening() -> None:
                           algorithms=[{"gptq": {"dampening_frac": 0}}])
     qpass.quantize(model, recipe, calibration=tokens(1, 8), progress=False)
     assert any("not positive definite; dampening raised from 0 to" in note for note in qpass.explain(model).notes)
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w4a16_asym"])
+def test_refitted_scales_lower_the_error_of_the_output(name: str) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(500, 64) @ torch.randn(64, 64)
+    weight, hessian = torch.randn(32, 64), x.t() @ x
+    spec = spec_of(name, 32, 64, 16)
+    grid = find_grid(weight, spec, "absmax", torch.float32)
+    order = energy_order(hessian, "static")
+    codes = gptq(weight, inverse_factor(hessian, order, 0.01), order, grid, grid_ends(spec))
+
+    def error(scale: Tensor) -> float:
+        zero = 0 if grid.zero_point is None else grid.zero_point[..., None]
+        found = ((codes.view(32, 4, 16) - zero) * scale[..., None]).view(32, 64)
+        return float((x @ (found - weight).t()).square().sum())
+
+    found = refit(codes, grid, weight, hessian, torch.float32)
+    assert error(found.scale) < error(grid.scale)
+    for factor in (0.999, 1.001):  # it is the minimum in every direction tried
+        moved = found.scale * torch.where(torch.rand(32, 4) < 0.5, factor, 1.0)
+        assert error(moved) > error(found.scale) * (1 - 1e-4)
+    stored = refit(codes, grid, weight, hessian, torch.bfloat16).scale
+    assert torch.equal(stored, stored.bfloat16().float())

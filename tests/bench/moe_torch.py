@@ -4,9 +4,9 @@ usage: python tests/bench/moe_torch.py SHAPE bfloat16            the float model
        python tests/bench/moe_torch.py SHAPE bfloat16 FOLDER     what make_moe.py quantized
        python tests/bench/moe_torch.py SHAPE float32 FOLDER      the same with activations in float32
 
-The float model runs eagerly, and answers with the `experts` implementation that was fastest when first asked. Prompts
-of the quantized one run eagerly too, steps of decoding compiled, with a cache of as many places as they need: attention
-over a static cache reads all of it, and copies it for grouped heads.
+The float model runs eagerly, and answers with the `experts` implementation that was fastest when first asked. Of the
+quantized one a step of one sequence is compiled, the rest is not: a graph for each would take minutes. The cache has
+as many places as decoding needs: attention over a static cache reads all of it, and copies it for grouped heads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Moe(Model):
         return {"seconds": took.seconds, "peak": None if peak is None else peak - before, "weights": took.weights}
 
     def step(self, batch: int, tokens: int) -> Any:
-        return self.model if self.float or tokens > 1 else super().step(batch, tokens)
+        return self.model if self.float or batch * tokens > 1 else super().step(batch, tokens)
 
     @lru_cache(maxsize=4)  # noqa: B019
     def cache(self, batch: int) -> Any:

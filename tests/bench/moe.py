@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -62,8 +62,9 @@ class Mixtures:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def run(found: Found, threads: int, cache: Path, shapes: Sequence[str] = tuple(SHAPES)) -> Mixtures:
-    """Make what is not made yet, then measure one shape after the other."""
+def run(found: Found, threads: int, cache: Path, shapes: Sequence[str] = tuple(SHAPES),
+        keep: Callable[[Mixtures], None] = lambda made: None) -> Mixtures:
+    """Make what is not made yet, then measure one shape after the other; `keep` is called after each metric."""
     cache.mkdir(parents=True, exist_ok=True)
     made = Mixtures()
     for name in shapes:
@@ -80,7 +81,7 @@ def run(found: Found, threads: int, cache: Path, shapes: Sequence[str] = tuple(S
             _note(made.outcomes[name][LLAMA], bench.ask(do="load"))
             askers[LLAMA] = bench.ask
         try:
-            _measure(made, name, workers, askers)
+            _measure(made, name, workers, askers, keep)
         finally:
             for worker in workers:
                 worker.close()
@@ -102,6 +103,7 @@ def _workers(made: Mixtures, name: str, found: Found, threads: int, cache: Path
             answer = worker.ask(do="load")
         except (WorkerDied, KeyError) as why:
             outcome.why_not = str(why)
+            print(f"  {name}: {label}: {why}", file=sys.stderr, flush=True)
             continue
         _note(outcome, answer)
         if label == FLOAT and "weights" in answer:
@@ -121,7 +123,8 @@ def _note(outcome: Outcome, answer: Mapping[str, Any]) -> None:
     outcome.why_not = answer.get("failed") or answer.get("refused")
 
 
-def _measure(made: Mixtures, name: str, workers: Sequence[Worker], askers: Mapping[str, Any]) -> None:
+def _measure(made: Mixtures, name: str, workers: Sequence[Worker], askers: Mapping[str, Any],
+             keep: Callable[[Mixtures], None]) -> None:
     outcomes = made.outcomes[name]
     for metric, request in METRICS.items():
         takers: dict[str, Take] = {}
@@ -144,7 +147,9 @@ def _measure(made: Mixtures, name: str, workers: Sequence[Worker], askers: Mappi
         made.others[f"{name}, {metric}"] = others
         for label, timing in timings.items():
             outcomes[label].timings[metric] = timing
-        print(f"  {name}: {metric}", file=sys.stderr, flush=True)
+        rates = ", ".join(f"{label} {outcome.rate(metric) or 0:.1f}" for label, outcome in outcomes.items())
+        print(f"  {name}: {metric}: {rates}", file=sys.stderr, flush=True)
+        keep(made)
 
 
 def _turn(ask: Any, request: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:

@@ -36,8 +36,8 @@ class Moe(Model):
     """The model, and for each request of the float one the fastest implementation of its experts."""
 
     def __init__(self, shape: str, dtype: str, folder: str | None = None) -> None:
-        super().__init__(Path(folder or "."))
-        self.shape, self.dtype, self.float = SHAPES[shape], getattr(torch, dtype), folder is None
+        self.folder, self.float, self.model = Path(folder or ""), folder is None, None
+        self.shape, self.dtype = SHAPES[shape], getattr(torch, dtype)
         self.best: dict[tuple[Any, ...], str] = {}
 
     def load(self) -> dict[str, Any]:

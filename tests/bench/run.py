@@ -76,13 +76,18 @@ def _model(options: argparse.Namespace) -> int:
 def _moe(options: argparse.Namespace) -> int:
     failed = 0
     for name in [name for name in moe.SHAPES if not options.models or name in options.models]:
-        made = moe.run(find_peers(options.peers), options.threads, options.cache, (name,))
+        path = options.json / f"moe-{name}.json" if options.json else None
+        made = moe.run(find_peers(options.peers), options.threads, options.cache, (name,),
+                       keep=lambda made, path=path: _keep_mixtures(options, path, made))
         print(f"\n== mixtures of experts, 16 layers\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
         print(moe.text(made), flush=True)
-        if options.json:
-            write_json(options.json / f"moe-{name}.json", {**_when(options), **moe.as_data(made)})
         failed += made.outcomes[name][moe.OURS].why_not is not None
     return failed
+
+
+def _keep_mixtures(options: argparse.Namespace, path: Path | None, made: moe.Mixtures) -> None:
+    if path is not None:
+        write_json(path, {**_when(options), **moe.as_data(made)})
 
 
 def _capture(options: argparse.Namespace) -> int:

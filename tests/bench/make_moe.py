@@ -1,6 +1,6 @@
 """Make MoE: mixtures of experts with random weights, in memory, quantized in a folder, and as a GGUF file of Q4_0.
 
-usage: python tests/bench/make_moe.py SHAPE FOLDER [--gguf FILE]      what is there already is not made again
+usage: python tests/bench/make_moe.py SHAPE[/LAYERS] FOLDER [--gguf FILE]      what is there already is not made again
 Every layer holds a copy of one layer's numbers: how fast they are multiplied does not depend on them.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,19 @@ class Shape:
     def name(self) -> str:
         """`32x768-top4`."""
         return f"{self.experts}x{self.ffn}-top{self.top_k}"
+
+    @property
+    def float_bytes(self) -> int:
+        """Of its matrices in bfloat16."""
+        attention = self.hidden * self.hidden // self.heads * (self.heads + self.key_heads)
+        layer = self.experts * (3 * self.ffn + 1) * self.hidden + 2 * attention
+        return 2 * (self.layers * layer + 2 * self.vocabulary * self.hidden)
+
+
+def shape_of(text: str) -> Shape:
+    """`32x768-top4`, or `32x768-top4/4` with so many layers."""
+    name, _, layers = text.partition("/")
+    return replace(SHAPES[name], layers=int(layers)) if layers else SHAPES[name]
 
 
 SHAPES = {shape.name: shape for shape in (Shape(experts=32, top_k=4, ffn=768), Shape(experts=8, top_k=2, ffn=4096))}
@@ -71,7 +84,7 @@ def float_model(shape: Shape) -> Any:
 
 def tensors_of(shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names with tensors as it stores them; those of every layer but the first are the first's."""
-    one = float_model(Shape(**{**vars(shape), "layers": 1})).state_dict()
+    one = float_model(replace(shape, layers=1)).state_dict()
     yield "token_embd.weight", one["model.embed_tokens.weight"]
     yield "output_norm.weight", one["model.norm.weight"]
     yield "output.weight", one["lm_head.weight"]
@@ -124,11 +137,11 @@ def write_gguf(shape: Shape, target: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", type=shape_of)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gguf", type=Path)
     options = parser.parse_args()
-    shape = SHAPES[options.shape]
+    shape = options.shape
     if not (options.folder / "config.json").exists():
         model = float_model(shape)
         qpass.quantize(model, qpass.Recipe("w4a8", overrides={"lm_head": "w4a8"}), progress=False)

@@ -30,6 +30,8 @@ FLOAT_PREFILL = 32
 """Tokens of the float model's prompt: processors without bfloat16 instructions take seconds for them."""
 SPEED_GOALS = {"decode, batch 1": (3.2, 1.1), "prefill 512": (2.5, 3.0), "decode, batch 16": (3.0, 1.5)}
 """How many times the speed of the float model and of llama.cpp."""
+TIMED_LAYERS = 4
+"""Of the 16, so that a run of all lasts minutes; memory is that of all 16."""
 MEMORY_GOAL = 0.31
 """Of the bytes of the bfloat16 weights."""
 
@@ -54,29 +56,34 @@ class MoeGoal:
 
 @dataclass
 class Mixtures:
-    """All of one run: by shape, outcomes by label; bytes of the bfloat16 weights; cores that others used."""
+    """All of one run: by shape, outcomes by label, and what a whole quantized model adds to a process; cores that
+    others used."""
 
     outcomes: dict[str, dict[str, Outcome]] = field(default_factory=dict)
-    float_bytes: dict[str, int] = field(default_factory=dict)
+    peak: dict[str, int | None] = field(default_factory=dict)
     others: dict[str, float] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def run(found: Found, threads: int, cache: Path, shapes: Sequence[str] = tuple(SHAPES),
-        keep: Callable[[Mixtures], None] = lambda made: None) -> Mixtures:
+        keep: Callable[[Mixtures], None] = lambda made: None, memory: bool = True) -> Mixtures:
     """Make what is not made yet, then measure one shape after the other; `keep` is called after each metric."""
     cache.mkdir(parents=True, exist_ok=True)
     made = Mixtures()
     for name in shapes:
-        gguf = cache / f"moe-{name}-Q4_0.gguf"
+        gguf = cache / f"moe-{name}-{TIMED_LAYERS}-Q4_0.gguf"
         llama = "llama.cpp" in found.commands and found.root is not None
-        subprocess.run([sys.executable, HERE / "make_moe.py", name, cache / f"moe-{name}-w4a8",
-                        *(["--gguf", gguf] if llama else [])], check=True, stdout=sys.stderr)
+        for layers in (SHAPES[name].layers, TIMED_LAYERS):
+            more = ["--gguf", gguf] if llama and layers == TIMED_LAYERS else []
+            subprocess.run([sys.executable, HERE / "make_moe.py", f"{name}/{layers}",
+                            cache / f"moe-{name}-{layers}-w4a8", *more], check=True, stdout=sys.stderr)
         made.outcomes[name] = {}
+        if memory:
+            made.peak[name] = _peak(name, found, threads, cache)
         workers, askers = _workers(made, name, found, threads, cache)
         if llama and found.root is not None:
             bench = LlamaBench(found.root / "llamacpp" / "build" / "bin",
-                               gguf.with_name(f"moe-{name}-bf16.gguf"), "Q4_0", threads)
+                               gguf.with_name(f"moe-{name}-{TIMED_LAYERS}-bf16.gguf"), "Q4_0", threads)
             made.outcomes[name][LLAMA] = Outcome(LLAMA)
             _note(made.outcomes[name][LLAMA], bench.ask(do="load"))
             askers[LLAMA] = bench.ask
@@ -94,8 +101,8 @@ def _workers(made: Mixtures, name: str, found: Found, threads: int, cache: Path
     for label, dtype in ((OURS, our_dtype()), (FLOAT, "bfloat16")):
         outcome = made.outcomes[name][label] = Outcome(label)
         worker = Worker(
-            [sys.executable, str(HERE / "moe_torch.py"), name, dtype,
-             *([] if label == FLOAT else [str(cache / f"moe-{name}-w4a8")])],
+            [sys.executable, str(HERE / "moe_torch.py"), f"{name}/{TIMED_LAYERS}", dtype,
+             *([] if label == FLOAT else [str(cache / f"moe-{name}-{TIMED_LAYERS}-w4a8")])],
             {**PEERS["qpass"].environment(found.root, threads), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")})
         workers.append(worker)
         try:
@@ -106,11 +113,24 @@ def _workers(made: Mixtures, name: str, found: Found, threads: int, cache: Path
             print(f"  {name}: {label}: {why}", file=sys.stderr, flush=True)
             continue
         _note(outcome, answer)
-        if label == FLOAT and "weights" in answer:
-            made.float_bytes[name] = answer["weights"]
         askers[label] = worker.ask
         print(f"  {name}: {label} loaded", file=sys.stderr, flush=True)
     return workers, askers
+
+
+def _peak(name: str, found: Found, threads: int, cache: Path) -> int | None:
+    """Bytes that loading the whole quantized model and making a token add to a process, in bfloat16."""
+    shape = SHAPES[name]
+    worker = Worker([sys.executable, str(HERE / "moe_torch.py"), f"{name}/{shape.layers}", "bfloat16",
+                     str(cache / f"moe-{name}-{shape.layers}-w4a8")], PEERS["qpass"].environment(found.root, threads))
+    try:
+        peak = worker.ask(do="load").get("peak")
+    except WorkerDied:
+        return None
+    finally:
+        worker.close()
+    print(f"  {name}: peak of {shape.layers} layers: {peak}", file=sys.stderr, flush=True)
+    return None if peak is None else int(peak)
 
 
 def our_dtype() -> str:
@@ -168,9 +188,9 @@ def goals(made: Mixtures) -> list[MoeGoal]:
                 theirs = rates.get(beside)
                 found.append(MoeGoal(shape=name, text=metric, beside=beside, goal=goal,
                                      value=ours / theirs if ours and theirs else None))
-        peak, whole = outcomes[OURS].peak if OURS in outcomes else None, made.float_bytes.get(name)
+        peak = made.peak.get(name)
         found.append(MoeGoal(shape=name, text="peak memory added", beside="bf16 weights", goal=MEMORY_GOAL,
-                             value=peak / whole if peak and whole else None, at_most=True))
+                             value=peak / SHAPES[name].float_bytes if peak else None, at_most=True))
     return found
 
 
@@ -194,7 +214,10 @@ def text(made: Mixtures) -> str:
               if cores > BUSY_LIMIT]
     parts += [f"  qpass: activations between products in {our_dtype()}",
               f"  torch bf16: prompt of {FLOAT_PREFILL} tokens, not compiled",
-              "  peaks: what loading and one token added to the process, of llama.cpp the whole process\n"]
+              f"  speeds and these peaks with {TIMED_LAYERS} layers; peaks: what loading and one token added to the "
+              "process, of llama.cpp the whole process",
+              *(f"  {name}: the whole quantized model adds {peak / 1e6:.0f} MB to a process, its bfloat16 weights are "
+                f"{SHAPES[name].float_bytes / 1e6:.0f} MB" for name, peak in made.peak.items() if peak), ""]
     rows = [["goal", "shape", "beside", "to reach", "measured", "result"], *map(_goal_row, goals(made))]
     return "\n".join([*parts, aligned(rows, left=3)])
 

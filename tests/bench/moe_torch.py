@@ -1,5 +1,7 @@
 """MoE of PyTorch: serves one mixture of experts, as model_torch.py does a dense model.
 
+SHAPE is as make_moe.py takes it.
+
 usage: python tests/bench/moe_torch.py SHAPE bfloat16            the float model, experts computed in the fastest way
        python tests/bench/moe_torch.py SHAPE bfloat16 FOLDER     what make_moe.py quantized
        python tests/bench/moe_torch.py SHAPE float32 FOLDER      the same with activations in float32
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_moe import SHAPES, float_model
+from make_moe import float_model, shape_of
 from model_torch import CONTEXT, Model
 from transformers import StaticCache
 from worker import answer_lines
@@ -37,7 +39,7 @@ class Moe(Model):
 
     def __init__(self, shape: str, dtype: str, folder: str | None = None) -> None:
         self.folder, self.float, self.model = Path(folder or ""), folder is None, None
-        self.shape, self.dtype = SHAPES[shape], getattr(torch, dtype)
+        self.shape, self.dtype = shape_of(shape), getattr(torch, dtype)
         self.best: dict[tuple[Any, ...], str] = {}
 
     def load(self) -> dict[str, Any]:

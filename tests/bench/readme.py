@@ -35,7 +35,7 @@ def section(results: Path = HERE / "results") -> str:
     if model:
         parts += ["Models of Llama-3.2-1B's shapes with random weights, tokens a second:", _models(model)]
     if mixtures:
-        parts += ["Random weights, 16 layers, hidden 2048, vocabulary 32,000; experts x width and how many a token "
+        parts += ["Random weights, hidden 2048, vocabulary 32,000, 4 layers; experts x width and how many a token "
                   "chooses; tokens a second:", _mixtures(mixtures)]
     goals = [goal for kept in (kernels, model, *mixtures) for goal in kept.get("goals", ())]
     reached = [goal for goal in goals if _reached(goal) is not None]

@@ -79,7 +79,7 @@ def _moe(options: argparse.Namespace) -> int:
         path = options.json / f"moe-{name}.json" if options.json else None
         made = moe.run(find_peers(options.peers), options.threads, options.cache, (name,),
                        keep=lambda made, path=path: _keep_mixtures(options, path, made))
-        print(f"\n== mixtures of experts, 16 layers\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
+        print(f"\n== mixtures of experts\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
         print(moe.text(made), flush=True)
         failed += made.outcomes[name][moe.OURS].why_not is not None
     return failed

@@ -90,9 +90,14 @@ def empty_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """
     model_class, loaded = _class_and_config(folder, config)
     loaded.__dict__.pop("quantization_config", None)
+    return empty_like(model_class, loaded, folder)
+
+
+def empty_like(model_class: Any, config: Any, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The same of a class and a config of Transformers; `folder` is where they are from."""
     try:
         with _parameters_on_meta():
-            model: nn.Module = model_class._from_config(loaded)
+            model: nn.Module = model_class._from_config(config, **({} if dtype is None else {"dtype": dtype}))
     except Exception as error:  # sizes that no model has, or of the wrong kind
         raise CheckpointError(f"{folder / 'config.json'} describes a model that cannot be built: "
                               f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error

@@ -25,8 +25,10 @@ _NEEDS = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round", "
           "hqq": "", "fbgemm_fp8": "fbgemm_gpu", "torchao": "torchao",
           "compressed-tensors": "compressed_tensors"}
 
+_ASIDE = ("_modules", "_parameters", "_buffers", "all_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")
 
-class CheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]  # Transformers' base is untyped
+
+class CheckpointConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint, as its tool wrote it; `quant_method` stays that tool's."""
 
     def __init__(self, **said: Any) -> None:
@@ -42,7 +44,7 @@ class CheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]  # Transf
         return (made, kwargs) if return_unused_kwargs else made
 
 
-class CheckpointQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers' base is untyped
+class CheckpointQuantizer(HfQuantizer):
     """Loads the whole checkpoint with qpass.load, in the dtype and the device that Transformers was asked for."""
 
     requires_calibration = False
@@ -69,18 +71,18 @@ class CheckpointQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers' b
         own: Any = model
         self._dtype = own.dtype
         # With nothing in it, Transformers expects no key, reads no tensor and initializes no weight.
-        self._aside = {"_modules": model._modules, "all_tied_weights_keys": own.all_tied_weights_keys}
-        model.__dict__.update(_modules={}, all_tied_weights_keys={}, _keys_to_ignore_on_load_unexpected=[".*"])
+        self._aside = {name: vars(model)[name] for name in _ASIDE}
+        model.__dict__.update(_modules={}, _parameters={}, _buffers={}, all_tied_weights_keys={},
+                              _keys_to_ignore_on_load_unexpected={".*"})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from qpass.hf import empty_like
         from qpass.load_model import load
 
         model.__dict__.update(self._aside)
-        del model.__dict__["_keys_to_ignore_on_load_unexpected"]
         config: Any = model.config
         config.__dict__.pop("quantization_config", None)
-        made = load(self._folder, model=empty_like(type(model), config, self._dtype, self._folder), device=self._device)
+        made = load(self._folder, model=empty_like(type(model), config, self._folder, self._dtype), device=self._device)
         for part in ("_modules", "_parameters", "_buffers", "_qpass_plan", "config"):
             if part in made.__dict__:
                 model.__dict__[part] = made.__dict__[part]

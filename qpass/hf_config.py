@@ -18,7 +18,7 @@ class QPassConfig(QuantizationConfigMixin):  # type: ignore[misc]  # Transformer
     """Quantize while loading: `AutoModelForCausalLM.from_pretrained(path, quantization_config=QPassConfig("w4a8"))`.
 
     recipe    anything that `qpass.quantize` takes: a preset name, Scheme, Recipe, dict, or path to a YAML or JSON file;
-              None, without settings, leaves a quantized checkpoint as it is
+              None, without settings, loads a quantized checkpoint as it is, as qpass.load does
     settings  of `qpass.Recipe`: ignore, overrides, on_indivisible, on_unsupported_activation, strict; only beside a
               preset name or a Scheme
 

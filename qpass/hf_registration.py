@@ -6,13 +6,14 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
+from qpass import hf_checkpoints
 from qpass.hf_config import METHOD
 from qpass.hf_config import QPassConfig as QPassConfig
 from qpass.hf_quantizer import QPassQuantizer, refuse_quantized
 
 
 def register() -> None:
-    """Add our config and quantizer to Transformers' tables; importing this module does. Again is no harm.
+    """Add our configs and quantizers to Transformers' tables; importing this module does. Again is no harm.
 
     What Transformers would say of a checkpoint that is quantized already names neither the recipe nor a way on, and it
     has no hook for that: its merging of the two configs is ours where the one that was passed is.
@@ -21,6 +22,7 @@ def register() -> None:
         return
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QPassConfig
     AUTO_QUANTIZER_MAPPING[METHOD] = QPassQuantizer
+    hf_checkpoints.register(AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
     theirs = AutoHfQuantizer.merge_quantization_configs
 
     def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
@@ -34,7 +36,7 @@ def register() -> None:
 def merge_configs(of_checkpoint: Any, ours: QPassConfig) -> Any:
     """The config to load a quantized checkpoint by, where the user gave `ours`. Raises RecipeError if it cannot be."""
     if ours.recipe is None:
-        return AutoHfQuantizer.merge_quantization_configs(of_checkpoint, None)
+        return hf_checkpoints.CheckpointConfig()
     refuse_quantized(of_checkpoint, ours)
 
 

@@ -45,7 +45,7 @@ def _read(stored: Stored, at: int | None) -> Tensor:
                 raise CheckpointError(f"{stored.file} changed while it was being read; load the folder again")
             file.seek(start)
             if tensor.numel():
-                _fill(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), file)
+                _fill(tensor.reshape(-1).view(torch.uint8).numpy().data, file)
     except OSError as error:
         raise CheckpointError(f"cannot read {stored.file}: {error}") from error
     return tensor

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qpass.plan_model import Plan
 
 _BUILDING = threading.RLock()
+_MOST_BUFFERS = 1 << 30  # bytes of what a model computes at construction: rotary frequencies, masks
 
 
 def is_transformers(model: Any) -> bool:
@@ -96,6 +97,10 @@ def empty_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 def empty_like(model_class: Any, config: Any, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The same of a class and a config of Transformers; `folder` is where they are from."""
     try:
+        with torch.device("meta"):
+            buffers = sum(buffer.nbytes for buffer in model_class._from_config(config).buffers())
+        if buffers > _MOST_BUFFERS:
+            raise ValueError(f"it computes tables of {buffers} bytes")
         with _parameters_on_meta():
             model: nn.Module = model_class._from_config(config, **({} if dtype is None else {"dtype": dtype}))
     except Exception as error:  # sizes that no model has, or of the wrong kind

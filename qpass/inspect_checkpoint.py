@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -16,6 +17,7 @@ from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Place, Reader, WeightRead
 from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
+from qpass.spec import LinearSpec
 from qpass.text_table import Column, human_bytes, text_table
 
 _COLUMNS: tuple[Column, ...] = (("n", ">"), ("layer", "<"), ("shape", ">"), ("numbers", "<"), ("stored", ">"),
@@ -101,13 +103,14 @@ def _layers(checkpoint: Checkpoint, reader: Reader) -> list[LayerFound]:
         nbytes = sum(checkpoint.tensors[name].nbytes for name in read.tensors.values())
         numbers, kernel = "decoded to float", "none"
         if isinstance(read, WeightRead):
-            numbers, kernel = effective_text(read.spec), _kernel(read)
+            numbers, kernel = effective_text(read.spec), _kernel(read.spec)
         found.append(LayerFound(path=path, shape=shape, numbers=numbers, nbytes=nbytes, kernel=kernel))
     return found
 
 
-def _kernel(read: WeightRead) -> str:
-    call = LinearCall(spec=read.spec, device=torch.device("cpu"), dtype=torch.bfloat16)
+@lru_cache(maxsize=256)  # of hundreds of layers most are alike
+def _kernel(asked: LinearSpec) -> str:
+    call = LinearCall(spec=asked, device=torch.device("cpu"), dtype=torch.bfloat16)
     try:
         spec, kept = computable(call)
         name = choose(LinearCall(spec=spec, device=call.device, dtype=call.dtype)).kernel.name

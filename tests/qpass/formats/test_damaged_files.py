@@ -77,6 +77,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "layers": (reconfigure(lambda c: c.update(num_hidden_layers=10**9)), "num_hidden_layers is 1000000000"),
     "width": (reconfigure(lambda c: c.update(hidden_size=2**50)), "cannot be built|disagree|needs"),
     "heads": (reconfigure(lambda c: c.update(num_attention_heads=0)), r"config\.json"),
+    "tables": (reconfigure(lambda c: c.update(model_type="gpt_bigcode", architectures=["GPTBigCodeForCausalLM"],
+                                              max_position_embeddings=90000)), "computes tables of [0-9]+ bytes"),
     "header": (absurd_header, "truncated or damaged"), "doubled": (doubled_header, "truncated or damaged"),
     "pipe": (pipe, "no ordinary file"),
     "quantization": (reconfigure(lambda c: c.update(quantization_config=[1])), "list"),

@@ -1,12 +1,12 @@
 """Checkpoints of the real tools: each decodes to what its tool decodes, the rest of it is untouched, and it runs.
 
-`pytest tests/qpass/formats/test_fixtures.py -s` lists format, variant, modules compared and the largest difference.
+Format, variant, modules compared and the largest difference are listed at the end.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qpass
+from qpass.codecs.affine import unpack_unsigned
 from qpass.experts_layer import QuantExperts
 from qpass.experts_rows import as_stored
 from qpass.layers import PackedWeight
@@ -26,11 +27,23 @@ pytest.importorskip("transformers", reason="Transformers is not installed")
 
 FIXTURES = every_fixture()
 
-# Variant -> the largest difference allowed, and why it is not 0: how the reference differs from the file's own numbers.
-INEXACT: dict[str, tuple[float, str]] = {
-    "autoround/ar_w8_g32": (3e-4, "the tool computes (q - zero) * scale in float16"),
-    "quanto/int4": (4e-3, "the tool rounds q * scale to bfloat16 before it takes the shift away"),
-}
+
+def in_float16(layer: PackedWeight) -> Tensor:
+    """AutoRound's 8 bits: (q - zero) and the scale are float16, their product is rounded to it."""
+    return layer.dequantize(torch.float32).half().float()
+
+
+def shifted_in_bfloat16(layer: PackedWeight) -> Tensor:
+    """quanto's qint4: q * scale is rounded to bfloat16 before the shift is taken away, and the difference again."""
+    found = layer.canonical().tensors
+    codes = unpack_unsigned(found["packed"], layer.spec.weight.bits, layer.spec.in_features)
+    q = codes.bfloat16().unflatten(1, (layer.spec.groups, -1))
+    return (q * found["scale"].bfloat16()[..., None] + found["offset"].bfloat16()[..., None]).flatten(1).float()
+
+
+# Variants whose tool rounds on the way: what it computes, step by step, from the numbers that were read.
+AS_THE_TOOL: dict[str, Callable[[PackedWeight], Tensor]] = {
+    "autoround/ar_w8_g32": in_float16, "quanto/int4": shifted_in_bfloat16}
 # The tool gives bfloat16: what is decoded here must be that, once rounded.
 ROUNDED = ("torchao/", "quanto/", "quark/", "autoround/fp8_static")
 # Logits of the tool with activations rounded as no kernel here does, or of a random model whose weights AWQ scaled.
@@ -69,19 +82,23 @@ def expert(model: nn.Module, path: str) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
+def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Lines that are printed when all is done, also where pytest keeps what tests print."""
     lines: list[str] = []
     yield lines
-    print("\n" + "\n".join(sorted(lines)))
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n" + "\n".join(sorted(lines)))
 
 
 @pytest.mark.parametrize("name", [name for name in FIXTURES if name.endswith("(small)")])
-def test_decodes_to_the_digests_of_the_tool(name: str) -> None:
+def test_decodes_to_the_digests_of_the_tool(name: str, table: list[str]) -> None:
     digests = json.loads((FIXTURES[name] / "reference.json").read_text())
     model = qpass.load(FIXTURES[name])
     dtype = getattr(torch, digests.pop("__rounded__", "float32"))
     assert {key: digest(decoded(model, key).to(dtype)) for key in digests} == digests
     untouched(model, FIXTURES[name], set(digests))
+    table.append(f"{name:44} {len(digests):3} modules  largest difference 0 (equal digests)")
 
 
 @pytest.mark.parametrize("name", [name for name in FIXTURES if "(small)" not in name])
@@ -90,14 +107,16 @@ def test_decodes_as_the_tool_does(name: str, table: list[str]) -> None:
     reference = load_file(folder / "reference.safetensors")
     model = qpass.load(folder)
     report = qpass.explain(model)
-    allowed, _ = INEXACT.get(name, (0.0, ""))
     compared, largest = 0, 0.0
     for key, weight in reference.items():
         if not key.startswith(("__", "gguf:")):
             found = decoded(model, key)
+            if name in AS_THE_TOOL:
+                layer: Any = model.get_submodule(key.removesuffix(".weight"))
+                found = AS_THE_TOOL[name](layer)
             found = found.bfloat16().float() if name.startswith(ROUNDED) else found
             difference = float((found - weight.float()).abs().max())
-            assert difference <= allowed, f"{key} differs by {difference}"
+            assert difference == 0, f"{key} differs by {difference}"
             compared, largest = compared + 1, max(largest, difference)
         elif key.startswith("__prequant__."):
             compared += within_half_a_step(model, key.removeprefix("__prequant__."), weight)
@@ -107,7 +126,7 @@ def test_decodes_as_the_tool_does(name: str, table: list[str]) -> None:
     if "__logits__" in reference:
         logits, wanted = model.float()(reference["__input_ids__"]).logits, reference["__logits__"].float()
         assert (logits - wanted).abs().max() < (0.45 if any(w in name for w in LOOSE) else 0.1) * wanted.abs().max()
-    table.append(f"{name:36} {compared:3} modules  largest difference {largest:.3g}")
+    table.append(f"{name:44} {compared:3} modules  largest difference {largest:.3g}")
 
 
 def within_half_a_step(model: nn.Module, name: str, weight: Tensor) -> int:

@@ -178,8 +178,10 @@ def _weight_args(data: Mapping[str, Any], where: str) -> WeightArgs:
     if strategy is None:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     kinds: dict[str, Granularity] = {"tensor": "per_tensor", "channel": "per_channel", "group": "per_group"}
+    # "weight" and "static" are one: the order in which GPTQ takes columns, which changes nothing on disk.
     _refuse(where, "weights", data, {"type": ("int",), "strategy": (*kinds, None), "dynamic": (False,),
-                                     "actorder": (None,), "observer": _PLAIN_OBSERVERS, "scale_dtype": (None,)})
+                                     "actorder": (None, "weight", "static"), "observer": _PLAIN_OBSERVERS,
+                                     "scale_dtype": (None,)})
     granularity = kinds[strategy]
     if granularity == "per_group" and size == -1:
         granularity = "per_channel"

@@ -112,6 +112,7 @@ class _Frontier:
         low = sum(min(choice.size for choice in group) for group in quantized)
         high = max(limit, sum(max(choice.size for choice in group) for group in quantized))
         points = [(low + (high - low) * step / (_POINTS - 1), False) for step in range(_POINTS)]
+        points = [(size, mine) for size, mine in points if abs(size - limit) > 1e-6 * limit]
         rows = []
         for size, mine in sorted([*points, (limit, True)]):
             picked = chosen if mine else allocate(self.options, size * (1 + 1e-9))

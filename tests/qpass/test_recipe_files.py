@@ -90,6 +90,13 @@ def test_llm_compressor_config_groups_and_algorithms(tmp_path: Path) -> None:
     assert recipe.algorithms == (SmoothQuant(alpha=0.8), Gptq(dampening_frac=0.01))
 
 
+@pytest.mark.parametrize("order", ["weight", "static", None])
+def test_an_order_of_columns_that_changes_nothing_on_disk_is_read(order: str | None) -> None:
+    groups = {"g": {"targets": ["Linear"], "weights": {**W4, "actorder": order}}}
+    assert as_recipe({"config_groups": groups}) == as_recipe({"config_groups": {"g": {"targets": ["Linear"],
+                                                                                     "weights": W4}}})
+
+
 def test_llm_compressor_modifiers() -> None:
     def of(name: str, **fields: object) -> object:
         return as_recipe({name: {"targets": ["Linear"], "scheme": "W4A16", **fields}}).algorithms
@@ -175,7 +182,7 @@ def test_vllm_online_dict() -> None:
     ({"config_groups": {"g": {"targets": ["L"]}}}, "no weights"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": {**W4, "type": "float"}}}}, "type='float'.*allowed: 'int'"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": {**W4, "strategy": "block"}}}}, "strategy='block'"),
-    ({"config_groups": {"g": {"targets": ["L"], "weights": {**W4, "actorder": "static"}}}}, "actorder='static'"),
+    ({"config_groups": {"g": {"targets": ["L"], "weights": {**W4, "actorder": "group"}}}}, "actorder='group'"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": {**W4, "observer": "mse"}}}}, "observer='mse'"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": W4, "input_activations": {**A8, "dynamic": False}}}},
      "one for the tensor"),

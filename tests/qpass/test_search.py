@@ -72,6 +72,22 @@ def test_meets_the_budget_and_beats_one_scheme_for_all(name: str, tmp_path: Path
     assert distance(recipe) < distance(PRESETS["w4a16"].with_group_size(32))
 
 
+def test_weights_of_one_set_of_experts_share_a_scheme() -> None:
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2)).eval()
+    recipe = qpass.search(model, "5 bits", data=tokens(8, 32), schemes=SCHEMES[:3], progress=False)
+    chosen: dict[object, set[object]] = {}
+    for decision in qpass.plan(model, recipe).decisions:
+        if decision.site.experts is not None:
+            chosen.setdefault(decision.site.experts, set()).add(decision.scheme)
+    assert len(chosen) == 2 and all(len(schemes) == 1 for schemes in chosen.values())
+
+
 def test_costs_follow_the_measured_divergence() -> None:
     from qpass.calibrate.samples import read_samples
     from qpass.search_costs import costs

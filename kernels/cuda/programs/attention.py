@@ -21,20 +21,24 @@ def _number(byte, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["keys_each", "keys"])
-def attend(q, k, v, k_scale, v_scale, lengths, acc_out, top_out, sum_out, queries, size, heads, keys, keys_each, factor,
-           q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, ks_batch, ks_head, ks_row, vs_batch,
-           vs_head, vs_row,
-           SHARED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr,
-           BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """q [B, heads * SHARED, queries, size]; k, v [B, heads, keys, size] bytes; scales by strides, [B, heads, keys];
-    lengths int32 [B]; outputs float32 [parts, B, heads, SHARED * queries(, size)]."""
+def attend(q, k, v, k_scale, v_scale, lengths, mask, acc_out, top_out, sum_out, queries, size, heads, keys, keys_each,
+           factor, softcap, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, ks_batch, ks_head,
+           ks_row, ks_group, vs_batch, vs_head, vs_row, vs_group, m_batch, m_head, m_row, m_key,
+           SHARED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, CAUSAL: tl.constexpr,
+           BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
+           BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """q [B, heads * SHARED, queries, size]; k, v [B, heads, keys, size] bytes; scales by strides, [B, heads, keys,
+    groups], GROUP numbers of a head sharing one, 0 for all; lengths int32 [B] or None; mask by strides, [B, heads *
+    SHARED, queries, keys], or None; outputs float32 [parts, B, heads, SHARED * queries(, size)]."""
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     blocks_r = tl.cdiv(SHARED * queries, BLOCK_R)
     part, block_r = tl.program_id(1) // blocks_r, tl.program_id(1) % blocks_r
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < SHARED * queries
     d = tl.arange(0, BLOCK_D)
-    length = tl.load(lengths + batch)
+    length = keys
+    if lengths is not None:
+        length = tl.load(lengths + batch)
     position = length - queries + r % queries  # of each query among the keys: it sees those up to itself
 
     wide = batch.to(tl.int64)
@@ -43,6 +47,9 @@ def attend(q, k, v, k_scale, v_scale, lengths, acc_out, top_out, sum_out, querie
     k_at = k + wide * k_batch + head.to(tl.int64) * k_head
     v_at = v + wide * v_batch + head.to(tl.int64) * v_head
     ks_at, vs_at = k_scale + wide * ks_batch + head * ks_head, v_scale + wide * vs_batch + head * vs_head
+    if mask is not None:
+        mask_row = (head * SHARED + r // queries) * m_head + (r % queries) * m_row
+        mask_at = mask + wide * m_batch + mask_row.to(tl.int64)[:, None]
 
     top = tl.full((BLOCK_R,), -1e30, dtype=tl.float32)
     total = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -54,9 +61,27 @@ def attend(q, k, v, k_scale, v_scale, lengths, acc_out, top_out, sum_out, querie
         rows = s.to(tl.int64)
         inner = there[None, :] & (d < size)[:, None]
         codes = tl.load(k_at + (rows * k_row)[None, :] + d[:, None], mask=inner, other=0)
-        score = tl.dot(query, _number(codes, FORMAT, DTYPE), out_dtype=tl.float32, input_precision="ieee")
-        score *= tl.load(ks_at + rows * ks_row, mask=there, other=0).to(tl.float32)[None, :] * factor
-        seen = there[None, :] & (s[None, :] <= position[:, None])
+        if K_GROUP:
+            scale_at = ks_at + (rows * ks_row)[None, :] + (d // K_GROUP * ks_group)[:, None]
+            scales = tl.load(scale_at, mask=inner, other=0).to(tl.float32)
+            number = (_number(codes, FORMAT, tl.float32) * scales).to(DTYPE)
+        else:
+            number = _number(codes, FORMAT, DTYPE)
+        score = tl.dot(query, number, out_dtype=tl.float32, input_precision="ieee") * factor
+        if not K_GROUP:
+            score *= tl.load(ks_at + rows * ks_row, mask=there, other=0).to(tl.float32)[None, :]
+        if SOFTCAP:
+            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)  # softcap * tanh(score / softcap)
+        seen = inside[:, None] & there[None, :]
+        if CAUSAL:
+            seen = seen & (s[None, :] <= position[:, None])
+        if mask is not None:
+            shown = tl.load(mask_at + (rows * m_key)[None, :], mask=seen, other=0)
+            if BOOL_MASK:
+                seen = seen & (shown != 0)
+            else:
+                score += shown.to(tl.float32)
+                seen = seen & (score > -1e30)
         score = tl.where(seen, score, -1e30)
         higher = tl.maximum(top, tl.max(score, axis=1))
         p = tl.where(seen, tl.exp(score - higher[:, None]), 0.0)
@@ -64,9 +89,14 @@ def attend(q, k, v, k_scale, v_scale, lengths, acc_out, top_out, sum_out, querie
         total = total * shrink + tl.sum(p, axis=1)
         inner = there[:, None] & (d < size)[None, :]
         values = tl.load(v_at + (rows * v_row)[:, None] + d[None, :], mask=inner, other=0)
-        p *= tl.load(vs_at + rows * vs_row, mask=there, other=0).to(tl.float32)[None, :]
-        acc = acc * shrink[:, None] + tl.dot(p.to(DTYPE), _number(values, FORMAT, DTYPE), out_dtype=tl.float32,
-                                             input_precision="ieee")
+        if V_GROUP:
+            scale_at = vs_at + (rows * vs_row)[:, None] + (d // V_GROUP * vs_group)[None, :]
+            scales = tl.load(scale_at, mask=inner, other=0).to(tl.float32)
+            number = (_number(values, FORMAT, tl.float32) * scales).to(DTYPE)
+        else:
+            number = _number(values, FORMAT, DTYPE)
+            p *= tl.load(vs_at + rows * vs_row, mask=there, other=0).to(tl.float32)[None, :]
+        acc = acc * shrink[:, None] + tl.dot(p.to(DTYPE), number, out_dtype=tl.float32, input_precision="ieee")
         top = higher
     at = ((part * (tl.num_programs(0) // heads) + batch) * heads + head).to(tl.int64) * SHARED * queries + r
     tl.store(top_out + at, top, mask=inside)

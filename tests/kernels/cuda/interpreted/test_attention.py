@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpass.errors import NoKernel
 from qpass.kernels.cuda import attention
-from qpass.kernels.cuda.attention import attend_quantized
+from qpass.kernels.cuda.attention import attend_quantized, cache_attention_triton
 
 
 def exact(q: Tensor, k: Tensor, ks: Tensor, v: Tensor, vs: Tensor, lengths: Tensor, factor: float) -> Tensor:
@@ -76,10 +76,34 @@ def test_a_sequence_without_keys_gives_zeros() -> None:
     assert not got[0].any() and got[1].any()
 
 
+@pytest.mark.parametrize("groups", [1, 2], ids=["one-scale", "two-scales"])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0], ids=["", "softcap"])
+def test_a_cache_with_groups_masks_and_softcap(groups: int, mask: str, softcap: float) -> None:
+    batch, heads, shared, m, s, d = 2, 2, 2, 3, 70, 32
+    codes = [torch.randint(-127, 128, (batch, heads, s, d), dtype=torch.int8) for _ in range(2)]
+    scales = [torch.rand(batch, heads, s, groups) / 40 for _ in range(2)]
+    q = torch.randn(batch, heads * shared, m, d)
+    shown = None if mask == "none" else torch.rand(batch, 1, m, s) > 0.4
+    if shown is not None:
+        shown[0, 0, 1] = False  # a row that sees nothing
+    given = torch.zeros(shown.shape).masked_fill(~shown, -torch.inf) if shown is not None and mask == "float" else shown
+    got = cache_attention_triton(q, codes[0], scales[0], codes[1], scales[1], given, "int8", True, 0.2, softcap)
+    k, v = ((c.double() * x.double().repeat_interleave(d // groups, -1)).repeat_interleave(shared, 1)
+            for c, x in zip(codes, scales, strict=True))
+    score = q.double() @ k.transpose(-1, -2) * 0.2
+    score = softcap * torch.tanh(score / softcap) if softcap else score
+    hidden = ~torch.ones(m, s, dtype=torch.bool).tril(s - m)[None, None]
+    hidden = hidden if shown is None else hidden | ~shown
+    want = score.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0) @ v
+    assert got.shape == (batch, m, heads * shared, d)
+    assert torch.allclose(got.double(), want.transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
 def test_says_what_it_does_not_take() -> None:
     k, ks = random_cache(1, 1, 8, 16, torch.int8)
     q, lengths = torch.randn(1, 1, 1, 16), torch.tensor([8])
     with pytest.raises(NoKernel, match="reads int8 or float8_e4m3fn keys, not float32"):
         attend_quantized(q, k.float(), ks, k.float(), ks, lengths)
-    with pytest.raises(ValueError, match="of one dtype"):
+    with pytest.raises(ValueError, match="of one dtype; got"):
         attend_quantized(q, k, ks, k[:, :, :4], ks, lengths)

@@ -11,8 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def use_checkout() -> None:
-    """Put a folder with `qpass`, its `kernels` and `lowering` inside, in front of sys.path, then the checkout for its
-    tests. The folder is left to the operating system: modules are read from it as long as the process lives."""
+    """Put a folder with `qpass`, its `kernels` and `lowering` inside, and `tests` in front of sys.path.
+
+    Not the checkout: there Transformers would take our `kernels` for the package of that name. The folder is left to
+    the operating system: modules are read from it as long as the process lives.
+    """
     sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     package = Path(tempfile.mkdtemp(prefix="qpass-checkout-")) / "qpass"
     package.mkdir()
@@ -22,7 +25,7 @@ def use_checkout() -> None:
     for name in ("lowering", "kernels"):
         (package / name).symlink_to(ROOT / name)
     sys.path.insert(0, str(package.parent))
-    sys.path.append(str(ROOT))
+    (package.parent / "tests").symlink_to(ROOT / "tests")
     found = importlib.util.find_spec("qpass")
     if found is None or found.origin is None or Path(found.origin).parent != package:
         raise RuntimeError(f"qpass comes from {found and found.origin}, not from the checkout {ROOT}")

@@ -1,7 +1,7 @@
 """Activation quantization fuses on a GPU: Inductor writes one Triton kernel for it and what comes before it.
 
-This is seen without a GPU: the device is a fake whose tensors hold nothing, what Inductor asks of it is answered with an
-H100's numbers, and the code that Inductor writes is read, not run.
+This is seen without a GPU: the device is a fake whose tensors hold nothing, what Inductor asks of it is answered with
+an H100's numbers, and the code that Inductor writes is read, not run.
 """
 
 from __future__ import annotations

@@ -121,10 +121,11 @@ def _as_reference(pair: ExpertsPair, args: Any, kwargs: Any) -> Tensor:
     return result
 
 
-def _products(pair: ExpertsPair, x: Tensor, x_reference: Tensor, index: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _products(pair: ExpertsPair, x: Tensor, x_reference: Tensor, index: Tensor) -> list[tuple[Tensor, ...]]:
     """Of the first and the second product of every chosen expert: as rounded, in float of the same input, and in float
     of the reference's; rows [pairs, N] in the order of experts."""
-    packed, found = pair.packed, ([], [])  # type: tuple[QuantExperts, tuple[list[Any], list[Any]]]
+    packed = pair.packed
+    found: tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]] = ([], [])
     first_bias, second_bias = packed.first_bias_rows, packed.second_bias_rows
     for expert in index[(index >= 0) & (index < packed.site.experts)].unique().tolist():
         token = (index == expert).nonzero(as_tuple=True)[0]
@@ -138,4 +139,4 @@ def _products(pair: ExpertsPair, x: Tensor, x_reference: Tensor, index: Tensor) 
             found[which].append(three)
             if which == 0:
                 inputs = apply_gate(three[0], spec.gate), apply_gate(three[2], spec.gate)
-    return [tuple(torch.cat(list(part)) for part in zip(*rows, strict=True)) for rows in found if rows]  # type: ignore[misc]
+    return [tuple(torch.cat(list(part)) for part in zip(*rows, strict=True)) for rows in found if rows]

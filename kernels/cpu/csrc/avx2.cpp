@@ -18,6 +18,7 @@
 #include "avx2_vector.h"
 #include "avx2_quantize.h"
 #include "avx2_product_q4.h"
+#include "avx2_product_q8.h"
 #include "avx2_product_q.h"
 #include "avx2_product_f.h"
 

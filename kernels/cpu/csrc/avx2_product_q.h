@@ -3,7 +3,8 @@
 // 4 bits: maddubs(code 0..15, x) adds two products, at most 2 * 15 * 128 = 3840, so the 8 lines of a block can be added
 // in int16 (30720) before they are widened; a line's low nibbles are 32 inputs, its high nibbles the next 32.
 // Groups of 64 inputs and their multiples have a faster way, avx2_product_q4.h.
-// 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows.
+// 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows. Eight and
+// more rows have a faster way, avx2_product_q8.h.
 // Integer scales: a run's sum, its offset taken off, times the run's multiplier, adds up in int32 over the whole row.
 // Codes carry an offset (8 or 128) plus the weight's zero point: offset * sum(x) is taken off once a group.
 #pragma once
@@ -171,16 +172,7 @@ __attribute__((noinline)) void multiply(const Weight& w, const QuantRows& x, con
                                         const Output& out, int64_t m0, int64_t block) {
   Columns<R, X, INTEGER> c(w, group_sums + m0 * inner_groups(w), block);
   c.run(rows, x.Kp);
-  for (int m = 0; m < R; m++) {
-    __m256 y0 = c.y[m][0], y1 = c.y[m][1];
-    if (x.zero_point) {
-      const __m256 zp = _mm256_set1_ps(x.zero_point[m0 + m]);
-      y0 = _mm256_fnmadd_ps(zp, _mm256_loadu_ps(w.colsum + block * 16), y0);
-      y1 = _mm256_fnmadd_ps(zp, _mm256_loadu_ps(w.colsum + block * 16 + 8), y1);
-    }
-    const __m256 scale = _mm256_set1_ps(x.scale[m0 + m]);
-    finish16(out, m0 + m, block * 16, w.N, _mm256_mul_ps(y0, scale), _mm256_mul_ps(y1, scale));
-  }
+  for (int m = 0; m < R; m++) finish_row(w, x, out, m0 + m, block, c.y[m][0], c.y[m][1]);
 }
 
 template <bool INTEGER, typename X>
@@ -208,21 +200,31 @@ const int32_t* sums_of_groups(const Weight& w, const QuantRows& x) {
   return sums;
 }
 
+const int16_t* widened(const QuantRows& x, int64_t m0, int64_t m1) {
+  const int8_t* from = x.q + m0 * x.Kp;
+  const int64_t count = (m1 - m0) * x.Kp;
+  int16_t* wide = (int16_t*)scratch(5, count * 2);
+  for (int64_t i = 0; i < count; i += 16)
+    _mm256_storeu_si256((__m256i*)(wide + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i))));
+  return wide;
+}
+
 void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
   const bool whole = w.bits == 4 && (inner_groups(w) == 1 || inner_size(w) % 64 == 0);
   const int32_t* starts = whole ? starts_of(x) : nullptr;
   const int32_t* group_sums = starts && !w.zero_point ? nullptr : sums_of_groups(w, x);
   // Rows at a time so that they stay in the L2 cache while every block of weights passes by.
   const int64_t element = w.bits == 4 ? 1 : 2, fit = (256 << 10) / (x.Kp * element), step = fit < 8 ? 8 : fit & ~3;
-  int16_t* wide = w.bits == 4 ? nullptr : (int16_t*)scratch(5, (x.M < step ? x.M : step) * x.Kp * 2);
+  const int64_t end = block_end * 16 < w.N ? block_end : (w.N + 15) / 16;
   for (int64_t m0 = 0; m0 < x.M; m0 += step) {
     const int64_t m1 = m0 + step < x.M ? m0 + step : x.M;
-    if (wide) {
-      const int8_t* from = x.q + m0 * x.Kp;
-      for (int64_t i = 0; i < (m1 - m0) * x.Kp; i += 16)
-        _mm256_storeu_si256((__m256i*)(wide + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i))));
+    if (w.bits == 8 && m1 - m0 >= kManyRows) {
+      const Fours fours = fours_of(w, x, group_sums, m0, m1 - m0);
+      for (int64_t block = block_begin; block < end; block++) multiply_fours(w, x, fours, out, m0, m1 - m0, block);
+      continue;
     }
-    for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
+    const int16_t* wide = w.bits == 8 ? widened(x, m0, m1) : nullptr;
+    for (int64_t block = block_begin; block < end; block++) {
       if (starts) multiply_rows64(w, x, starts, group_sums, out, m0, m1, block);
       else if (wide) multiply_rows<false>(w, x, wide, group_sums, out, m0, m1, block);
       else if (w.multiplier) multiply_rows<true>(w, x, x.q + m0 * x.Kp, group_sums, out, m0, m1, block);

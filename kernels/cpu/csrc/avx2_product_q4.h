@@ -117,15 +117,9 @@ __attribute__((noinline)) void multiply64(const Weight& w, const QuantRows& x, c
     }
   }
   for (int m = 0; m < R; m++) {
-    for (int h = 0; h < 2; h++) {
-      if (w.multiplier) y[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[m][h]), scales8(w, block, 0, h), y[m][h]);
-      if (x.zero_point) {
-        const __m256 zero = _mm256_set1_ps(x.zero_point[m0 + m]);
-        y[m][h] = _mm256_fnmadd_ps(zero, _mm256_loadu_ps(w.colsum + block * 16 + h * 8), y[m][h]);
-      }
-    }
-    const __m256 scale = _mm256_set1_ps(x.scale[m0 + m]);
-    finish16(out, m0 + m, block * 16, w.N, _mm256_mul_ps(y[m][0], scale), _mm256_mul_ps(y[m][1], scale));
+    for (int h = 0; h < 2 && w.multiplier; h++)
+      y[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[m][h]), scales8(w, block, 0, h), y[m][h]);
+    finish_row(w, x, out, m0 + m, block, y[m][0], y[m][1]);
   }
 }
 

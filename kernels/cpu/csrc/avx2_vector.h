@@ -56,6 +56,18 @@ inline void finish16(const Output& out, int64_t m, int64_t n, int64_t N, __m256 
   }
 }
 
+// Scales row m by its activation's scale, after taking off its zero point, and stores its outputs of one block.
+inline __attribute__((always_inline)) void finish_row(const Weight& w, const QuantRows& x, const Output& out, int64_t m,
+                                                      int64_t block, __m256 y0, __m256 y1) {
+  if (x.zero_point) {
+    const __m256 zero_point = _mm256_set1_ps(x.zero_point[m]);
+    y0 = _mm256_fnmadd_ps(zero_point, _mm256_loadu_ps(w.colsum + block * 16), y0);
+    y1 = _mm256_fnmadd_ps(zero_point, _mm256_loadu_ps(w.colsum + block * 16 + 8), y1);
+  }
+  const __m256 scale = _mm256_set1_ps(x.scale[m]);
+  finish16(out, m, block * 16, w.N, _mm256_mul_ps(y0, scale), _mm256_mul_ps(y1, scale));
+}
+
 // The scales of 8 outputs: half h of block, group g.
 inline __m256 scales8(const Weight& w, int64_t block, int64_t g, int h) {
   return load8(w.scale, w.scale_dtype, (block * w.groups + g) * 16 + h * 8);

@@ -17,7 +17,8 @@ def main() -> int:
     use_checkout()
     from tests.kernels.cuda.test_compiled import SLOW, compiled, ids
 
-    print("| program | registers | stack bytes | shared KiB | 16-byte loads | tensor cores |\n|---|---|---|---|---|---|")
+    print("| program | registers | stack bytes | shared KiB | 16-byte loads | tensor cores |")
+    print("|---|---|---|---|---|---|")
     failed = 0
     for name, (weight, activation, m, target, _) in zip(ids(SLOW), SLOW, strict=True):
         try:

@@ -52,7 +52,7 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
                  dtype: torch.dtype | None, model: nn.Module | None) -> nn.Module:
     from qpass.checkpoint_experts import fill_experts, find_experts
     from qpass.hf import empty_model
-    from qpass.quantize_model import check_model, finish, remember
+    from qpass.quantize_model import check_model, finish, quantize, remember
 
     reader = chosen.reader(checkpoint)
     if model is not None:
@@ -67,7 +67,8 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
         model = empty_model(checkpoint.path, checkpoint.config)
     experts: Sequence[ExpertsLayer] = find_experts(model, checkpoint, reader)
     contents = match_contents(model, checkpoint, reader, experts)
-    if recipe is not None:
+    plain = not contents.layers and not experts and not any(item.read and item.read.note for item in contents.floats)
+    if recipe is not None and not plain:
         layers, experts, notes = replan(model, contents.layers, experts, recipe, str(checkpoint.path))
         contents = replace(contents, layers=tuple(layers), notes=(*contents.notes, *notes))
     plan = plan_of(model, None if recipe is not None else reader, checkpoint.quantization, contents, experts)
@@ -78,8 +79,9 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
     tie_tables(model, reader.tied, checkpoint.path)
     model.to(device)
     model.eval()
-    if plan is not None:
-        remember(model, plan)
+    if plain and recipe is not None:  # floats that their tool would round at load
+        return quantize(model, recipe, progress=False)  # type: ignore[no-any-return]
+    remember(model, plan)
     finish(model, plan)
     return model
 
@@ -115,7 +117,7 @@ def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, 
         except QPassError:
             continue
         return replace(plan, notes=(*plan.notes, *contents.notes))
-    none = ("nothing of this checkpoint stays packed",) if not contents.layers and not experts else ()
+    none = ("no weight of this checkpoint is packed",) if not contents.layers and not experts else ()
     return Plan(rows=(), decisions=(), recipe=made, capture_method="none", notes=(*none, *contents.notes))
 
 

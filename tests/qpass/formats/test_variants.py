@@ -178,3 +178,15 @@ def test_hqq_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CheckpointError, match="weights_only=True"):
         qpass.load(tmp_path, allow_pickle=True)
     assert not (tmp_path / "harm").exists()
+
+
+def test_deepspeedfp_is_float_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
+    """Its weights on disk are plain; that tool rounds them at load, and so does a recipe here."""
+    weight = torch.randn(N, K) * 0.02
+    model = write(tmp_path, {"quant_method": "deepspeedfp", "bits": 6, "group_size": 512}, {"weight": weight}, weight)
+    loaded = qpass.load(tmp_path)
+    assert torch.equal(loaded.get_submodule(LAYER).weight, model.get_submodule(LAYER).weight)
+    assert "no weight of this checkpoint is packed" in str(qpass.explain(loaded))
+    other = qpass.quantize(small(), "fp8_dynamic", progress=False)
+    other.load_state_dict(qpass.load(tmp_path, "fp8_dynamic").state_dict())
+    assert other.get_submodule(LAYER).spec.weight.type == "fp8"

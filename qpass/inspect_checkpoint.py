@@ -14,7 +14,7 @@ from qpass.decide import effective_text
 from qpass.errors import CheckpointError, NoKernel
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, open_checkpoint
-from qpass.formats.reader import Place, Reader, WeightRead
+from qpass.formats.reader import Reader, WeightRead
 from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
 from qpass.spec import LinearSpec
@@ -82,7 +82,9 @@ def inspect(where: str | os.PathLike[str]) -> Inspection:
     for name in checkpoint.tensors if reader is not None else ():
         if (why := reader.leftover(name)) is not None:  # type: ignore[union-attr]
             not_used.setdefault(why, []).append(name)
-    model = ", ".join(map(str, checkpoint.config.get("architectures") or ())) or "no architecture named"
+    named = checkpoint.config.get("architectures") or [checkpoint.source.metadata.get("general.architecture") or
+                                                       "no architecture named"]
+    model = ", ".join(map(str, named))
     return Inspection(path=str(checkpoint.path), format=None if chosen is None else _title(chosen), model=model,
                       layers=tuple(layers), tensors=len(checkpoint.tensors),
                       nbytes=sum(stored.nbytes for stored in checkpoint.tensors.values()),
@@ -95,11 +97,7 @@ def _title(made: Format) -> str:
 
 def _layers(checkpoint: Checkpoint, reader: Reader) -> list[LayerFound]:
     found = []
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.tensors):
-        shape = reader.shape_of(path)
-        read = None if shape is None else reader.weight(Place(path=path, name=f"{path}.weight", shape=shape))
-        if shape is None or read is None:
-            continue
+    for path, shape, read in reader.listed():
         nbytes = sum(checkpoint.tensors[name].nbytes for name in read.tensors.values())
         numbers, kernel = "decoded to float", "none"
         if isinstance(read, WeightRead):

@@ -72,6 +72,15 @@ class BitsAndBytesReader(Reader):
         stored = self.checkpoint.tensors.get(f"{path}.weight")
         if f"{path}.SCB" in self.checkpoint.tensors and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
+        for kind in ("nf4", "fp4"):  # whose bytes lie flat: only the state, some hundred bytes, knows the shape
+            name = f"{path}.weight.{_STATE}{kind}"
+            if name in self.checkpoint.tensors and self.checkpoint.tensors[name].nbytes <= _LARGEST_STATE:
+                try:
+                    said = _state(self.checkpoint.source.read([name])[name]).get("shape", ())
+                except ValueError as error:
+                    raise CheckpointError(f"{name} in {self.checkpoint.path}: {error}") from error
+                if len(said) == 2 and all(isinstance(size, int) and size > 0 for size in said):
+                    return said[0], said[1]
         return None
 
     def leftover(self, name: str) -> str | None:

@@ -6,7 +6,7 @@ its name says; a last block of a row or column may be smaller. FP4 experts in in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -111,6 +111,13 @@ class Fp8Reader(Reader):
         stored = self.checkpoint.tensors.get(f"{path}.weight")
         scaled = any(f"{path}.{name}" in self.checkpoint.tensors for name in ("weight_scale_inv", "weight_scale"))
         return (stored.shape[0], stored.shape[1]) if stored is not None and scaled and len(stored.shape) == 2 else None
+
+    def listed(self) -> Iterator[tuple[str, tuple[int, ...], WeightRead | FloatRead]]:
+        yield from super().listed()
+        for name, stored in self.checkpoint.tensors.items():
+            if self._stacked(name)[0] is not None:
+                for read in self.stack(Place(path=name, name=name, shape=stored.shape)):
+                    yield name, stored.shape, read
 
     def leftover(self, name: str) -> str | None:
         return next((why for suffix, why in _UNUSED.items() if name.endswith(suffix)), None)

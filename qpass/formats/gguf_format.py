@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,12 @@ class GgufReader(Reader):
         def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
             return CanonicalWeight(unpack_blocks(tensors["blocks"], info.kind))
 
-        return WeightRead(spec=spec_of(args_of(info.kind), info.shape[1:]), tensors={"blocks": name}, read=read)
+        return WeightRead(spec=spec_of(args_of(info.kind), info.shape[-2:]), tensors={"blocks": name}, read=read)
+
+    def listed(self) -> Iterator[tuple[str, tuple[int, ...], WeightRead | FloatRead]]:
+        for name, info in self.file.tensors.items():
+            if info.kind not in PLAIN and len(info.shape) in (2, 3):
+                yield name.removesuffix(".weight"), info.shape, self._one_of_stack(name)
 
     def _check_stacks(self, names: list[str], place: Place) -> None:
         shapes = [self.file.tensors[name].shape for name in names]

@@ -74,7 +74,12 @@ class HqqReader(Reader):
                           group_size=size, symmetric=False)
 
     def shape_of(self, path: str) -> tuple[int, int] | None:
-        return None
+        name = f"{path}.shape"  # two numbers; the codes lie in groups, and do not tell
+        stored = self.checkpoint.tensors.get(name)
+        if stored is None or stored.shape != (2,) or f"{path}.W_q" not in self.checkpoint.tensors:
+            return None
+        n, k = (int(size) for size in self.checkpoint.source.read([name])[name].tolist())
+        return (n, k) if n > 0 and k > 0 else None
 
     def leftover(self, name: str) -> str | None:
         return "a setting, told by the shapes" if name.rpartition(".")[2] in _SETTINGS else None

@@ -6,6 +6,7 @@ even element in the low nibble, scales uint8 [E, R, K / 32]; the model's paramet
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -57,8 +58,12 @@ class Mxfp4ExpertsReader(Reader):
 
         return (WeightRead(spec=spec_of(_ARGS, (rows, k)), tensors=names, read=read),)
 
-    def shape_of(self, path: str) -> tuple[int, int] | None:
-        return None
+    def listed(self) -> Iterator[tuple[str, tuple[int, ...], WeightRead | FloatRead]]:
+        for name, stored in self.checkpoint.tensors.items():
+            if name.endswith("_blocks") and len(stored.shape) == 4:
+                path, (experts, rows, groups, _) = name.removesuffix("_blocks"), stored.shape
+                shape = (experts, rows, groups * 32)
+                yield path, shape, self.stack(Place(path=path, name=path, shape=shape))[0]
 
 
 register_format(Format(

@@ -6,7 +6,7 @@ weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,15 @@ class Reader:
     def shape_of(self, path: str) -> tuple[int, int] | None:
         """(N, K) of the quantized weight at `path`, from headers alone; None if none is there. For `qpass inspect`."""
         return None
+
+    def listed(self) -> Iterator[tuple[str, tuple[int, ...], WeightRead | FloatRead]]:
+        """Path, shape and read of each quantized weight, from headers alone: [N, K], or [E, N, K] of a stack, whose
+        read is that of one matrix. For `qpass inspect`."""
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in self.checkpoint.tensors):
+            shape = self.shape_of(path)
+            read = None if shape is None else self.weight(Place(path=path, name=f"{path}.weight", shape=shape))
+            if shape is not None and read is not None:
+                yield path, shape, read
 
     def leftover(self, name: str) -> str | None:
         """Why a tensor that no weight was read from does no harm, as a phrase for the report; None if it does."""

@@ -1,0 +1,44 @@
+"""Inspect: what is told of a checkpoint without its weights, of layers, of stacks of experts and of GGUF files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qpass
+from tests.qpass.formats.fixture_folders import SMALL
+
+EVERY = sorted(str(folder.relative_to(SMALL)) for folder in SMALL.glob("*/*") if folder.is_dir())
+
+
+def where(name: str) -> Path:
+    return next(iter((SMALL / name).glob("*.gguf")), SMALL / name)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_format_lists_its_quantized_weights(name: str) -> None:
+    found = qpass.inspect(where(name))
+    assert found.format is not None and found.layers and "no architecture named" not in found.model
+    assert 0 < sum(layer.nbytes for layer in found.layers) <= found.nbytes
+    assert all(layer.kernel and layer.numbers for layer in found.layers)
+
+
+def test_stacks_and_gguf_are_told_by_their_own_names() -> None:
+    layers = qpass.inspect(SMALL / "mxfp4_gptoss" / "gptoss").layers
+    experts = {layer.path.rpartition(".")[2]: layer for layer in layers}
+    assert experts["gate_up_proj"].shape == (4, 128, 128) and experts["down_proj"].shape == (4, 128, 64)
+    assert "mxfp4" in experts["down_proj"].numbers
+    found = qpass.inspect(where("gguf/q4_0"))
+    assert found.model == "llama" and any(layer.path == "blk.0.attn_q" and layer.numbers == "w4a16 g32"
+                                          for layer in found.layers)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = ("import qpass, sys; qpass.inspect(sys.argv[1]); "
+            "print([m for m in ('transformers', 'torchao', 'safetensors.torch', 'gguf', 'numba') if m in sys.modules])")
+    said = subprocess.run([sys.executable, "-c", code, str(SMALL / "gptq" / "w3_g32")], capture_output=True, text=True,
+                          check=True)
+    assert said.stdout.strip() == "[]"

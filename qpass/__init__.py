@@ -12,10 +12,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qpass.after_import import after_import
+
 if TYPE_CHECKING:
     from qpass.adopt_model import adopt as adopt
     from qpass.compare_models import compare as compare
     from qpass.evaluate_model import evaluate as evaluate
+    from qpass.hf_cache import QuantizedCache as QuantizedCache
     from qpass.hf_config import QPassConfig as QPassConfig
     from qpass.inspect_checkpoint import inspect as inspect
     from qpass.kernels.registry import force_kernel as force_kernel
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from qpass.scheme import WeightArgs as WeightArgs
     from qpass.scheme import register_scheme as register_scheme
     from qpass.search_recipe import search as search
+    from qpass.update_model import update as update
 
     plan = make_plan
 
@@ -43,8 +47,8 @@ if TYPE_CHECKING:
 _WHERE = {
     "quantize": "quantize_model", "dequantize": "quantize_model", "plan": "plan_model", "explain": "report",
     "save": "save_model", "load": "load_model", "inspect": "inspect_checkpoint", "adopt": "adopt_model",
-    "QPassConfig": "hf_registration", "compare": "compare_models", "evaluate": "evaluate_model",
-    "search": "search_recipe",
+    "QPassConfig": "hf_registration", "update": "update_model", "QuantizedCache": "hf_cache",
+    "compare": "compare_models", "evaluate": "evaluate_model", "search": "search_recipe",
     "support_matrix": "kernels.support", "force_kernel": "kernels.registry", "register_kernel": "kernels.registry",
     "Scheme": "scheme", "WeightArgs": "scheme", "ActivationArgs": "scheme", "PRESETS": "recipe",
     "register_scheme": "scheme", "Rule": "recipe", "Recipe": "recipe", "register_pass": "lowering.pipeline",
@@ -64,3 +68,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# Whichever of the two is imported first, Transformers' loader knows our configs as soon as it is there.
+after_import("transformers.quantizers.auto", lambda: import_module("qpass.hf_registration").register())

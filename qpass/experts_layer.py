@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import qpass.kernels.dispatch
 import qpass.kernels.gradient_experts  # noqa: F401  (both give the op below what it does)
 from qpass.experts_disk import Disk, describe, read_expert, write_expert
-from qpass.experts_rows import gate_first
+from qpass.experts_rows import gate_first, packed_part
 from qpass.experts_site import Argument, ExpertsSite
 from qpass.experts_spec import ExpertsSpec
-from qpass.kernels.experts_choice import choose_experts, pack_blocks, unpack_block
+from qpass.kernels.experts_choice import choose_experts, unpack_block
 from qpass.kernels.reference.experts import part_names
 from qpass.kernels.registry import ExpertsCall, kernel
 from qpass.layers import PackedLayer, moved
@@ -76,13 +76,9 @@ class QuantExperts(PackedLayer):
         number, text = len(self.blocks), str(spec)
         names: list[str] = []
         for label, part, weights in zip(("first", "second"), spec.parts, (first, second), strict=True):
-            if part is None:
-                packed = {"weight": torch.stack([w for w in weights if isinstance(w, Tensor)])}
-            else:
-                packed = pack_blocks((w for w in weights if isinstance(w, CanonicalWeight)), part, len(experts))
-            for name in (("weight",) if part is None else kernel(part.kernel).layout.names(part)):
+            for name, tensor in packed_part(part, len(experts), weights).items():
                 names.append(f"packed_{number}_{label}_{name}")
-                self.register_buffer(names[-1], packed[name], persistent=False)
+                self.register_buffer(names[-1], tensor, persistent=False)
         self.blocks.append(Block(experts=tuple(experts), spec=spec, text=text, names=tuple(names)))
         self._spec_text = text
         if len(self.blocks) > 1 or len(experts) < self.site.experts:
@@ -261,9 +257,9 @@ class QuantExperts(PackedLayer):
 
     def renew(self) -> None:
         """Take the biases and buffers that the replaced module holds now."""
-        origin = self.origin[0]
-        self._parameters.update({leaf: p for leaf, p in origin._parameters.items() if leaf not in self.site.parameters})
-        self._buffers.update(origin._buffers)
+        self._parameters.update({leaf: p for leaf, p in self.origin[0]._parameters.items()
+                                 if leaf not in self.site.parameters})
+        self._buffers.update(self.origin[0]._buffers)
         self._refresh_biases()
 
     def _refresh_biases(self) -> None:

@@ -30,25 +30,39 @@ def fill_floats(floats: Sequence[Float], checkpoint: Checkpoint, device: torch.d
                 dtype: torch.dtype | None = None) -> None:
     """Read every tensor that stays float to `device`, in the dtype that the model has for it, or in `dtype`."""
     for item in floats:
-        module, leaf = item.places[0]
-        before = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
-        assert before is not None
-        if item.read is None:
+        value = read_float(item, checkpoint, device, dtype)
+        if value is None:
             continue
-        tensors = checkpoint.source.read(item.read.tensors.values())
-        try:
-            value = item.read.read({short: tensors[full] for short, full in item.read.tensors.items()})
-        except ValueError as error:
-            raise CheckpointError(f"{item.name} in {checkpoint.path}: {error}") from error
-        if value.shape != before.shape:
-            raise CheckpointError(f"{item.name} in {checkpoint.path} was read as {list(value.shape)}, the model has "
-                                  f"{list(before.shape)}")
-        wanted = dtype if dtype is not None and isinstance(before, nn.Parameter) else before.dtype
-        value = value.to(device=device, dtype=wanted)
+        before = _there(item)
         if isinstance(before, nn.Parameter):
             value = nn.Parameter(value, requires_grad=before.requires_grad)
         for module, leaf in item.places:
             (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment]
+
+
+def read_float(item: Float, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
+               ) -> torch.Tensor | None:
+    """One tensor that is float in the files, as `fill_floats` puts it; None if the files need not have it."""
+    if item.read is None:
+        return None
+    before = _there(item)
+    tensors = checkpoint.source.read(item.read.tensors.values())
+    try:
+        value = item.read.read({short: tensors[full] for short, full in item.read.tensors.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{item.name} in {checkpoint.path}: {error}") from error
+    if value.shape != before.shape:
+        raise CheckpointError(f"{item.name} in {checkpoint.path} was read as {list(value.shape)}, the model has "
+                              f"{list(before.shape)}")
+    wanted = dtype if dtype is not None and isinstance(before, nn.Parameter) else before.dtype
+    return value.to(device=device, dtype=wanted)
+
+
+def _there(item: Float) -> torch.Tensor:
+    module, leaf = item.places[0]
+    tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+    assert tensor is not None
+    return tensor
 
 
 def fill_layers(model: nn.Module, layers: Sequence[Layer], checkpoint: Checkpoint, device: torch.device,

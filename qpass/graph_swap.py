@@ -39,7 +39,7 @@ def quantize_graph(model: fx.GraphModule | ExportedProgram, recipe: Recipe, *, e
     if isinstance(model, ExportedProgram) and (done := model.graph_module.meta.get("qpass_packed")):
         raise AlreadyQuantized(f"{len(done)} products of this program are quantized by qpass already, the first is of "
                                f"{next(iter(done))}; export the float model again")
-    plan = make_plan(model, recipe, example_inputs=example_inputs)  # type: ignore[arg-type]
+    plan = make_plan(model, recipe, example_inputs=example_inputs)
     targets = [d for d in plan.decisions if d.status == "quantize" and d.site.kind != "embedding"]
     static_scales(model, targets, None)
     weights = {d.site.name: _parameter(model, d.site.name) for d in targets}

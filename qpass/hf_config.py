@@ -14,7 +14,7 @@ from qpass.recipe_files import as_recipe
 METHOD = "qpass"
 
 
-class QPassConfig(QuantizationConfigMixin):  # type: ignore[misc]  # Transformers' base is untyped
+class QPassConfig(QuantizationConfigMixin):
     """Quantize while loading: `AutoModelForCausalLM.from_pretrained(path, quantization_config=QPassConfig("w4a8"))`.
 
     recipe    anything that `qpass.quantize` takes: a preset name, Scheme, Recipe, dict, or path to a YAML or JSON file;
@@ -30,7 +30,7 @@ class QPassConfig(QuantizationConfigMixin):  # type: ignore[misc]  # Transformer
         settings.pop("quant_method", None)
         if "scheme" in settings and recipe is None:
             recipe = settings.pop("scheme")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # theirs is an enumeration of the methods they have
         self.recipe: Recipe | None = None
         if recipe is not None or settings:
             self.recipe = _with_settings(recipe, settings)

@@ -22,7 +22,7 @@ from qpass.mapped_pages import release_pages
 from qpass.stream_quantize import StreamQuantizer
 
 
-class QPassQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers' base is untyped
+class QPassQuantizer(HfQuantizer):
     """Quantizes a float checkpoint as it is read. The plan is made on the empty model, before the first tensor."""
 
     quantization_config: QPassConfig
@@ -116,14 +116,14 @@ class QPassQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers' base i
         return True
 
 
-class _Take(ConversionOps):  # type: ignore[misc]  # Transformers' base is untyped
+class _Take(ConversionOps):
     """The loader's last operation on a tensor: hand over what is wanted, give the rest back."""
 
     def __init__(self, quantizer: QPassQuantizer) -> None:
         self._quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, missing_keys: set[str] | None = None, **kwargs: Any
-                ) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], source_patterns: Any = None, target_patterns: Any = None, *,
+                missing_keys: set[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         rest: dict[str, Any] = {}
         for name, value in input_dict.items():
             if self._quantizer.stream.wants(name):

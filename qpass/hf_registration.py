@@ -30,7 +30,7 @@ def register() -> None:
             return merge_configs(quantization_config, quantization_config_from_args)
         return theirs(quantization_config, quantization_config_from_args)
 
-    AutoHfQuantizer.merge_quantization_configs = classmethod(merge)
+    AutoHfQuantizer.merge_quantization_configs = classmethod(merge)  # type: ignore[method-assign, assignment]
 
 
 def merge_configs(of_checkpoint: Any, ours: QPassConfig) -> Any:

@@ -12,16 +12,17 @@ from torch import nn
 
 from qpass.checkpoint_layers import Contents, match_contents
 from qpass.errors import CheckpointError, QPassError
-from qpass.fill_model import fill_floats, fill_layers, tie_tables
+from qpass.fill_model import fill_floats, fill_layers, read_float, tie_tables
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Reader
+from qpass.recipe import Recipe
+from qpass.recipe_files import as_recipe
 from qpass.replan_layers import replan
 
 if TYPE_CHECKING:
     from qpass.checkpoint_experts import ExpertsLayer
     from qpass.plan_model import Plan
-    from qpass.recipe import Recipe
 
 
 def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device | str | None = None,
@@ -90,6 +91,8 @@ def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype
                 model: nn.Module | None) -> nn.Module:
     from qpass.hf import load_float
 
+    if recipe is not None and not as_recipe(recipe).algorithms:
+        return _stream_float(checkpoint, as_recipe(recipe), device, dtype, model)
     if model is None:
         model = load_float(checkpoint.path, checkpoint.config)
     else:
@@ -100,6 +103,39 @@ def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype
 
         quantize(model, recipe, progress=False)
     return model.eval()
+
+
+def _stream_float(checkpoint: Checkpoint, recipe: Recipe, device: torch.device, dtype: torch.dtype | None,
+                  model: nn.Module | None) -> nn.Module:
+    """Quantize each weight as it is read; in memory are the packed model and the largest tensor."""
+    from qpass.hf import empty_model
+    from qpass.plan_model import make_plan
+    from qpass.quantize_model import check_model, finish, remember
+    from qpass.stream_quantize import StreamQuantizer
+
+    if model is None:
+        model = empty_model(checkpoint.path, checkpoint.config)
+        if dtype is None and not {"dtype", "torch_dtype"} & checkpoint.config.keys():
+            dtype = next((s.dtype for s in checkpoint.tensors.values() if s.dtype.is_floating_point), None)
+    check_model(model)
+    contents = match_contents(model, checkpoint, None)
+    for parameter in model.parameters() if dtype is not None else ():
+        if parameter.is_meta and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    plan = make_plan(model, recipe, device=device)
+    stream = StreamQuantizer(model, plan)
+    for item in contents.floats:
+        if not stream.wants(item.name):
+            fill_floats([item], checkpoint, device, dtype)
+        elif (weight := read_float(item, checkpoint, device, dtype)) is not None:
+            stream.take(item.name, weight)
+            del weight
+    stream.finish()
+    model.to(device)
+    model.eval()
+    remember(model, plan)
+    finish(model, plan)
+    return model
 
 
 def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, Any], contents: Contents,
@@ -123,7 +159,6 @@ def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, 
 
 def _recipe(contents: Contents, experts: Sequence[ExpertsLayer]) -> Recipe:
     """The recipe that would make these layers, each by its name."""
-    from qpass.recipe import Recipe
     from qpass.scheme import scheme_for
 
     packed = {path: layer.read.spec for layer in contents.layers for path in layer.paths}

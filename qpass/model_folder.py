@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ def is_quantized(folder: Path) -> bool:
     return bool(_config(folder).get("quantization_config"))
 
 
-def load_meta(folder: Path) -> Any:
-    """The model of config.json on the meta device: no weight is read, no memory taken."""
-    config = _transformers_config(folder)
+def load_meta(source: Any) -> Any:
+    """The model of a folder's config.json, or of a config, on the meta device: no weight is read, no memory taken."""
+    is_folder = isinstance(source, (str, os.PathLike))
+    config = _transformers_config(check_folder(os.fspath(source))) if is_folder else source
     if getattr(config, "quantization_config", None):
-        raise CheckpointError(f"the model in {folder} is quantized already; a plan is made from the float model")
+        raise CheckpointError(f"the model in {source if is_folder else 'this config'} is quantized already; a plan is "
+                              "made from the float model")
     # Attention must be one that traces without looking at numbers; eager mode and sdpa both do.
     with torch.device("meta"):
         return _model_class(config)._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32).eval()

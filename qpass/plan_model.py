@@ -15,6 +15,7 @@ from torch import nn
 
 from qpass.decide import Decision, decide, effective_text, stored_bytes
 from qpass.errors import AlreadyQuantized
+from qpass.footprint import Footprint, footprint_of
 from qpass.match import entries
 from qpass.recipe import Recipe
 from qpass.recipe_files import as_recipe
@@ -53,6 +54,7 @@ class Plan:
     recipe: Recipe
     capture_method: str
     notes: tuple[str, ...] = ()
+    footprint: Footprint | None = None
 
     @property
     def totals(self) -> Totals:
@@ -66,7 +68,8 @@ class Plan:
 
     def table(self, *, full: bool = False, width: int = 160) -> str:
         """The table, footnotes and summary as text; `full` gives every site a line of its own."""
-        return render_plan(self, full=full, width=width)
+        table = render_plan(self, full=full, width=width)
+        return table if self.footprint is None else f"{table}\n{self.footprint}"
 
     def __str__(self) -> str:
         return self.table()
@@ -75,6 +78,7 @@ class Plan:
         """The recipe, how layers were found, the totals and every row, as JSON."""
         return json.dumps({"recipe": self.recipe.to_dict(), "capture_method": self.capture_method,
                            "notes": self.notes, "totals": asdict(self.totals),
+                           "footprint": None if self.footprint is None else asdict(self.footprint),
                            "rows": [asdict(row) for row in self.rows]}, indent=2)
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
@@ -82,10 +86,12 @@ class Plan:
         return render_html(self, Path(path))
 
 
-def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None,
+def make_plan(model: Any, recipe: Any, *, example_inputs: Any = None,
               device: torch.device | None = None) -> Plan:
     """What `quantize(model, recipe)` would do, without doing it; weights may be on the meta device.
 
+    model           or the path of a Hugging Face folder, or a Transformers config: then no weight is read, and the plan
+                    has a `footprint` too: bytes on disk, in memory, at most while loading, and a token
     recipe          a preset name, Scheme, Recipe, dict, torchao config, or path to a YAML or JSON recipe
     example_inputs  what one call of the model takes; by default the model's own `dummy_inputs`
     device          where the quantized model will run, for the choice of kernels; by default where its weights are
@@ -96,12 +102,18 @@ def make_plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None,
     from qpass.find import find
 
     wanted = as_recipe(recipe)
+    from_outside = not isinstance(model, nn.Module) and (
+        isinstance(model, (str, os.PathLike)) or hasattr(model, "model_type"))
+    if from_outside:
+        from qpass.model_folder import load_meta
+
+        model = load_meta(model)
     _check_float(model)
     captured = capture(model, example_inputs)
     sites = find(model, captured)
     decisions = decide(sites, wanted, device=device or _device(model))
     return Plan(rows=tuple(plan_row(d) for d in decisions), decisions=decisions, recipe=wanted,
-                capture_method=captured.method,
+                capture_method=captured.method, footprint=footprint_of(model, decisions) if from_outside else None,
                 notes=(*captured.notes, *_beaten(wanted, decisions), *_wanted_data(wanted), *_float_heads(decisions)))
 
 

@@ -16,7 +16,7 @@ from qpass.algorithm import Algorithm
 from qpass.errors import RecipeError
 from qpass.llm_compressor_modifiers import algorithm_of
 from qpass.recipe import Recipe, Rule
-from qpass.scheme import PRESETS, ActivationArgs, Granularity, Scheme, WeightArgs, preset, scheme_for
+from qpass.scheme import ALIASES, PRESETS, ActivationArgs, Granularity, Scheme, WeightArgs, preset, scheme_for
 
 _HAVE = "integers of 2 to 8 bits per tensor, channel or group, with float or int8 activations (qpass.PRESETS)"
 _NO_NUMBERS = frozenset({"bypass_divisibility_checks", "requires_calibration_data", "index", "group", "start", "end",
@@ -24,9 +24,17 @@ _NO_NUMBERS = frozenset({"bypass_divisibility_checks", "requires_calibration_dat
 _SCHEME_FIELDS = frozenset({"targets", "scheme", "ignore", "config_groups"})
 _PLAIN_OBSERVERS = (None, "minmax", "memoryless_minmax", "static_minmax")
 _CHECKPOINT_FORMATS = ("gptq", "awq", "gguf", "bitsandbytes", "hqq", "auto-round", "modelopt", "quark", "fp8", "mxfp4")
-_VLLM_WEIGHTS = {"int8_per_channel_static": WeightArgs(bits=8), "int8_per_channel_weight_only": WeightArgs(bits=8)}
+_VLLM_WEIGHTS = {
+    "int8_per_channel_static": WeightArgs(bits=8), "int8_per_channel_weight_only": WeightArgs(bits=8),
+    "fp8_per_tensor_static": WeightArgs(bits=8, type="fp8", granularity="per_tensor"),
+    "fp8_per_channel_static": WeightArgs(bits=8, type="fp8"),
+    "fp8_per_block_static": WeightArgs(bits=8, type="fp8", granularity="per_block", group_size=128)}
 _VLLM_ACTIVATIONS: dict[str | None, ActivationArgs | None] = {
-    None: None, "int8_per_token": ActivationArgs(), "int8_per_token_dynamic": ActivationArgs()}
+    None: None, "int8_per_token": ActivationArgs(), "int8_per_token_dynamic": ActivationArgs(),
+    "fp8_per_token": ActivationArgs(type="float"),
+    "fp8_per_tensor_dynamic": ActivationArgs(type="float", granularity="per_tensor"),
+    "fp8_per_tensor_static": ActivationArgs(type="float", granularity="per_tensor", dynamic=False),
+    "fp8_per_block_dynamic": ActivationArgs(type="float", granularity="per_group", group_size=128)}
 
 
 def from_llm_compressor(data: Mapping[str, Any]) -> Recipe:
@@ -165,10 +173,11 @@ def _vllm_scheme(value: object, where: str) -> Scheme:
     weight, activation = (value.get("weight"), value.get("activation")) if isinstance(value, Mapping) else (value, None)
     if isinstance(weight, str) and weight in _VLLM_WEIGHTS and activation in _VLLM_ACTIVATIONS:
         return scheme_for(_VLLM_WEIGHTS[weight], _VLLM_ACTIVATIONS[activation])
-    if isinstance(weight, str) and activation is None and weight.lower() in PRESETS:
+    if isinstance(weight, str) and activation is None and weight.lower() in {**PRESETS, **ALIASES}:
         return preset(weight)
+    activations = ", ".join(name for name in _VLLM_ACTIVATIONS if name)
     raise RecipeError(f"{where} asks for {value!r}, which cannot be expressed here; there are "
-                      f"{', '.join(_VLLM_WEIGHTS)} with activation null or int8_per_token, and qpass.PRESETS by name")
+                      f"{', '.join(_VLLM_WEIGHTS)} with activation null, {activations}, and qpass.PRESETS by name")
 
 
 def _weight_args(data: Mapping[str, Any], where: str) -> WeightArgs:

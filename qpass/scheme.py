@@ -191,6 +191,9 @@ def _group(bits: int, activation: ActivationArgs | None, *, symmetric: bool = Tr
 
 
 PRESETS: dict[str, Scheme] = {}
+# What vLLM's online quantization calls a preset (docs/features/quantization/online.md).
+ALIASES = {"fp8_per_channel": "fp8_dynamic", "fp8_per_block": "fp8_block", "int8_per_channel": "w8a8",
+           "int8_per_channel_weight_only": "w8a16_channel"}
 _CODECS: dict[str, Codec | RowCodec] = {}
 
 
@@ -258,7 +261,7 @@ def codec_of(weight: WeightArgs) -> Codec | RowCodec | None:
 
 def preset(name: str) -> Scheme:
     """The preset of this name, in any case; raises RecipeError with the closest names."""
-    found = PRESETS.get(name) or PRESETS.get(name.lower())
+    found = PRESETS.get(name) or PRESETS.get(name.lower()) or PRESETS.get(ALIASES.get(name.lower(), ""))
     if found is None:
         near = difflib.get_close_matches(name.lower(), PRESETS, n=3)
         those = f"closest: {', '.join(near)} (all: qpass.PRESETS)" if near else f"there are {', '.join(PRESETS)}"
@@ -272,6 +275,7 @@ for _bits in (2, 3, 4, 5, 6, 7):
 for _bits in (2, 3, 4):
     register_scheme(Scheme(name=f"w{_bits}a4", **_group(_bits, ActivationArgs(bits=4))))
 register_scheme(Scheme(name="w8a16", **_group(8, None)))
+register_scheme(Scheme(name="w8a16_channel", weight=WeightArgs(bits=8)))
 register_scheme(Scheme(name="w4afp8", **_group(4, ActivationArgs(type="float"))))
 register_scheme(Scheme(name="w4a16_asym", **_group(4, None, symmetric=False)))
 register_scheme(Scheme(name="w8a8", weight=WeightArgs(bits=8), activation=_INT8_TOKEN))

@@ -42,7 +42,7 @@ def swap_experts(model: nn.Module, decisions: Sequence[Decision], device: torch.
     for parts, experts in blocks_of(site, decisions):
         spec, _ = choose_experts(ExpertsCall(spec=spec_of_block(site, parts, len(experts)), device=where, dtype=dtype,
                                              bias=site.first_bias is not None), where=site.owner, prepare=True)
-        first, second = (_quantized(site, stored, experts, which, spec.parts[which], where) for which in (0, 1))
+        first, second = (quantized_experts(site, stored, experts, which, spec.parts[which], where) for which in (0, 1))
         made.put_block(spec, experts, first, second)
     for leaf in site.parameters:
         origin._parameters[leaf] = nn.Parameter(stored[leaf].to("meta"), requires_grad=False)
@@ -50,7 +50,7 @@ def swap_experts(model: nn.Module, decisions: Sequence[Decision], device: torch.
     return made
 
 
-def put_experts(model: nn.Module, origin: nn.Module, made: QuantExperts) -> None:
+def put_experts(model: nn.Module, origin: nn.Module, made: nn.Module) -> None:
     """Replace `origin` wherever it is registered."""
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -76,9 +76,9 @@ def restore_experts(experts: QuantExperts) -> nn.Module:
     return origin
 
 
-def _quantized(site: ExpertsSite, stored: dict[str, Tensor], experts: Sequence[int], which: int,
-               part: LinearSpec | None, device: torch.device) -> Iterator[Weight]:
-    """One expert's weight after the other."""
+def quantized_experts(site: ExpertsSite, stored: dict[str, Tensor], experts: Sequence[int], which: int,
+                      part: LinearSpec | None, device: torch.device) -> Iterator[Weight]:
+    """One expert's first (0) or second (1) weight after the other, of those stored in the module's parameters."""
     for expert in experts:
         if which == 0:
             weight = first_of(site, stored, expert)

@@ -14,6 +14,8 @@ from tests.source_tree import ROOT
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
     "quickstart": ["14 quantized", "KL(reference || model)", "the same logits, True"],
+    "online": ["while loading", "is quantized: True; 14 layers", "generated 16 tokens",
+               "equal logits in another process: True"],
     "per_layer_recipe": ["*.down_proj = w8a8", "closest: down_proj", "output of the model"],
     "own_scheme": ["ternary_w2a8", "linear_reference", "int4 in its place"],
     "own_kernel": ["linear_w8a16_mine", "differs from the reference kernel", "was forced but refuses"],

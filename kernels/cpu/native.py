@@ -27,6 +27,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_quantize_weight": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _POINTER, _POINTER, _I32),
     "qp_quantize_pack": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I32),
     "qp_all_finite": (_POINTER, _I32, _I64, _I32),
+    "qp_attention": (_POINTER, _I32, _POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER, _I64, _I32,
+                     ctypes.c_float, ctypes.c_float, _POINTER, _I32),
     "qp_quantize": (_I32, _POINTER, _I32, _I64, _I64, _POINTER, _POINTER, _POINTER),
 }
 _lock = threading.Lock()

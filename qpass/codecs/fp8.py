@@ -92,6 +92,8 @@ register_codec("fp8", Fp8())
 _TOKEN = ActivationArgs(type="float")
 register_scheme(Scheme(name="fp8", weight=WeightArgs(bits=8, type="fp8", granularity="per_tensor"),
                        activation=ActivationArgs(type="float", granularity="per_tensor", dynamic=False)))
+register_scheme(Scheme(name="fp8_per_tensor", weight=WeightArgs(bits=8, type="fp8", granularity="per_tensor"),
+                       activation=ActivationArgs(type="float", granularity="per_tensor")))
 register_scheme(Scheme(name="fp8_dynamic", weight=WeightArgs(bits=8, type="fp8"), activation=_TOKEN))
 register_scheme(Scheme(
     name="fp8_block", weight=WeightArgs(bits=8, type="fp8", granularity="per_block", group_size=128),

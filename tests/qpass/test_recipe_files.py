@@ -189,7 +189,7 @@ def test_vllm_online_dict() -> None:
     ({"config_groups": {"g": {"targets": ["L"], "weights": W4, "input_activations": {**A8, "num_bits": 6}}}},
      "num_bits=6"),
     ({"config_groups": {"g": {"targets": ["L"], "weights": W4, "output_activations": A8}}}, "output activations"),
-    ({"linear": "fp8_per_channel"}, "linear asks for 'fp8_per_channel'.*int8_per_channel_static"),
+    ({"linear": "lut_b"}, "linear asks for 'lut_b'.*int8_per_channel_static"),
     ({"linear": {"weight": "int8_per_channel_static", "activation": "fp8"}}, "cannot be expressed"),
     ({"linear": "w4a8", "lin": 3}, "unknown key 'lin' in a vLLM"),
 ], ids=lambda value: str(value)[:60])
@@ -244,3 +244,18 @@ def test_group_scheme_reads_the_older_short_forms() -> None:
     assert group_scheme(group) == Scheme(
         name="w4a8_g64_xasym", weight=preset("w4a8").with_group_size(64).weight,
         activation=ActivationArgs(symmetric=False))
+
+
+@pytest.mark.parametrize(("name", "preset"), [
+    ("fp8_per_tensor", "fp8_per_tensor"), ("fp8_per_channel", "fp8_dynamic"), ("fp8_per_block", "fp8_block"),
+    ("mxfp8", "mxfp8"), ("mxfp4", "mxfp4"), ("int8_per_channel_weight_only", "w8a16_channel")])
+def test_names_of_online_quantization(name: str, preset: str) -> None:
+    from qpass.scheme import PRESETS
+
+    assert as_recipe(name).scheme == PRESETS[preset]
+    assert as_recipe({"linear": name}).overrides[0].scheme == PRESETS[preset]
+
+
+def test_pairs_of_online_quantization() -> None:
+    made = as_recipe({"linear": {"weight": "fp8_per_block_static", "activation": "fp8_per_block_dynamic"}})
+    assert made.overrides[0].scheme is not None and made.overrides[0].scheme.name == "fp8_block"

@@ -51,6 +51,21 @@ int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t 
                          int32_t bits, int32_t symmetric, uint8_t* packed, int64_t packed_bytes, void* scale,
                          int8_t* zero_point, int32_t threads);
 
+// Keys or values of a quantized cache: strides of codes in bytes, of scales in numbers (0 where one scale serves
+// several), the sizes of both buffers, and how many scales a row of a head has.
+struct qp_cached {
+  const void *codes, *scale;
+  int64_t batch, head, token, scale_batch, scale_head, scale_token, scale_group, bytes, scales, groups;
+  int32_t scale_dtype, unused;
+};
+
+// q [B, Hq, M, D] contiguous, out [B, M, Hq, Dv]; sizes are B, Hq, Hkv, M, S, D, Dv. kind: 0 int8, 1 e4m3, 2 int4 (low
+// nibbles are the first half of a row; 8 stands for 0). mask_dtype: 0 none, 1 bytes (0 hides), 2 float32 to be added;
+// its strides (batch, head, row) in numbers. causal: row m sees the keys up to S - M + m. softcap 0 is none.
+int32_t qp_attention(const void* q, int32_t dtype, const int64_t* sizes, int32_t kind, const struct qp_cached* k,
+                     const struct qp_cached* v, const void* mask, int32_t mask_dtype, const int64_t* mask_strides,
+                     int64_t mask_count, int32_t causal, float scaling, float softcap, void* out, int32_t threads);
+
 // 0 if every number is finite, 1 if one is NaN or Inf.
 int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, int32_t threads);
 

@@ -1,0 +1,230 @@
+"""Update: a quantized model and new float weights in; the same packed tensors, filled anew in place, out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpass.errors import QPassError, WeightError
+from qpass.experts_layer import QuantExperts
+from qpass.experts_rows import packed_part
+from qpass.kernels.layout import Packed
+from qpass.kernels.registry import kernel
+from qpass.layers import PackedLayer, PackedWeight, QuantLinear
+from qpass.quant_weight import QuantWeight
+from qpass.reordered_linear import ReorderedLinear
+from qpass.swap import quantized
+from qpass.swap_experts import quantized_experts
+from qpass.weight import CanonicalWeight, check_weight
+
+_SHOWN = 10
+
+
+@torch.no_grad()
+def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfinite: bool = False) -> int:
+    """Put new float weights into a quantized model, compiled or not, and return how many tensors were taken.
+
+    model    what `qpass.quantize` or `qpass.load` gave, or torch.compile of it
+    weights  a float module, or a state dict with its names, in any float dtypes and on any device; it may hold a part
+             of the weights. Of experts that are computed together both matrices' parts must be whole
+
+    Each weight is rounded to nearest as its layer's scheme says and written into the tensors that the layer holds:
+    compiled graphs stay as they are, nothing is compiled again. Calibrated static activation scales stay. Everything is
+    checked before the first layer changes, and a layer changes once its new tensors are whole: a process that reads
+    between two layers sees some new and some old, never half a layer. A tied head and its table are one weight.
+
+    Raises WeightError, naming the tensors, for names that the model does not have, other shapes, NaN and Inf, and
+    layers whose packed form cannot hold another weight.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise QPassError("nothing in this model is quantized by qpass; load_state_dict updates float models")
+    given = dict(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+    given = {name.removeprefix("_orig_mod."): tensor for name, tensor in given.items()}
+    places = list(_places(model))
+    known = {name for place in places for name in place.names}
+    wrong = [f"{name} is nothing that this model has" for name in given if name not in known]
+    wrong += [said for place in places for said in place.wrong(given)]
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        raise WeightError("the weights do not fit the model, and nothing was changed:\n  "
+                          + "\n  ".join(wrong[:_SHOWN] + more))
+    for place in places if not allow_nonfinite else ():
+        for name in place.found(given):
+            place.check(name, given[name])
+    for place in places:
+        if place.found(given):
+            place.write(given)
+    for module in model.modules():
+        if isinstance(module, QuantExperts):
+            _renew_biases(module)
+    return len(given)
+
+
+def _renew_biases(experts: QuantExperts) -> None:
+    """Let the biases as kernels take them follow the parameters, in the tensors that compiled graphs hold."""
+    held = {name: getattr(experts, name) for name in ("first_bias_rows", "second_bias_rows")}
+    experts.renew()
+    for name, tensor in held.items():
+        if tensor is not None:
+            experts._buffers[name] = tensor.copy_(getattr(experts, name))
+
+
+class _Place:
+    """Something in the model that is made of the tensors `names`; `shapes` are those of the float model."""
+
+    names: tuple[str, ...]
+
+    def found(self, given: Mapping[str, Tensor]) -> list[str]:
+        return [name for name in self.names if name in given]
+
+    def shape(self, name: str) -> torch.Size:
+        raise NotImplementedError
+
+    def wrong(self, given: Mapping[str, Tensor]) -> list[str]:
+        """Sentences on what of `given` does not fit here."""
+        said = [f"{name} is {list(given[name].shape)}, the model has {list(self.shape(name))}"
+                for name in self.found(given) if given[name].shape != self.shape(name)]
+        return said + [f"{name} is {given[name].dtype}, no float weight" for name in self.found(given)
+                       if not given[name].is_floating_point() and self.packs]
+
+    packs = True
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Raise WeightError for NaN and Inf in a weight that is to be packed."""
+        check_weight(tensor, name)
+
+    def write(self, given: Mapping[str, Tensor]) -> None:
+        raise NotImplementedError
+
+
+class _Plain(_Place):
+    """A parameter or buffer that stayed float."""
+
+    packs = False
+
+    def __init__(self, names: Sequence[str], tensor: Tensor) -> None:
+        self.names, self.tensor = tuple(names), tensor
+
+    def shape(self, name: str) -> torch.Size:
+        return self.tensor.shape
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        return
+
+    def write(self, given: Mapping[str, Tensor]) -> None:
+        self.tensor.copy_(given[self.found(given)[0]])
+
+
+class _Linear(_Place):
+    """A packed weight, under the names of all that share it."""
+
+    def __init__(self, names: Sequence[str], layer: PackedWeight, transposed: bool) -> None:
+        self.names, self.layer, self.transposed = tuple(names), layer, transposed
+
+    def shape(self, name: str) -> torch.Size:
+        n, k = self.layer.spec.out_features, self.layer.spec.in_features
+        return torch.Size((k, n) if self.transposed else (n, k))
+
+    def wrong(self, given: Mapping[str, Tensor]) -> list[str]:
+        if isinstance(self.layer, ReorderedLinear) and self.found(given):
+            return [f"{self.names[0]} permutes or scales its input, as its checkpoint's algorithm chose for the old "
+                    "weights; quantize the new ones from a float model"]
+        return super().wrong(given)
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        finite = kernel(self.layer.spec.kernel).layout.finite
+        if finite is None or finite(tensor.detach()) is not True:
+            check_weight(tensor, name)
+
+    def write(self, given: Mapping[str, Tensor]) -> None:
+        layer, name = self.layer, self.found(given)[0]
+        weight = given[name].detach().to(device=layer.device, dtype=layer.dtype)
+        made = quantized(weight.t() if self.transposed else weight, layer.spec)
+        layout = kernel(layer.spec.kernel).layout
+        packed = layout.pack(made, layer.spec) if isinstance(made, CanonicalWeight) else made
+        held = dict(zip(layout.names(layer.spec), layer.packed, strict=True))
+        if not _fits(packed, held) and layout.even is not None:
+            packed = layout.even(packed, layer.spec)
+        _copy(packed, held, name)
+
+
+class _Experts(_Place):
+    """The packed experts of one module."""
+
+    def __init__(self, path: str, layer: QuantExperts) -> None:
+        self.path, self.layer = path, layer
+        self.names = tuple(_joined(path, leaf) for leaf in layer.site.parameters)
+
+    def shape(self, name: str) -> torch.Size:
+        return self.layer.origin[0]._parameters[name.rpartition(".")[2]].shape  # type: ignore[union-attr]
+
+    def wrong(self, given: Mapping[str, Tensor]) -> list[str]:
+        site, said = self.layer.site, super().wrong(given)
+        first = [_joined(self.path, leaf) for leaf in site.first]
+        there = [name for name in first if name in given]
+        if there and len(there) < len(first):
+            said.append(f"{there[0]} comes without {next(n for n in first if n not in given)}, and the two are packed "
+                        "as one")
+        return said
+
+    def write(self, given: Mapping[str, Tensor]) -> None:
+        layer, site = self.layer, self.layer.site
+        stored = {name.rpartition(".")[2]: given[name].detach().to(dtype=layer.dtype) for name in self.found(given)}
+        for which, leaf in enumerate((site.first[0], site.second)):
+            if leaf not in stored:
+                continue
+            for block in layer.blocks:
+                part = block.spec.parts[which]
+                made = packed_part(part, len(block.experts), quantized_experts(
+                    site, stored, block.experts, which, part, layer.device))
+                held = {name: layer.get_buffer(name) for name in block.part(which)}
+                _copy(dict(zip(held, made.values(), strict=True)), held, _joined(self.path, leaf))
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """Everything that a state dict of the float model would name; tied tensors once, with all their names."""
+    shared: dict[int, tuple[list[str], Any]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantExperts):
+            yield _Experts(path, module)
+        elif isinstance(module, PackedWeight):
+            name = _joined(path, module.origin.weight) if isinstance(module, QuantLinear) else path
+            shared.setdefault(id(module._buffers), ([], module))[0].append(name)
+        for leaf, tensor in _own(module):
+            name = module.origin.bias if isinstance(module, QuantLinear) and leaf == "bias" else leaf
+            shared.setdefault(id(tensor), ([], tensor))[0].append(_joined(path, name or leaf))
+    for names, held in shared.values():
+        if isinstance(held, PackedWeight):
+            transposed = held.transposed if isinstance(held, QuantWeight) else (
+                isinstance(held, QuantLinear) and held.origin.transposed)
+            yield _Linear(names, held, transposed)
+        else:
+            yield _Plain(names, held)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    hidden = module._non_persistent_buffers_set
+    for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and leaf not in hidden:
+            yield leaf, tensor
+
+
+def _joined(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if path else leaf
+
+
+def _fits(packed: Packed, held: Packed) -> bool:
+    return packed.keys() == held.keys() and all(
+        (tensor.dtype, tensor.shape) == (held[name].dtype, held[name].shape) for name, tensor in packed.items())
+
+
+def _copy(packed: Packed, held: Packed, name: str) -> None:
+    if not _fits(packed, held):
+        raise WeightError(f"{name}: the layer holds its old weight in a form that depends on its values and cannot "
+                          "hold this one; quantize the float model anew. Layers before it are updated")
+    for key, tensor in packed.items():
+        held[key].copy_(tensor)

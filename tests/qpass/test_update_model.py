@@ -1,0 +1,86 @@
+"""Update: the packed tensors of a model, filled with new weights, are those of the new model quantized; in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import qpass
+from qpass.errors import QPassError, WeightError
+from qpass.layers import PackedLayer
+
+Build = Callable[..., nn.Module]
+
+
+def pointers(model: nn.Module) -> dict[str, int]:
+    found = {name: p.data_ptr() for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            found.update({f"{name}.{i}": t.data_ptr() for i, t in enumerate(module.packed)})
+    return found
+
+
+CASES = {
+    "llama": ("llama", qpass.Recipe("w4a8")),
+    "head tied and packed": ("tied_llama", qpass.Recipe("w4a16_asym", ignore=[], overrides={"lm_head": "w8a16"})),
+    "head tied, float": ("tied_llama", qpass.Recipe("w8a8")),
+    "transposed, biases": ("gpt2", qpass.Recipe("w8a16", overrides={"*c_fc": None})),
+    "integer scales": ("llama", qpass.Recipe("w4a8_int_scales", on_indivisible="adjust")),
+    "floats of four bits": ("llama", qpass.Recipe("mxfp4a16")),
+    "experts": ("mixtral", qpass.Recipe("w4a8")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_new_model_quantized(case: str, tiny_model: Build, token_ids: torch.Tensor) -> None:
+    family, recipe = CASES[case]
+    model = qpass.quantize(tiny_model(family), recipe, progress=False)
+    new = tiny_model(family, seed=1)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)  # norms and biases too
+    before = pointers(model)
+    count = qpass.update(model, new)
+    assert count == len(new.state_dict()) and pointers(model) == before
+    expected = qpass.quantize(new, recipe, progress=False)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
+    first, second = model.state_dict(), expected.state_dict()
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+def test_compiled_graphs_stay(tiny_llama: Build, token_ids: torch.Tensor) -> None:
+    model = qpass.quantize(tiny_llama(num_hidden_layers=1), "w4a8", progress=False)
+    compiled = torch.compile(model, fullgraph=True)
+    new = tiny_llama(num_hidden_layers=1, initializer_range=0.1)
+    with torch.no_grad():
+        compiled(token_ids)
+        compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        qpass.update(compiled, {name: tensor.bfloat16() for name, tensor in new.state_dict().items()})
+        after = compiled(token_ids).logits
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+        expected = qpass.quantize(new.bfloat16().float(), "w4a8", progress=False)(token_ids).logits
+    assert (after - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_what_does_not_fit_changes_nothing(tiny_llama: Build) -> None:
+    model = qpass.quantize(tiny_llama(), "w4a8", progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    good = tiny_llama(initializer_range=0.1).state_dict()
+    name = "model.layers.1.mlp.up_proj.weight"
+    bad = good[name].clone()
+    bad[0, 0] = float("inf")
+    for change, said in (({name: good[name][:5]}, r"up_proj\.weight is \[5, 64\], the model has \[128, 64\]"),
+                         ({"model.nothing": bad}, "model.nothing is nothing that this model has"),
+                         ({name: bad}, r"up_proj\.weight holds 0 NaN and 1 Inf"),
+                         ({name: bad.nan_to_num().int()}, "no float weight")):
+        with pytest.raises(WeightError, match=said):
+            qpass.update(model, {**good, **change})
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[key]), key
+    with pytest.raises(QPassError, match="load_state_dict"):
+        qpass.update(tiny_llama(), good)
+    assert qpass.update(model, {name: good[name]}) == 1

@@ -180,7 +180,7 @@ def _pointers(one: Operand, out: Tensor, *, bias: bool, expert: bool) -> list[An
     colsum = tensors.get("colsum")
     if scale.dtype == torch.int8:  # integer scales: multipliers, and a channel scale in the place of column sums
         channels = channels_of(scale)
-        scale, colsum = scale[INTEGER_ROWS:], channels
+        scale, colsum = scale.narrow(0, INTEGER_ROWS, scale.shape[0] - INTEGER_ROWS), channels
     return [_as_bytes(one.weight), scale, tensors.get("zero_point"), colsum, one.bias if bias else None, out]
 
 

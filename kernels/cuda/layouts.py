@@ -117,7 +117,7 @@ def _integer_scale(scale: Tensor, spec: LinearSpec) -> Tensor | None:
 
 def channels_of(scale: Tensor) -> Tensor:
     """The float32 scale of each row [Np] of an integer `scale`."""
-    return scale[:4].reshape(-1).view(torch.float32)
+    return scale.narrow(0, 0, 4).reshape(-1).view(torch.float32)
 
 
 def plain_scale(scale: Tensor) -> Tensor:

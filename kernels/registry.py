@@ -84,7 +84,7 @@ class Kernel:
     """
 
     name: str
-    scheme: str
+    scheme: str | tuple[str, ...]
     device: str
     isa: str | None
     layout: Layout
@@ -111,13 +111,18 @@ class Kernel:
 
         return attach
 
+    def serves(self, family: str) -> bool:
+        """Whether it is a kernel for schemes of this family."""
+        return self.scheme in ("*", family) or (isinstance(self.scheme, tuple) and family in self.scheme)
+
     def why_not(self, call: Call) -> str | None:
         """The first reason not to run `call`, or None."""
         spec = call.spec
         if self.op != call.op:
             return f"computes {self.op}, not {call.op}"
-        if self.scheme not in ("*", spec.family):
-            return f"computes {self.scheme}, not {spec.family}"
+        if not self.serves(spec.family):
+            which = self.scheme if isinstance(self.scheme, str) else f"{len(self.scheme)} other families"
+            return f"computes {which}, not {spec.family}"
         if self.device not in ("*", call.device.type):
             return f"runs on {self.device}, not {call.device.type}"
         return machine_refuses(self.isa) or self.takes(call)
@@ -153,14 +158,14 @@ KERNELS: dict[str, Kernel] = {}
 _forced: list[str] = []
 
 
-def register_kernel(*, scheme: str, device: str, op: str = "linear", isa: str | None = None, name: str | None = None,
-                    layout: Layout = CANONICAL, refuses: Refuses | None = None, priority: int = 50,
+def register_kernel(*, scheme: str | tuple[str, ...], device: str, op: str = "linear", isa: str | None = None,
+                    name: str | None = None, layout: Layout = CANONICAL, refuses: Refuses | None = None, priority: int = 50,
                     prepare: Prepare | None = None, native_call: NativeCall | None = None, linear: str | None = None
                     ) -> Callable[[Callable[..., Tensor]], Kernel]:
     """Decorator that puts a kernel in the table and returns its Kernel, to which other forms can be attached.
 
     op        "linear" or "experts"
-    scheme    a family such as "w4a8", or "*"
+    scheme    a family such as "w4a8", several of them, or "*"
     device    a torch device type, or "*"
     isa       what the machine must have: "amx_int8", "avx512_vnni", "avx2", "x86_64", ...; None for anything
     refuses   LinearCall (ExpertsCall for op "experts") -> None or the sentence that says why not
@@ -219,7 +224,7 @@ def choose(call: Call, *, where: str = "", prepare: bool = False) -> Choice:
             why = f"runs on weights packed for {candidate.linear}, and {wanted.name} was forced"
         if why is None:
             return Choice(kernel=candidate, refusals=refusals)
-        if candidate.scheme in ("*", call.spec.family) and candidate.device in ("*", call.device.type):
+        if candidate.serves(call.spec.family) and candidate.device in ("*", call.device.type):
             refusals[candidate.name] = why
     raise NoKernel(f"no kernel for {call.spec} at {where or 'a layer'} on {call.device}:\n"
                    + "\n".join(f"  {name}: {why}" for name, why in refusals.items()))
@@ -239,6 +244,7 @@ def force_kernel(name: str) -> Iterator[None]:
 def load_builtin() -> None:
     """Import the kernels that come with qpass; compiles nothing."""
     import qpass.kernels.cpu.x86
+    import qpass.kernels.cpu.x86_decoded
     import qpass.kernels.cpu.x86_experts
     import qpass.kernels.cuda.experts
     import qpass.kernels.cuda.linear

@@ -80,12 +80,13 @@ def support_matrix() -> SupportMatrix:
 
 
 def _row(kernel: Kernel) -> SupportRow:
-    probes = [probe for scheme in _schemes(kernel.scheme) for probe in _probes(scheme)] or _codec_probes(kernel.scheme)
+    families = (kernel.scheme,) if isinstance(kernel.scheme, str) else kernel.scheme
+    probes = [probe for family in families for probe in _family_probes(family)]
     with assume(max(CAPABILITIES)) if kernel.device == "cuda" else nullcontext():
         taken = [(label, act, dtype) for label, act, spec in probes for dtype in _DTYPES
                  if kernel.takes(_call(kernel, spec, dtype)) is None]
     why = _device_refuses(kernel.device) or machine_refuses(kernel.isa) or ""
-    return SupportRow(kernel=kernel.name, scheme="every scheme" if kernel.scheme == "*" else kernel.scheme,
+    return SupportRow(kernel=kernel.name, scheme="every scheme" if kernel.scheme == "*" else ", ".join(families),
                       weights=_merged([label for label, _, _ in taken]),
                       activations=_once([act for _, act, _ in taken]),
                       dtypes=_once([_short(dtype) for _, _, dtype in taken]), isa=kernel.isa,
@@ -115,6 +116,10 @@ def _schemes(family: str) -> list[Scheme]:
              if (family == "*" and (s.activation is None or s.activation.number == "int8"))
              or (s.family == family and s.weight.type == "int")}
     return list(found.values())
+
+
+def _family_probes(family: str) -> list[tuple[str, str, LinearSpec]]:
+    return [probe for scheme in _schemes(family) for probe in _probes(scheme)] or _codec_probes(family)
 
 
 def _codec_probes(family: str) -> list[tuple[str, str, LinearSpec]]:
@@ -202,7 +207,9 @@ def _short(dtype: torch.dtype) -> str:
 def _cells(row: SupportRow) -> tuple[str, ...]:
     every = (*(label for label, _ in _GRANULARITIES), "asym")
     weights = "all, asym too" if row.weights == every else " ".join(row.weights)
-    return (row.kernel, "" if f"_{row.scheme}_" in row.kernel else row.scheme, weights,
+    count = row.scheme.count(", ") + 1
+    scheme = "" if f"_{row.scheme}_" in row.kernel else row.scheme if count == 1 else f"{count} families"
+    return (row.kernel, scheme, weights,
             ", ".join(label.removeprefix("int8 ") for label in row.activations), " ".join(row.dtypes),
             row.isa or "nothing", row.device,
             ("yes" if row.runs_here else f"no: {row.why_not}") + ("; interpreted only" if row.interpreted_only else ""))

@@ -24,6 +24,7 @@ _LARGEST_GROUP = (1 << 17) - 1  # times 128 * 128, the largest sum of products t
 _ROWS_AT_A_TIME = 256
 _INTEGER_ROWS = 5  # of 16 bytes a block, before the multipliers of integer scales
 _ZERO_POINT, _COLSUM, _BIAS = 1, 2, 4
+_BYTES = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # scales that torch cannot fill: padded with bytes of 0
 
 
 def _names(spec: LinearSpec) -> tuple[str, ...]:
@@ -32,16 +33,19 @@ def _names(spec: LinearSpec) -> tuple[str, ...]:
     return ("qweight", "scale", *zero_point, *colsum)
 
 
-def _blocked(rows: Tensor, fill: float) -> Tensor:
+def blocked(rows: Tensor, fill: float) -> Tensor:
     """[N, G] -> [Np / 16, G, 16], padded outputs holding `fill`."""
     n, groups = rows.shape
-    whole = rows.new_full((native.padded(n, 32), groups), fill)
-    whole[:n] = rows
-    return whole.view(-1, 16, groups).transpose(1, 2).contiguous()
+    seen, pad = (rows.view(torch.uint8), 0) if rows.dtype in _BYTES else (rows, fill)
+    whole = seen.new_full((native.padded(n, 32), groups), pad)
+    whole[:n] = seen
+    return whole.view(-1, 16, groups).transpose(1, 2).contiguous().view(rows.dtype)
 
 
-def _rows(blocked: Tensor, n: int) -> Tensor:
-    return blocked.transpose(1, 2).reshape(-1, blocked.shape[1])[:n].contiguous()
+def unblocked(blocks: Tensor, n: int) -> Tensor:
+    """The inverse of `blocked`."""
+    seen = blocks.view(torch.uint8) if blocks.dtype in _BYTES else blocks
+    return seen.transpose(1, 2).reshape(-1, blocks.shape[1])[:n].contiguous().view(blocks.dtype)
 
 
 def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
@@ -49,7 +53,7 @@ def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
         raise TypeError(f"scales must be float32, bfloat16 or float16 to be packed for x86, got {weight.scale.dtype}")
     packed = {"qweight": native.pack(weight, spec.weight.bits), "scale": _packed_scale(weight.scale, spec)}
     if weight.zero_point is not None:
-        packed["zero_point"] = _blocked(weight.zero_point, 0)
+        packed["zero_point"] = blocked(weight.zero_point, 0)
     if "colsum" in _names(spec):
         packed["colsum"] = _colsum(weight, spec)
     return packed
@@ -65,12 +69,12 @@ def _packed_scale(scale: Tensor, spec: LinearSpec) -> Tensor:
                and spec.group_size % 32 == 0 and spec.in_features <= _LARGEST_GROUP)
     parts = factor(scale) if integer else None
     if parts is None:
-        return _blocked(scale, 1)
+        return blocked(scale, 1)
     multiplier, channel = parts
-    channels = _blocked(channel[:, None], 1).flatten()
+    channels = blocked(channel[:, None], 1).flatten()
     dtype = torch.zeros(len(channels), dtype=torch.int8)
     dtype[0] = native.DTYPE_INDEX[scale.dtype]
-    flat = torch.cat((channels.view(torch.int8), dtype, _blocked(multiplier, 1).flatten()))
+    flat = torch.cat((channels.view(torch.int8), dtype, blocked(multiplier, 1).flatten()))
     return flat.view(-1, spec.groups + _INTEGER_ROWS, 16)
 
 
@@ -100,9 +104,10 @@ def _colsum(weight: CanonicalWeight, spec: LinearSpec) -> Tensor:
 
 def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     n, k = spec.out_features, spec.in_features
-    tensors = {"qweight": native.unpack(packed["qweight"], n, k, spec.weight.bits), "scale": _rows(_scale(packed), n)}
+    tensors = {"qweight": native.unpack(packed["qweight"], n, k, spec.weight.bits),
+               "scale": unblocked(_scale(packed), n)}
     if not spec.weight.symmetric:
-        tensors["zero_point"] = _rows(packed["zero_point"], n)
+        tensors["zero_point"] = unblocked(packed["zero_point"], n)
     return CanonicalWeight(tensors)
 
 

@@ -35,10 +35,12 @@ def spec_of(kernel: Kernel, family: str, n: int, k: int, group: str = "g32", *, 
 
 
 def families_of(kernel: Kernel) -> list[str]:
+    if isinstance(kernel.scheme, tuple):  # other weights than integers: tests/kernels/cpu/test_x86_decoded.py
+        return [family for family in ("w4a16", "w5a16") if family in kernel.scheme]
     return ["w4a8", "w8a8", "w4a16", "w8a16", "w3a16", "w2a8"] if kernel.scheme == "*" else [kernel.scheme]
 
 
-CASES = [pytest.param(kernel, family, id=kernel.name if kernel.scheme != "*" else f"{kernel.name}-{family}")
+CASES = [pytest.param(kernel, family, id=kernel.name if kernel.scheme == family else f"{kernel.name}-{family}")
          for kernel in list(KERNELS.values()) if kernel.device in ("*", "cpu") and kernel.op == "linear"
          for family in families_of(kernel)]
 every_kernel = pytest.mark.parametrize(("kernel", "family"), CASES)

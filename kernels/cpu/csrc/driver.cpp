@@ -2,25 +2,18 @@
 //
 // Rows go through in chunks whose work space stays within kWorkspace bytes; neither that nor the number of threads
 // changes any result, because every output is computed by one thread from one row and one column.
-#include <omp.h>
-
 #include <cstring>
 #include <new>
 
 #include "abi.h"
-#include "convert.h"
 #include "scratch.h"
+#include "split_work.h"
 
 namespace qpass {
 
 const Isa* available_isa(int32_t isa);
 
 namespace {
-
-constexpr int64_t kWorkspace = 32 << 20;
-constexpr int64_t kUnit = 32;                    // columns: what the threads share out
-constexpr int64_t kMinWork = 1 << 15;            // multiply-adds that are worth a thread
-constexpr int64_t kSerialElements = 16 << 10;    // below this, rounding x costs less than a barrier
 
 constexpr int32_t kIntegerScales = 3;            // as scale_dtype
 
@@ -65,53 +58,6 @@ const char* read_weight(const qp_weight& w, int64_t M, int64_t K, int32_t activa
   return nullptr;
 }
 
-Output rows_from(const Output& out, int64_t m) {
-  Output moved = out;
-  moved.data = (char*)out.data + m * out.ld * bytes_of(out.dtype);
-  return moved;
-}
-
-// The share of thread t: units of all weights in one line, cut into equal runs.
-template <typename Multiply>
-void share(const Job* jobs, int64_t count, int64_t units, int64_t t, int64_t team, const Multiply& multiply) {
-  const int64_t begin = units * t / team, end = units * (t + 1) / team;
-  for (int64_t i = 0, first = 0; i < count && first < end; i++) {
-    const int64_t here = jobs[i].weight.Np / kUnit, last = first + here;
-    const int64_t from = begin > first ? begin : first, to = end < last ? end : last;
-    if (from < to) multiply(jobs[i], (from - first) * 2, (to - first) * 2);
-    first = last;
-  }
-}
-
-// `prepare(row_begin, row_end)` fills the work space, `multiply(job, block_begin, block_end)` uses it.
-template <typename Prepare, typename Multiply>
-void run(const Job* jobs, int64_t count, int64_t M, int64_t K, int32_t threads, const Prepare& prepare,
-         const Multiply& multiply) {
-  int64_t units = 0, work = 0;
-  for (int64_t i = 0; i < count; i++) units += jobs[i].weight.Np / kUnit, work += M * K * jobs[i].weight.Np;
-  const int64_t worth = work / kMinWork + 1;
-  const int64_t team = team_size(threads, units < worth ? units : worth);
-  const bool serial = team == 1 || M * K <= kSerialElements;
-  if (serial) prepare(0, M);
-  if (team == 1) return share(jobs, count, units, 0, 1, multiply);
-  bool no_memory = false;  // an exception must not leave a parallel region
-#pragma omp parallel num_threads((int)team)
-  {
-    const int64_t t = omp_get_thread_num(), all = omp_get_num_threads();  // the runtime may give fewer
-    if (!serial) {
-      prepare(M * t / all, M * (t + 1) / all);
-#pragma omp barrier
-    }
-    try {
-      share(jobs, count, units, t, all, multiply);
-    } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-      no_memory = true;
-    }
-  }
-  if (no_memory) throw std::bad_alloc();
-}
-
 struct Rows {  // work space for rows rounded to int8
   int8_t* q;
   float *scale, *zero_point;
@@ -120,11 +66,6 @@ struct Rows {  // work space for rows rounded to int8
       : q((int8_t*)scratch(0, M * Kp)), scale((float*)scratch(1, M * 4)), zero_point((float*)scratch(2, M * 4)),
         sums((int32_t*)scratch(3, M * (Kp / 32) * 4)) {}
 };
-
-int64_t chunk_of(int64_t M, int64_t bytes_a_row) {
-  const int64_t fit = kWorkspace / bytes_a_row, rows = fit < 64 ? 64 : fit & ~int64_t(63);
-  return M < rows ? M : rows;
-}
 
 int32_t read_all(const char* name, const qp_weight* weights, int64_t count, int64_t M, int64_t K, int32_t activation,
                  Job* jobs) {

@@ -1,0 +1,64 @@
+// Weights that become float32 before they are multiplied: small floats, codebooks, integers with float offsets.
+//
+//   w[n][k] = value(code[n][k]) * scale[n][g] + shift[n][g],    y[m][n] = gain[n] * sum over k of x[m][k] * w[n][k]
+// with g = k / group_size, a multiple of 16 or the whole row; the last group may be smaller.
+//   codes   4 or 8 bits in the tiles of 16 outputs x 64 inputs of product.h, with nothing added to them
+//   scale   [Np/16][groups][16] in scale_dtype (1 for padded outputs)
+//   third   [Np/16][groups][16] in third_dtype, or null: Third says how it makes the shift
+//   gain    [Np] float, or null for 1
+//
+// Every implementation adds in one order: a chain over each run of 16 inputs, runs in ascending order within a group,
+// groups in ascending order; so the result of a row does not depend on the other rows, nor on how n is split.
+#pragma once
+#include "abi.h"
+#include "convert.h"
+
+namespace qpass {
+
+// table: 4 bits, an index into 16 floats. The others are a byte each.
+enum class Code : int32_t { table, e4m3, e5m2, int8 };
+
+// What `third` holds: an offset, shift = third + center * scale; or a zero, shift = (center - third) * scale.
+enum class Third : int32_t { none, offset, zero };
+
+// DType's numbers go on for scales and zeros of a byte.
+constexpr DType kE8m0 = (DType)4, kE4m3 = (DType)5, kInt8 = (DType)6;
+
+struct Decoded {
+  const uint8_t* q;
+  const void *scale, *third;
+  const float *table, *gain;
+  int64_t N, K, Np, Kp, groups, group_size;  // group_size is Kp if there is one group
+  Code code;
+  Third kind;
+  DType scale_dtype, third_dtype;
+  float center;
+};
+
+// x [M][Kp] float, K..Kp zero; `sums` [M][groups] of x over each group of this weight, null unless it has shifts.
+struct DecodedRows {
+  const float *x, *sums;
+  int64_t M, Kp;
+};
+
+using DecodedProduct = void (*)(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block_begin,
+                                int64_t block_end);
+extern const DecodedProduct decoded_plain, decoded_avx2;
+
+}  // namespace qpass
+
+extern "C" {
+
+struct qp_decoded_weight {
+  const void *q, *scale, *third, *table, *gain, *bias;
+  void* out;
+  int64_t q_bytes, scale_bytes, third_bytes, table_bytes, gain_bytes, bias_bytes, out_bytes;
+  int64_t N, group_size;
+  int32_t code, kind, center, scale_dtype, third_dtype, bias_dtype, out_dtype;
+};
+
+// out = x @ weight.T + bias for each weight. x is [M, K] of x_dtype, contiguous.
+int32_t qp_decoded(int32_t isa, const void* x, int32_t x_dtype, int64_t M, int64_t K, const qp_decoded_weight* weights,
+                   int64_t count, int32_t threads);
+
+}  // extern "C"

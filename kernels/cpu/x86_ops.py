@@ -7,6 +7,7 @@ number of an instruction set. The list forms take all weights' tensors in one li
 The experts' ops take the two weights of all experts in such a list, each tensor with a leading dimension of experts.
 `sizes` are experts, hidden, intermediate, the two weights' bits, the gate's function (its place in GATE_FUNCTIONS) and
 what the gate has (1 an up part, 2 a limit, 4 an up limit, added up); alpha to shift are the gate's numbers.
+
 The decoded forms take weights of csrc/decoded.h: their tensors are codes and scale, then what `has` says (1 offset, 2
 zero, then 4 table, 8 gain, 16 bias, added up); `count` is how many tensors each weight has, `center` what was taken off
 its codes.

@@ -159,8 +159,9 @@ _forced: list[str] = []
 
 
 def register_kernel(*, scheme: str | tuple[str, ...], device: str, op: str = "linear", isa: str | None = None,
-                    name: str | None = None, layout: Layout = CANONICAL, refuses: Refuses | None = None, priority: int = 50,
-                    prepare: Prepare | None = None, native_call: NativeCall | None = None, linear: str | None = None
+                    name: str | None = None, layout: Layout = CANONICAL, refuses: Refuses | None = None,
+                    priority: int = 50, prepare: Prepare | None = None, native_call: NativeCall | None = None,
+                    linear: str | None = None
                     ) -> Callable[[Callable[..., Tensor]], Kernel]:
     """Decorator that puts a kernel in the table and returns its Kernel, to which other forms can be attached.
 

@@ -24,6 +24,7 @@ from qpass.codecs.elements import (
     values,
 )
 from qpass.codecs.fp8 import scale_shape
+from qpass.codecs.int8_absmax import PART
 from qpass.formats.bits import pack_rows, unpack_rows
 from qpass.spec import LinearSpec
 
@@ -170,6 +171,14 @@ def _give_codebook(parts: Parts, spec: LinearSpec) -> Tensors:
     return {"packed": codes[0::2] << 4 | codes[1::2], "absmax": parts.scale.flatten(), "code": parts.table}
 
 
+def _take_absmax(tensors: Tensors, spec: LinearSpec) -> Parts:
+    return Parts(codes=tensors["weight"], scale=tensors["absmax"][:, None], gain=torch.full((spec.out_features,), PART))
+
+
+def _give_absmax(parts: Parts, spec: LinearSpec) -> Tensors:
+    return {"weight": parts.codes, "absmax": parts.scale.flatten()}
+
+
 def _with_integer_table(parts: Parts, spec: LinearSpec) -> Parts:
     return parts if spec.weight.bits > 4 else replace(parts, table=torch.arange(-8, 8, dtype=torch.float32))
 
@@ -205,9 +214,10 @@ _CODINGS = {
     "nvfp4": _nvfp4("global_scale"), "nvfp4_reciprocal": _nvfp4("global_scale"), "nvfp4_mul": _nvfp4("scale_2"),
     "nf4": Coding(take=_take_codebook, give=_give_codebook, table=True),
     "fp4": Coding(take=_take_codebook, give=_give_codebook, table=True),
+    "int8_absmax": Coding(take=_take_absmax, give=_give_absmax, gain=True),
 }
 _OFFSETS = {"affine": "offset", "affine_signed": "offset", "affine_zero": "zero"}
-_BITS = {"fp8": 8, "mxfp8": 8, "mxfp6_e3m2": 6, "mxfp6_e2m3": 6}
+_BITS = {"fp8": 8, "mxfp8": 8, "int8_absmax": 8, "mxfp6_e3m2": 6, "mxfp6_e2m3": 6}
 
 FAMILIES = (*(f"{kind}_w{_BITS.get(kind, 4)}a16" for kind in _CODINGS),
             *(f"{kind}_w{bits}a16" for kind in _OFFSETS for bits in range(1, 9)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
 
-_PART = 7.874015718698502e-3
+PART = 7.874015718698502e-3
 
 
 class Int8Absmax(RowCodec):
@@ -28,7 +28,7 @@ class Int8Absmax(RowCodec):
         return {"weight": q.to(torch.int8), "absmax": absmax}
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
-        return tensors["weight"][rows] * tensors["absmax"][rows, None] * _PART
+        return tensors["weight"][rows] * tensors["absmax"][rows, None] * PART
 
 
 register_codec("int8_absmax", Int8Absmax())

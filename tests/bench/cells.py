@@ -102,6 +102,18 @@ W8A16 = Table(
     columns=(_ours("qpass w8a16 channel", "w8a16_channel"), _ours("qpass w8a16 g128", "w8a16_g128"),
              Column(label="aten int8pack", peer="torch", variant="int8pack_w8a16")))
 
+_BF16 = "bf16 F.linear"
+_FOURS = {"qpass mxfp4": "mxfp4a16", "qpass nvfp4": "nvfp4a16", "qpass nf4": "nf4"}
+_EIGHTS = {"qpass fp8": "fp8_dynamic", "qpass fp8 block": "fp8_block", "qpass mxfp8": "mxfp8a16",
+           "qpass mxfp6": "mxfp6a16"}
+FLOATS = Table(
+    name="Float weights", tokens=(1, 4, 16, 256), shapes=(((4096,), 4096),),
+    columns=(*(_ours(label, variant) for label, variant in {**_FOURS, **_EIGHTS}.items()),
+             Column(label=_BF16, peer="torch", variant="bf16")),
+    goals=(*(Goal(subject=label, peer=_BF16, tokens=(1,), ratio=3.0) for label in _FOURS),
+           *(Goal(subject=label, peer=_BF16, tokens=(1,), ratio=1.8) for label in ("qpass fp8", "qpass fp8 block")),
+           *(Goal(subject=label, peer=_BF16, tokens=(256,), ratio=0.95) for label in (*_FOURS, "qpass fp8"))))
+
 FORMS = Table(
     name="W4A8, other forms", tokens=(1, 16, 256), shapes=(((4096,), 4096),),
     columns=(
@@ -118,4 +130,4 @@ LISTS = Table(
         Column(label=_Q4, peer="llama.cpp", variant="Q4_0", joined=True)),
     goals=(Goal(subject="qpass list", peer=_Q4, tokens=(1,), ratio=1.10),))
 
-TABLES = (W4A8, W8A8, W4A16, W8A16, FORMS, LISTS)
+TABLES = (W4A8, W8A8, W4A16, W8A16, FLOATS, FORMS, LISTS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,19 +24,23 @@ from qpass.errors import QPassError
 from qpass.kernels.isa import machine_has
 from qpass.kernels.registry import LinearCall, choose, force_kernel
 from qpass.layers import QuantLinear
-from qpass.scheme import ActivationArgs, Scheme, WeightArgs
+from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight
 
 SCHEMES = (*(f"w4a8_{group}{asym}" for group in ("g32", "g64", "g128", "channel") for asym in ("", "_asym")),
            "w4a8_g128_int", "w4a8_g32_int", "w4a8_g128_static", "w8a8_channel", "w4a16_g128", "w4a16_g128_asym",
            "w4a16_g32", "w8a16_g128", "w8a16_channel")
+FLOATS = ("mxfp4a16", "nvfp4a16", "nf4", "mxfp6a16", "mxfp8a16", "fp8_dynamic", "fp8_block")
+"""Presets of which the weight is measured and activations stay in float."""
 _LARGEST_INPUT = 4.5
 ISAS = ("", "@amx", "@vnni", "@avx2", "@plain")
 
 
 def scheme_of(name: str) -> Scheme:
-    """`w4a8_g128_asym` and the like to the scheme that it names."""
+    """`w4a8_g128_asym` and the like to the scheme that it names; a preset's name to its weight alone."""
+    if name in FLOATS:
+        return replace(PRESETS[name], activation=None)
     family, granularity, *rest = name.split("_")
     bits, input_bits = (int(part) for part in family[1:].split("a"))
     grouped = granularity.startswith("g")
@@ -53,8 +57,9 @@ def lane(name: str, weights: Sequence[Floats], rotate: int) -> Lane:
     """Copies of these weights [N, K] in this scheme."""
     scheme_name, _, isa = name.partition("@")
     scheme = scheme_of(scheme_name)
+    which = "decoded" if scheme_name in FLOATS else scheme.family
     try:
-        with force_kernel(f"linear_{scheme.family}_{isa}") if isa else contextlib.nullcontext():
+        with force_kernel(f"linear_{which}_{isa}") if isa else contextlib.nullcontext():
             first = [_layer(torch.from_numpy(weight).bfloat16(), scheme) for weight in weights]
     except QPassError as error:
         raise Refused(str(error).splitlines()[0]) from error
@@ -103,4 +108,4 @@ def versions() -> dict[str, str]:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        serve({name + isa: partial(lane, name + isa) for name in SCHEMES for isa in ISAS}, versions)
+        serve({name + isa: partial(lane, name + isa) for name in (*SCHEMES, *FLOATS) for isa in ISAS}, versions)

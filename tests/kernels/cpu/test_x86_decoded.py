@@ -48,6 +48,7 @@ FORMATS = {
     "mxfp4": Format(_grouped("mxfp4", 4, 32), (32, 160)),
     "nvfp4": Format(_grouped("nvfp4", 4, 16), (16, 112)), "nvfp4_mul": Format(_grouped("nvfp4_mul", 4, 16), (112,)),
     "nvfp4_reciprocal": Format(_grouped("nvfp4_reciprocal", 4, 16), (112,)),
+    "int8_absmax": Format(WeightArgs(bits=8, type="int8_absmax"), (77, 192)),
     "nf4-64": Format(_grouped("nf4", 4, 64), (64, 192)), "fp4-128": Format(_grouped("fp4", 4, 128), (128,)),
     **{f"{kind}{bits}-g{size}": Format(_grouped(kind, bits, size, symmetric=False), (size, 3 * size))
        for kind, bits, size in (("affine", 4, 32), ("affine", 5, 32), ("affine", 8, 128), ("affine", 2, 16),

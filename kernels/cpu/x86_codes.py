@@ -61,10 +61,6 @@ class Coding:
     gain: bool = False
     kept: str = ""
 
-    def center(self, spec: LinearSpec) -> int:
-        """What was taken off the codes, which the offset or zero is told of."""
-        return 1 << spec.weight.bits - 1 if spec.weight.type in ("affine", "affine_zero") else 0
-
     def names(self) -> tuple[str, ...]:
         """The packed tensors in order; those before `kept` are what the op takes."""
         optional = (self.third, "table" if self.table else "", "gain" if self.gain else "", self.kept)
@@ -179,26 +175,33 @@ def _give_absmax(parts: Parts, spec: LinearSpec) -> Tensors:
     return {"weight": parts.codes, "absmax": parts.scale.flatten()}
 
 
-def _with_integer_table(parts: Parts, spec: LinearSpec) -> Parts:
-    return parts if spec.weight.bits > 4 else replace(parts, table=torch.arange(-8, 8, dtype=torch.float32))
-
-
-def _affine(third: str, *, table: bool) -> Coding:
+def _affine(third: str, *, table: bool, signed: bool) -> Coding:
+    # Unsigned codes stay so: a group of equal weights has the code 0 and any scale, and is exact only as 0 * scale.
     def take(tensors: Tensors, spec: LinearSpec) -> Parts:
-        codes = unpack_rows(tensors["packed"], spec.weight.bits, spec.in_features)
-        return _with_integer_table(Parts(codes=codes, scale=tensors["scale"], third=tensors[third]), spec)
+        codes, lowest = unpack_rows(tensors["packed"], spec.weight.bits, spec.in_features), 1 << spec.weight.bits - 1
+        if table:
+            first = -8 if signed else 0
+            values_ = torch.arange(first, first + 16, dtype=torch.float32)
+            moved = codes if signed else codes + (lowest - 8)
+            return Parts(codes=moved, scale=tensors["scale"], third=tensors[third], table=values_)
+        dtype = torch.int8 if signed else torch.uint8
+        moved = codes if signed else (codes.view(torch.uint8) + lowest).view(torch.int8)
+        return Parts(codes=moved, scale=tensors["scale"], third=tensors[third], dtype=dtype)
 
     def give(parts: Parts, spec: LinearSpec) -> Tensors:
         assert parts.third is not None
-        return {"packed": pack_rows(parts.codes, spec.weight.bits), "scale": parts.scale, third: parts.third}
+        codes, lowest = parts.codes, 1 << spec.weight.bits - 1
+        if not signed:
+            codes = codes - (lowest - 8) if table else (codes.view(torch.uint8) - lowest).view(torch.int8)
+        return {"packed": pack_rows(codes, spec.weight.bits), "scale": parts.scale, third: parts.third}
 
     return Coding(take=take, give=give, third=third, table=table)
 
 
 def _integers(third: str, *, table: bool) -> Coding:
     def take(tensors: Tensors, spec: LinearSpec) -> Parts:
-        return _with_integer_table(Parts(codes=tensors["qweight"], scale=tensors["scale"], third=tensors.get(third)),
-                                   spec)
+        return Parts(codes=tensors["qweight"], scale=tensors["scale"], third=tensors.get(third),
+                     table=torch.arange(-8, 8, dtype=torch.float32) if table else None)
 
     def give(parts: Parts, spec: LinearSpec) -> Tensors:
         return {"qweight": parts.codes, "scale": parts.scale} | ({} if parts.third is None else {third: parts.third})
@@ -230,4 +233,6 @@ def coding_of(spec: LinearSpec) -> Coding:
     kind, table = spec.weight.type, spec.weight.bits <= 4
     if kind == "int":
         return _integers("" if spec.weight.symmetric else "zero_point", table=table)
-    return _affine(_OFFSETS[kind], table=table) if kind in _OFFSETS else _CODINGS[kind]
+    if kind in _OFFSETS:
+        return _affine(_OFFSETS[kind], table=table, signed=kind == "affine_signed")
+    return _CODINGS[kind]

@@ -92,7 +92,7 @@ def _tensors(packed: Sequence[Any], bias: Any, spec: LinearSpec) -> tuple[list[A
 
 def _arguments(packed: Sequence[Any], bias: Any, spec: LinearSpec) -> tuple[Any, ...]:
     tensors, has = _tensors(packed, bias, spec)
-    return tensors, spec.out_features, has, spec.in_features, spec.group_size, coding_of(spec).center(spec)
+    return tensors, spec.out_features, has, spec.in_features, spec.group_size
 
 
 def _list_arguments(packed: Sequence[Any], bias: Sequence[Any], specs: Sequence[LinearSpec]) -> tuple[Any, ...]:
@@ -106,7 +106,7 @@ def _list_arguments(packed: Sequence[Any], bias: Sequence[Any], specs: Sequence[
         counts.append(len(tensors))
         has_all.append(has)
     return (all_tensors, counts, [s.out_features for s in specs], has_all, specs[0].in_features,
-            [s.group_size for s in specs], [coding_of(s).center(s) for s in specs])
+            [s.group_size for s in specs])
 
 
 def _native_call(index: int) -> Callable[[str, Sequence[Any]], tuple[Callable[..., Any], tuple[Any, ...]] | None]:

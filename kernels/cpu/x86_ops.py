@@ -9,8 +9,7 @@ The experts' ops take the two weights of all experts in such a list, each tensor
 what the gate has (1 an up part, 2 a limit, 4 an up limit, added up); alpha to shift are the gate's numbers.
 
 The decoded forms take weights of csrc/decoded.h: their tensors are codes and scale, then what `has` says (1 offset, 2
-zero, then 4 table, 8 gain, 16 bias, added up); `count` is how many tensors each weight has, `center` what was taken off
-its codes.
+zero, then 4 table, 8 gain, 16 bias, added up); `count` is how many tensors each weight has.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _CODES = "Tensor xq, Tensor x_scale, Tensor? x_zero_point"
 LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, int activation, int isa) -> Tensor")
 LIBRARY.define(f"linear_q({_CODES}, {_WEIGHT}, ScalarType dtype, int isa) -> Tensor")
 LIBRARY.define(f"linear_list(Tensor x, {_WEIGHTS}, int activation, int isa) -> Tensor[]")
-LIBRARY.define("decoded(Tensor x, Tensor[] tensors, int n, int has, int k, int group_size, int center, int isa) "
+LIBRARY.define("decoded(Tensor x, Tensor[] tensors, int n, int has, int k, int group_size, int isa) "
                "-> Tensor")
 LIBRARY.define("decoded_list(Tensor x, Tensor[] tensors, int[] count, int[] n, int[] has, int k, int[] group_size, "
-               "int[] center, int isa) -> Tensor[]")
+               "int isa) -> Tensor[]")
 LIBRARY.define(f"linear_q_list({_CODES}, {_WEIGHTS}, ScalarType dtype, int isa) -> Tensor[]")
 _EXPERTS = ("Tensor index, Tensor weight, Tensor[] tensors, int[] has, int[] sizes, float alpha, float limit, "
             "float up_limit, float shift, int down_activation")
@@ -92,14 +91,13 @@ def _experts_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, index: 
                shift: float, down_activation: int, dtype: torch.dtype, isa: int) -> Tensor:
     return _mixed(xq, index, sizes, dtype)
 @torch.library.register_fake("qpass_x86::decoded", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _decoded(x: Tensor, tensors: list[Tensor], n: int, has: int, k: int, group_size: int, center: int, isa: int
-             ) -> Tensor:
+def _decoded(x: Tensor, tensors: list[Tensor], n: int, has: int, k: int, group_size: int, isa: int) -> Tensor:
     return _product(x, n, k, x.dtype)
 
 
 @torch.library.register_fake("qpass_x86::decoded_list", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _decoded_list(x: Tensor, tensors: list[Tensor], count: list[int], n: list[int], has: list[int], k: int,
-                  group_size: list[int], center: list[int], isa: int) -> list[Tensor]:
+                  group_size: list[int], isa: int) -> list[Tensor]:
     return [_product(x, size, k, x.dtype) for size in n]
 
 

@@ -1,14 +1,14 @@
 // AVX2: bytes of a packed weight to float32, exactly, 8 outputs x 4 inputs at a time. Inside a target region only.
 //
 // What it costs, in instructions for 8 values without the fma: a table of bfloat16 values 2, one of floats 3, fp8 4 or
-// 5, int8 3. A code of a table is looked up a byte of the float at a time (vpshufb finds 32 at once), and the bytes are
+// 8, integers 4. A code of a table is looked up a byte of the float at a time (vpshufb finds 32 at once), and the bytes are
 // put side by side; values whose lower half is 0, as all small floats and integers have it, need two look-ups only.
 #pragma once
 
 namespace qpass {
 namespace {
 
-enum class How { half_table, float_table, e4m3, e5m2, int8 };
+enum class How { half_table, float_table, e4m3, e5m2, integer };
 
 constexpr bool is_table(How how) { return how == How::half_table || how == How::float_table; }
 
@@ -20,16 +20,16 @@ inline bool fits_half(const float* table) {
 
 inline How how_of(const Decoded& w) {
   if (w.code == Code::table) return fits_half(w.table) ? How::half_table : How::float_table;
-  return w.code == Code::e4m3 ? How::e4m3 : w.code == Code::e5m2 ? How::e5m2 : How::int8;
+  return w.code == Code::e4m3 ? How::e4m3 : w.code == Code::e5m2 ? How::e5m2 : How::integer;
 }
 
-// Byte i of each of the 16 floats of a table, in both halves of a register.
+// Byte i of each of the 16 floats of a table, in both halves of a register; or the bits of a sign-extended byte to keep.
 struct Tables {
-  __m256i byte[4];
-  explicit Tables(const float* table) {
+  __m256i byte[4], kept;
+  explicit Tables(const Decoded& w) : kept(_mm256_set1_epi32(w.code == Code::uint8 ? 255 : -1)) {
     alignas(16) uint8_t bytes[4][16] = {};
-    for (int c = 0; c < 16 && table; c++)
-      for (int i = 0; i < 4; i++) bytes[i][c] = (uint8_t)(bits_of(table[c]) >> 8 * i);
+    for (int c = 0; c < 16 && w.code == Code::table; c++)
+      for (int i = 0; i < 4; i++) bytes[i][c] = (uint8_t)(bits_of(w.table[c]) >> 8 * i);
     for (int i = 0; i < 4; i++) byte[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)bytes[i]));
   }
 };
@@ -81,8 +81,8 @@ inline __attribute__((always_inline)) void values_of(__m256i codes, const Tables
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
     const __m256i top = _mm256_slli_epi32(codes, 24 - 8 * j);
-    if (HOW == How::int8) {
-      value[j] = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+    if (HOW == How::integer) {
+      value[j] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srai_epi32(top, 24), t.kept));
     } else if (HOW == How::e4m3) {  // its exponent and fraction at their places, then the difference of the biases;
       // the product with a power of two makes normal numbers of subnormal ones. NaN is for `gain` to say.
       const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(top, 4), _mm256_set1_epi32((int)0x87f00000));

@@ -47,9 +47,8 @@ struct Standing {
         total[m][h] = _mm256_setzero_ps();
       }
       if (!w.third) continue;
-      const __m256 third = load8_any(w.third, w.third_dtype, at), center = _mm256_set1_ps(w.center);
-      const __m256 shift = w.kind == Third::offset ? _mm256_fmadd_ps(center, scale, third)
-                                                   : _mm256_mul_ps(_mm256_sub_ps(center, third), scale);
+      const __m256 third = load8_any(w.third, w.third_dtype, at);
+      const __m256 shift = w.kind == Third::offset ? third : _mm256_fnmadd_ps(third, scale, _mm256_setzero_ps());
       for (int m = 0; m < R; m++)
         y[m][h] = _mm256_fmadd_ps(shift, _mm256_set1_ps(sums[m][group]), y[m][h]);
     }
@@ -162,7 +161,7 @@ void decode(How how, const uint8_t* q, const Tables& t, float* panel) {
     case How::float_table: return decode_block<How::float_table>(q, t, panel);
     case How::e4m3: return decode_block<How::e4m3>(q, t, panel);
     case How::e5m2: return decode_block<How::e5m2>(q, t, panel);
-    case How::int8: return decode_block<How::int8>(q, t, panel);
+    case How::integer: return decode_block<How::integer>(q, t, panel);
   }
 }
 
@@ -221,7 +220,7 @@ DirectRows direct_for(How how, int64_t rows) {
     case How::half_table: return direct_of<How::half_table>(rows);
     case How::float_table: return direct_of<How::float_table>(rows);
     case How::e4m3: return direct_of<How::e4m3>(rows);
-    case How::int8: return direct_of<How::int8>(rows);
+    case How::integer: return direct_of<How::integer>(rows);
     case How::e5m2: return nullptr;  // rare: a panel serves it
   }
   return nullptr;
@@ -229,7 +228,7 @@ DirectRows direct_for(How how, int64_t rows) {
 
 void decoded_product(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
   const How how = how_of(w);
-  const Tables tables(w.code == Code::table ? w.table : nullptr);
+  const Tables tables(w);
   const DirectRows direct = direct_for(how, x.M);
   for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
     if (direct) direct(w, x, out, block, tables);

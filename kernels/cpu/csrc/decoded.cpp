@@ -24,7 +24,7 @@ int64_t bytes_of_any(DType dtype) { return (int32_t)dtype > 2 ? 1 : bytes_of(dty
 bool aligned(const void* p, DType dtype) { return (uintptr_t)p % (uintptr_t)bytes_of_any(dtype) == 0; }
 
 const char* read_weight(const qp_decoded_weight& w, int64_t M, int64_t K, Job& job) {
-  if (w.code < 0 || w.code > (int32_t)Code::int8 || w.kind < 0 || w.kind > (int32_t)Third::zero) return "unknown codes";
+  if (w.code < 0 || w.code > (int32_t)Code::uint8 || w.kind < 0 || w.kind > (int32_t)Third::zero) return "unknown codes";
   if (!is_scale(w.scale_dtype) || !is_float(w.bias_dtype) || !is_float(w.out_dtype)) return "unknown dtype";
   if (w.kind && !is_float(w.third_dtype) && w.third_dtype != (int32_t)kInt8) return "unknown dtype of the offset";
   if (w.N < 1 || w.N > (int64_t(1) << 40) / K) return "the number of outputs is out of range";
@@ -43,8 +43,7 @@ const char* read_weight(const qp_decoded_weight& w, int64_t M, int64_t K, Job& j
   if (w.bias && w.bias_bytes != w.N * bytes_of((DType)w.bias_dtype)) return "bias has the wrong size";
   if (M > 0 && (!w.out || w.out_bytes / bytes_of((DType)w.out_dtype) / w.N != M)) return "out has the wrong size";
   job.weight = {(const uint8_t*)w.q, w.scale, w.kind ? w.third : nullptr, (const float*)w.table, (const float*)w.gain,
-                w.N, K, Np, Kp, G, G == 1 ? Kp : w.group_size, (Code)w.code, (Third)w.kind, scale, third,
-                (float)w.center};
+                w.N, K, Np, Kp, G, G == 1 ? Kp : w.group_size, (Code)w.code, (Third)w.kind, scale, third};
   job.out = {w.out, w.N, (DType)w.out_dtype, w.bias, (DType)w.bias_dtype};
   return nullptr;
 }

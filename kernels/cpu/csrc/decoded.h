@@ -16,9 +16,9 @@
 namespace qpass {
 
 // table: 4 bits, an index into 16 floats. The others are a byte each.
-enum class Code : int32_t { table, e4m3, e5m2, int8 };
+enum class Code : int32_t { table, e4m3, e5m2, int8, uint8 };
 
-// What `third` holds: an offset, shift = third + center * scale; or a zero, shift = (center - third) * scale.
+// What `third` holds: an offset, shift = third; or a zero, shift = -third * scale.
 enum class Third : int32_t { none, offset, zero };
 
 // DType's numbers go on for scales and zeros of a byte.
@@ -32,7 +32,6 @@ struct Decoded {
   Code code;
   Third kind;
   DType scale_dtype, third_dtype;
-  float center;
 };
 
 // x [M][Kp] float, K..Kp zero; `sums` [M][groups] of x over each group of this weight, null unless it has shifts.
@@ -54,7 +53,7 @@ struct qp_decoded_weight {
   void* out;
   int64_t q_bytes, scale_bytes, third_bytes, table_bytes, gain_bytes, bias_bytes, out_bytes;
   int64_t N, group_size;
-  int32_t code, kind, center, scale_dtype, third_dtype, bias_dtype, out_dtype;
+  int32_t code, kind, scale_dtype, third_dtype, bias_dtype, out_dtype;
 };
 
 // out = x @ weight.T + bias for each weight. x is [M, K] of x_dtype, contiguous.

@@ -30,7 +30,12 @@ float value_at(const Decoded& w, int64_t block, int64_t column, int64_t k) {
     return w.table[line < 8 ? both & 15 : both >> 4];
   }
   const uint8_t code = w.q[(tile * 16 + line) * 64 + byte];
-  return w.code == Code::e4m3 ? e4m3_of(code) : w.code == Code::e5m2 ? e5m2_of(code) : (float)(int8_t)code;
+  switch (w.code) {
+    case Code::e4m3: return e4m3_of(code);
+    case Code::e5m2: return e5m2_of(code);
+    case Code::int8: return (int8_t)code;
+    default: return code;
+  }
 }
 
 void product(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
@@ -51,7 +56,7 @@ void product(const Decoded& w, const DecodedRows& x, const Output& out, int64_t 
         y = fmaf(total, scale, y);
         if (!w.third) continue;
         const float third = load_any(w.third, w.third_dtype, at);
-        const float shift = w.kind == Third::offset ? fmaf(w.center, scale, third) : (w.center - third) * scale;
+        const float shift = w.kind == Third::offset ? third : -third * scale;
         y = fmaf(shift, x.sums[m * w.groups + g], y);
       }
       if (w.gain) y *= w.gain[n];

@@ -15,8 +15,8 @@ int32_t decoded_dtype(const Tensor& t, const char* what) {
   return dtype == ScalarType::Char ? (int32_t)qpass::kInt8 : number_of(dtype, what);
 }
 
-int32_t code_of(ScalarType dtype) {
-  if (dtype == ScalarType::Byte) return (int32_t)qpass::Code::table;
+int32_t code_of(ScalarType dtype, bool table) {
+  if (dtype == ScalarType::Byte) return (int32_t)(table ? qpass::Code::table : qpass::Code::uint8);
   if (dtype == ScalarType::Float8_e4m3fn) return (int32_t)qpass::Code::e4m3;
   if (dtype == ScalarType::Float8_e5m2) return (int32_t)qpass::Code::e5m2;
   require(dtype == ScalarType::Char, "codes must be uint8, int8, float8_e4m3fn or float8_e5m2");
@@ -24,7 +24,7 @@ int32_t code_of(ScalarType dtype) {
 }
 
 struct DecodedSizes {
-  int64_t n, has, group_size, center;
+  int64_t n, has, group_size;
 };
 
 qp_decoded_weight describe_decoded(const Tensor& x, const Tensor* tensors, size_t count, const DecodedSizes& sizes,
@@ -36,7 +36,7 @@ qp_decoded_weight describe_decoded(const Tensor& x, const Tensor* tensors, size_
   qp_decoded_weight w = {};
   size_t at = 0;
   const Tensor &codes = tensors[at++], &scale = tensors[at++];
-  w.code = code_of(codes.scalar_type());
+  w.code = code_of(codes.scalar_type(), has & 4);
   set(codes, codes.scalar_type(), "codes", w.q, w.q_bytes);
   w.scale_dtype = decoded_dtype(scale, "scale");
   set(scale, scale.scalar_type(), "scale", w.scale, w.scale_bytes);
@@ -56,7 +56,6 @@ qp_decoded_weight describe_decoded(const Tensor& x, const Tensor* tensors, size_
   }
   w.N = sizes.n;
   w.group_size = sizes.group_size;
-  w.center = narrow(sizes.center, "center");
   require(w.N > 0 && w.N <= w.q_bytes / 32, "the codes are too few for that many outputs");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = w.N;
@@ -73,28 +72,28 @@ void run_decoded(const Tensor& x, int64_t k, int64_t isa, const std::vector<qp_d
 }
 
 void decoded(StableIValue* stack, uint64_t count, uint64_t) {
-  Arguments args(stack, count, 8);
+  Arguments args(stack, count, 7);
   Tensor x = args.tensor();
   const std::vector<Tensor> tensors = args.tensors();
   const int64_t n = args.integer(), has = args.integer(), k = args.integer();
-  const int64_t group_size = args.integer(), center = args.integer(), isa = args.integer();
+  const int64_t group_size = args.integer(), isa = args.integer();
   x = rows_of(x, k, "x");
   DecodedParts parts;
-  run_decoded(x, k, isa, {describe_decoded(x, tensors.data(), tensors.size(), {n, has, group_size, center}, parts)});
+  run_decoded(x, k, isa, {describe_decoded(x, tensors.data(), tensors.size(), {n, has, group_size}, parts)});
   stack[0] = torch::stable::detail::from(parts.out);
 }
 
 // `count` says how many of `tensors` are each weight's.
 void decoded_list(StableIValue* stack, uint64_t arguments, uint64_t) {
-  Arguments args(stack, arguments, 9);
+  Arguments args(stack, arguments, 8);
   Tensor x = args.tensor();
   const std::vector<Tensor> tensors = args.tensors();
   const std::vector<int64_t> count = args.integers(), n = args.integers(), has = args.integers();
   const int64_t k = args.integer();
-  const std::vector<int64_t> group_size = args.integers(), center = args.integers();
+  const std::vector<int64_t> group_size = args.integers();
   const int64_t isa = args.integer();
-  require(n.size() == count.size() && has.size() == n.size() && group_size.size() == n.size() &&
-              center.size() == n.size(), "the lists of sizes must be of one length");
+  require(n.size() == count.size() && has.size() == n.size() && group_size.size() == n.size(),
+          "the lists of sizes must be of one length");
   x = rows_of(x, k, "x");
   std::vector<DecodedParts> parts(n.size());
   std::vector<qp_decoded_weight> w;
@@ -102,8 +101,7 @@ void decoded_list(StableIValue* stack, uint64_t arguments, uint64_t) {
   size_t at = 0;
   for (size_t i = 0; i < n.size(); i++) {
     require(count[i] >= 2 && (size_t)count[i] <= tensors.size() - at, "fewer tensors than `count` speaks of");
-    w.push_back(describe_decoded(x, tensors.data() + at, (size_t)count[i], {n[i], has[i], group_size[i], center[i]},
-                                 parts[i]));
+    w.push_back(describe_decoded(x, tensors.data() + at, (size_t)count[i], {n[i], has[i], group_size[i]}, parts[i]));
     at += (size_t)count[i];
     out.push_back(parts[i].out);
   }

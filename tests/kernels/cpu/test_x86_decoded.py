@@ -197,6 +197,18 @@ def test_any_table_and_zero_and_negative_scales(short: str) -> None:
 
 
 @every_isa
+def test_equal_weights_of_a_group_are_exact(short: str) -> None:
+    for bits in (4, 8):
+        spec = spec_of(_grouped("affine", bits, 32, symmetric=False), 8, 64, short)
+        weight = quantize_weight(torch.full((8, 64), 0.25), spec)
+        x = torch.randn(5, 64)
+        y = forms(spec)["linear"](x, packed_for(weight, spec), None, spec)
+        assert torch.allclose(y, 0.25 * x.sum(1, keepdim=True).expand(5, 8), atol=1e-6)
+        weight.tensors["offset"].zero_()
+        assert not forms(spec)["linear"](x, packed_for(weight, spec), None, spec).any()
+
+
+@every_isa
 def test_shapes_and_not_finite_inputs(short: str) -> None:
     spec = spec_of(FORMATS["affine4-g32"].weight, 21, 96, short)
     weight = rounded(spec)
@@ -212,8 +224,8 @@ def test_shapes_and_not_finite_inputs(short: str) -> None:
 
 
 def _wrong(packed: list[Tensor], **changes: Any) -> tuple[Any, ...]:
-    given = {"x": torch.randn(2, 64), "tensors": packed, "n": 40, "has": 4, "k": 64, "group_size": 32, "center": 0,
-             "isa": 0} | changes
+    given = {"x": torch.randn(2, 64), "tensors": packed, "n": 40, "has": 4, "k": 64, "group_size": 32, "isa": 0}
+    given |= changes
     return tuple(given.values())
 
 

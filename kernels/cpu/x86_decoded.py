@@ -127,7 +127,7 @@ def _register(short: str) -> None:
     isa, priority = ISAS[short]
     index = native.ISA_INDEX[isa]
 
-    @register_kernel(name=f"linear_decoded_{short}", scheme=FAMILIES, device="cpu", isa=isa, layout=X86_DECODED,
+    @register_kernel(name=f"linear_decode_{short}", scheme=FAMILIES, device="cpu", isa=isa, layout=X86_DECODED,
                      refuses=_refuses, priority=priority, prepare=native.prepare, native_call=_native_call(index))
     def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
         return OPS.decoded.default(x, *_arguments(packed, bias, spec), index)  # type: ignore[no-any-return]

@@ -57,7 +57,7 @@ def lane(name: str, weights: Sequence[Floats], rotate: int) -> Lane:
     """Copies of these weights [N, K] in this scheme."""
     scheme_name, _, isa = name.partition("@")
     scheme = scheme_of(scheme_name)
-    which = "decoded" if scheme_name in FLOATS else scheme.family
+    which = "decode" if scheme_name in FLOATS else scheme.family
     try:
         with force_kernel(f"linear_{which}_{isa}") if isa else contextlib.nullcontext():
             first = [_layer(torch.from_numpy(weight).bfloat16(), scheme) for weight in weights]

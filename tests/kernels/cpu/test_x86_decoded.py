@@ -63,7 +63,7 @@ every_isa = pytest.mark.parametrize("short", HERE)
 
 def spec_of(weight: WeightArgs, n: int, k: int, short: str) -> LinearSpec:
     return LinearSpec(family=family_of(weight, None), weight=weight, activation=None, out_features=n, in_features=k,
-                      kernel=f"linear_decoded_{short}")
+                      kernel=f"linear_decode_{short}")
 
 
 def rounded(spec: LinearSpec, scale_dtype: torch.dtype = torch.float32, seed: int = 0) -> CanonicalWeight:
@@ -274,11 +274,11 @@ def test_every_format_that_comes_with_qpass_is_chosen_where_its_activation_is_fl
         assert family_of(weight, None) in FAMILIES, name
         spec = replace(spec_of(weight, 64, 256, "plain"), kernel="")
         call = LinearCall(spec=spec, device=torch.device("cpu"), dtype=torch.bfloat16)
-        assert choose(call).kernel.name == f"linear_decoded_{HERE[0]}", name
+        assert choose(call).kernel.name == f"linear_decode_{HERE[0]}", name
 
 
 def test_refusals_are_sentences() -> None:
-    found = kernel("linear_decoded_plain")
+    found = kernel("linear_decode_plain")
     call = LinearCall(spec=spec_of(FORMATS["nf4-64"].weight, 8, 100, "plain"), device=torch.device("cpu"),
                       dtype=torch.float32)
     assert found.refuses(call) == "needs blocks of 64 that do not cross rows of 100"

@@ -206,7 +206,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def _cells(row: SupportRow) -> tuple[str, ...]:
     every = (*(label for label, _ in _GRANULARITIES), "asym")
-    weights = "all, asym too" if row.weights == every else " ".join(row.weights)
+    each = {text for label, _ in _GRANULARITIES for text in (label, f"{label} asym")}
+    weights = "all, asym too" if row.weights == every or each <= set(row.weights) else " ".join(row.weights)
     count = row.scheme.count(", ") + 1
     scheme = "" if f"_{row.scheme}_" in row.kernel else row.scheme if count == 1 else f"{count} families"
     return (row.kernel, scheme, weights,

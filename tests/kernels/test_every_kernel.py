@@ -122,6 +122,21 @@ def test_any_number_of_rows(kernel: Kernel, family: str, m: int) -> None:
 
 
 @every_kernel
+@pytest.mark.parametrize(("group", "k"), [("g64", 1600), ("channel", 2113)])
+def test_long_rows(kernel: Kernel, family: str, group: str, k: int) -> None:
+    """Longer than the stretches of inputs in which kernels unpack weights; and a row is the same alone as among others."""
+    for asym in (False, True):
+        spec = spec_of(kernel, family, 33, k, group, asym=asym, asym_activation=not asym)
+        skip_unless_it_runs(kernel, spec, torch.float32)
+        weight = random_weight(spec, torch.float32)
+        packed, x = packed_for(kernel, weight, spec), torch.randn(13, k)
+        y = kernel.forms["linear"](x, packed, None, spec)
+        assert_close(y, oracle(x, weight, None, spec), torch.float32, str(spec))
+        if kernel.name != "linear_reference":
+            assert torch.equal(y[7:9], kernel.forms["linear"](x[7:9], packed, None, spec))
+
+
+@every_kernel
 @every_dtype
 def test_bias_of_another_dtype(kernel: Kernel, family: str, dtype: torch.dtype) -> None:
     spec = spec_of(kernel, family, 19, 64)

@@ -124,7 +124,7 @@ def test_any_number_of_rows(kernel: Kernel, family: str, m: int) -> None:
 @every_kernel
 @pytest.mark.parametrize(("group", "k"), [("g64", 1600), ("channel", 2113)])
 def test_long_rows(kernel: Kernel, family: str, group: str, k: int) -> None:
-    """Longer than the stretches of inputs in which kernels unpack weights; and a row is the same alone as among others."""
+    """Longer than the stretches in which kernels unpack weights; and a row is the same alone as among others."""
     for asym in (False, True):
         spec = spec_of(kernel, family, 33, k, group, asym=asym, asym_activation=not asym)
         skip_unless_it_runs(kernel, spec, torch.float32)

@@ -136,6 +136,8 @@ def load_float(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
 def _class_and_config(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{folder / 'config.json'}: architectures is {names!r}, and must be a list of names")
     if not config.get("model_type") or not names:
         raise CheckpointError(f"{folder / 'config.json'} names no architecture of Transformers; for a model of your "
                               f"own "

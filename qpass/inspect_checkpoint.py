@@ -12,7 +12,7 @@ import torch
 from qpass.bands import pattern, without_indices
 from qpass.decide import effective_text
 from qpass.errors import CheckpointError, NoKernel
-from qpass.formats.checkpoint import Checkpoint
+from qpass.formats.checkpoint import Checkpoint, understood
 from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Reader, WeightRead
 from qpass.kernels.keep_activation import computable
@@ -76,15 +76,16 @@ def inspect(where: str | os.PathLike[str]) -> Inspection:
     cannot be read.
     """
     chosen, checkpoint = open_checkpoint(where)
-    reader = None if chosen is None else chosen.reader(checkpoint)
-    layers = [] if reader is None else _layers(checkpoint, reader)
+    with understood(checkpoint.path):
+        reader = None if chosen is None else chosen.reader(checkpoint)
+        layers = [] if reader is None else _layers(checkpoint, reader)
     not_used: dict[str, list[str]] = {}
     for name in checkpoint.tensors if reader is not None else ():
         if (why := reader.leftover(name)) is not None:  # type: ignore[union-attr]
             not_used.setdefault(why, []).append(name)
     named = checkpoint.config.get("architectures") or [checkpoint.source.metadata.get("general.architecture") or
                                                        "no architecture named"]
-    model = ", ".join(map(str, named))
+    model = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     return Inspection(path=str(checkpoint.path), format=None if chosen is None else _title(chosen), model=model,
                       layers=tuple(layers), tensors=len(checkpoint.tensors),
                       nbytes=sum(stored.nbytes for stored in checkpoint.tensors.values()),

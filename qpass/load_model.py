@@ -13,7 +13,7 @@ from torch import nn
 from qpass.checkpoint_layers import Contents, match_contents
 from qpass.errors import CheckpointError, QPassError
 from qpass.fill_model import fill_floats, fill_layers, read_float, tie_tables
-from qpass.formats.checkpoint import Checkpoint
+from qpass.formats.checkpoint import Checkpoint, understood
 from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Reader
 from qpass.recipe import Recipe
@@ -55,7 +55,8 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
     from qpass.hf import empty_model
     from qpass.quantize_model import check_model, finish, quantize, remember
 
-    reader = chosen.reader(checkpoint)
+    with understood(checkpoint.path):
+        reader = chosen.reader(checkpoint)
     if model is not None:
         check_model(model)
     elif chosen.empty_model is not None:
@@ -66,8 +67,9 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
             raise CheckpointError(f"{checkpoint.path / 'config.json'}: num_hidden_layers is {layers_said}, and the "
                                   f"files have {len(checkpoint.tensors)} tensors")
         model = empty_model(checkpoint.path, checkpoint.config)
-    experts: Sequence[ExpertsLayer] = find_experts(model, checkpoint, reader)
-    contents = match_contents(model, checkpoint, reader, experts)
+    with understood(checkpoint.path):
+        experts: Sequence[ExpertsLayer] = find_experts(model, checkpoint, reader)
+        contents = match_contents(model, checkpoint, reader, experts)
     plain = not contents.layers and not experts and not any(item.read and item.read.note for item in contents.floats)
     if recipe is not None and not plain:
         layers, experts, notes = replan(model, contents.layers, experts, recipe, str(checkpoint.path))

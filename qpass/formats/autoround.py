@@ -34,7 +34,7 @@ class AutoRoundReader(Reader):
         self._extra = extra
         self._packing = str(config.get("packing_format") or "auto_round:auto_gptq")
         # Whether activations are rounded too: by one scale (fp8), or group by group below one of the layer (nv_fp4).
-        static = config.get("act_dynamic") is False and int(config.get("act_bits") or 16) == 8
+        static = config.get("act_dynamic") is False and config.get("act_bits") == 8
         self._activation = FP8_STATIC if static else FP4_LOCAL if config.get("act_bits") == 4 else None
 
     def weight(self, place: Place) -> WeightRead | FloatRead | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qpass.errors import CheckpointError
+from qpass.errors import CheckpointError, QPassError
 
 _LARGEST_JSON = 64 << 20  # bytes; a tokenizer's file has some 20 MB, a config some KB
 
@@ -127,6 +129,22 @@ def check_inside(file: Path) -> None:
     cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if folder not in real.parents and cache not in real.parents:
         raise CheckpointError(f"{file} is a link to {real}, out of its folder; put the file itself there")
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Within, whatever a config or a header of a stranger's makes Python raise becomes CheckpointError, naming `path`.
+
+    Formats say themselves what they find wrong; this is for what nobody thought of.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError, re.error
+            ) as error:
+        if isinstance(error, QPassError):
+            raise
+        raise CheckpointError(f"{path}: its config or its headers are not what this format has: "
+                              f"{type(error).__name__}: {error}") from error
 
 
 def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class TorchAoReader(Reader):
         data = said.get("_data")
         try:
             found = _READS[kind](self.checkpoint, place, names, data if isinstance(data, Mapping) else {})
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{where}: the description of its {kind} makes no sense: {error!r}") from error
         return found
 

@@ -76,6 +76,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "dynamic": (said(dynamic={"+:(": {"bits": 8}}), "dynamic"), "dynamic list": (said(dynamic=[1]), "dynamic is list"),
     "layers": (reconfigure(lambda c: c.update(num_hidden_layers=10**9)), "num_hidden_layers is 1000000000"),
     "width": (reconfigure(lambda c: c.update(hidden_size=2**50)), "cannot be built|disagree|needs"),
+    "classes": (reconfigure(lambda c: c.update(architectures=5)), r"config\.json: architectures is 5"),
     "heads": (reconfigure(lambda c: c.update(num_attention_heads=0)), r"config\.json"),
     "tables": (reconfigure(lambda c: c.update(model_type="gpt_bigcode", architectures=["GPTBigCodeForCausalLM"],
                                               max_position_embeddings=90000)), "computes tables of [0-9]+ bytes"),
@@ -121,3 +122,25 @@ def test_an_index_names_files_of_its_folder_only(tmp_path: Path, where: Any) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q + ".qweight": where}}))
     with pytest.raises(CheckpointError, match="not a safetensors file of this folder"):
         qpass.load(folder)
+
+
+@pytest.mark.parametrize("said", ["8", [8], {"a": 8}, None, 2**70])
+def test_settings_of_another_kind_are_passed_over_or_named(tmp_path: Path, said: Any) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(SMALL / "autoround" / "ar_w4_g32_asym", folder)
+    reconfigure(lambda config: config["quantization_config"].update(act_bits=said, act_dynamic=False))(folder)
+    assert qpass.explain(qpass.load(folder)).counts["quantized"]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [
+    ("compressed-tensors/w4a16_asym", "ignore", 7), ("compressed-tensors/w4a16_asym", "ignore", ["re:("]),
+    ("compressed-tensors/w4a16_asym", "qpass", [1]), ("quark/int4_wo_32", "layer_quant_config", 3),
+    ("compressed-tensors/w4a16_asym", "ignore", [4])])
+def test_what_no_format_thought_of_is_named(tmp_path: Path, name: str, key: str, value: Any) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(SMALL / name, folder)
+    reconfigure(lambda config: config["quantization_config"].update({key: value}))(folder)
+    with pytest.raises(CheckpointError, match="its config or its headers"):
+        qpass.load(folder)
+    with pytest.raises(CheckpointError):
+        qpass.inspect(folder)

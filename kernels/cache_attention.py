@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qpass.kernels.cpu import x86_attention
+from qpass.kernels.cuda import attention as cuda_attention
 from qpass.kernels.reference.cache_attention import cache_attention as reference
 
 
@@ -13,8 +14,12 @@ from qpass.kernels.reference.cache_attention import cache_attention as reference
 def cache_attention(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, value_scale: Tensor,
                     mask: Tensor | None, kind: str, causal: bool, scaling: float, softcap: float) -> Tensor:
     """query [B, Hq, M, D] -> [B, M, Hq, Dv]; see qpass.kernels.reference.cache_attention."""
-    why = x86_attention.refuses(query, keys, key_scale, values, value_scale, mask, kind)
-    run = x86_attention.cache_attention_avx2 if why is None else reference
+    if query.device.type == "cuda":
+        why, native = cuda_attention.refuses(query, keys, values), cuda_attention.cache_attention_triton
+    else:
+        why = x86_attention.refuses(query, keys, key_scale, values, value_scale, mask, kind)
+        native = x86_attention.cache_attention_avx2
+    run = native if why is None else reference
     return run(query, keys, key_scale, values, value_scale, mask, kind, causal, scaling, softcap)
 
 

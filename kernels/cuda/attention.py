@@ -17,6 +17,7 @@ from qpass.kernels.cuda.configs import PROCESSORS, rows_of
 from qpass.kernels.cuda.launch import on_device
 
 _STEP = 64  # keys of one step
+_MOST_ROWS = 32  # of queries: for more, decoding the cache once and torch's own attention are quicker
 _FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 
@@ -31,6 +32,15 @@ def attention_refuses(q: Tensor, k: Tensor) -> str | None:
     if (why := needs(80, q.device, "tensor cores that Triton uses")) is not None:
         return why
     return triton_refuses()
+
+
+def refuses(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
+    """Why `cache_attention_triton` is not for these, or None."""
+    if query.shape[2] > _MOST_ROWS:
+        return f"is for at most {_MOST_ROWS} tokens at a time, got {query.shape[2]}"
+    if keys.shape != values.shape or keys.dtype != values.dtype:
+        return f"takes keys and values of one shape and dtype, got {tuple(keys.shape)} and {tuple(values.shape)}"
+    return attention_refuses(query, keys)
 
 
 def attend_quantized(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, lengths: Tensor,

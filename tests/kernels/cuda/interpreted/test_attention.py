@@ -105,5 +105,8 @@ def test_says_what_it_does_not_take() -> None:
     q, lengths = torch.randn(1, 1, 1, 16), torch.tensor([8])
     with pytest.raises(NoKernel, match="reads int8 or float8_e4m3fn keys, not float32"):
         attend_quantized(q, k.float(), ks, k.float(), ks, lengths)
+    assert attention.refuses(q, k, k) is None
+    assert "one shape and dtype" in str(attention.refuses(q, k, k[:, :, :4]))
+    assert "at most 32 tokens" in str(attention.refuses(q.expand(1, 1, 33, 16), k, k))
     with pytest.raises(ValueError, match="of one dtype; got"):
         attend_quantized(q, k, ks, k[:, :, :4], ks, lengths)

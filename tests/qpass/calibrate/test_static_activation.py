@@ -110,7 +110,7 @@ def test_checks_pass_and_see_a_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> N
     torch._dynamo.reset()
     with torch.no_grad():
         assert torch.equal(torch.compile(model)(x), model(x))
-        monkeypatch.setattr("qpass.lowering.check_products.quantize_static",
+        monkeypatch.setattr("qpass.lowering.check_quantization.quantize_static",
                             lambda x, *_: torch.full(x.shape, 7, dtype=torch.int8))
         torch._dynamo.reset()
         with pytest.raises(LoweringError, match="differs from the reference"):

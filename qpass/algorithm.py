@@ -115,7 +115,7 @@ class Gptq(Algorithm):
     name: ClassVar[str] = "gptq"
     wiring: ClassVar[str] = "qpass.calibrate.gptq"
     dampening_frac: float = 0.01
-    block_size: int = 64
+    block_size: int = 128
     actorder: str | None = "static"
     scales: str = "absmax"
     propagate: bool = True

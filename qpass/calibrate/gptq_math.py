@@ -63,7 +63,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, dampening_frac: float) -> Inv
 
 
 def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends: tuple[int, int],
-         block_size: int = 64) -> Tensor:
+         block_size: int = 128) -> Tensor:
     """Codes float32 [N, K], whole numbers from `ends`, for `weight` float32 [N, K] on a grid of static groups.
 
     `order` [K] is the order in which columns are rounded, the one that `factor` was made in.

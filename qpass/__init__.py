@@ -71,4 +71,5 @@ def __dir__() -> list[str]:
 
 
 # Whichever of the two is imported first, Transformers' loader knows our configs as soon as it is there.
-after_import("transformers.quantizers.auto", lambda: import_module("qpass.hf_registration").register())
+# The module registers as it is imported; if that is what imports Transformers, it is on its way here already.
+after_import("transformers.quantizers.auto", lambda: import_module("qpass.hf_registration"))

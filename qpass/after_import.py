@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 
-def after_import(name: str, call: Callable[[], None]) -> None:
+def after_import(name: str, call: Callable[[], object]) -> None:
     """Call `call` now if the module `name` is imported already, otherwise right after it will be, or never."""
     if name in sys.modules:
         call()
@@ -22,7 +22,7 @@ def after_import(name: str, call: Callable[[], None]) -> None:
 class _Watcher(MetaPathFinder):
     """Finds nothing itself: it lets the other finders find the module, and adds the call to its execution."""
 
-    def __init__(self, name: str, call: Callable[[], None]) -> None:
+    def __init__(self, name: str, call: Callable[[], object]) -> None:
         self._name, self._call = name, call
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -118,3 +118,18 @@ def test_going_back_to_float(tmp_path: Path, tiny_llama: Build, token_ids: torch
         assert (back(token_ids).logits - expected).abs().max() < 1e-4
     assert getattr(back, "hf_quantizer", None) is None
     qpass.quantize(back, "w8a16", progress=False)
+
+
+@pytest.mark.parametrize("order", [
+    "import qpass, transformers; qpass.QPassConfig('w4a8')",
+    "import transformers, qpass; qpass.QPassConfig('w4a8')",
+    "import transformers.quantizers.auto, qpass",
+    "import qpass, transformers.quantizers.auto",
+    "import qpass; qpass.QPassConfig('w4a8')"], ids=lambda order: order.replace(".", "_"))
+def test_registered_whichever_is_imported_first(order: str) -> None:
+    import subprocess
+    import sys
+
+    asked = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'qpass' in m"
+    done = subprocess.run([sys.executable, "-c", f"{order}\n{asked}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

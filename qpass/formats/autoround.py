@@ -6,7 +6,6 @@ Source: auto-round 0.16, `export/export_to_autoround`. `packing_format` says who
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from qpass.formats.codec_reads import FP4_LOCAL, FP8_STATIC
 from qpass.formats.float_layer import float_layer, layer_shape
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.gptq import Settings, gptq_weight
+from qpass.formats.patterns import pattern_of
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 
 _KEYS = ("bits", "group_size", "sym", "data_type")
@@ -78,15 +78,8 @@ class AutoRoundReader(Reader):
                  "sym": config.get("sym", True)}
         changes = self._extra.get(path)
         if changes is None:
-            changes = next((said for name, said in self._extra.items() if _matches(name, path)), {})
+            changes = next((said for name, said in self._extra.items() if pattern_of(name).fullmatch(path)), {})
         return {**found, **{key: value for key, value in changes.items() if key in _KEYS}}
-
-
-def _matches(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error:
-        return False
 
 
 register_format(Format(

@@ -6,7 +6,6 @@ matched by its exact name, then by `re:` regex, then by class name; `ignore` com
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from qpass.experts_layer import QuantExperts
 from qpass.formats.compressed_tensors import is_packed
 from qpass.formats.compressed_tensors_experts import Member, float_experts, members_of_experts
 from qpass.formats.compressed_tensors_floats import FLOAT_FORMATS, float_args, float_fields
+from qpass.formats.patterns import matches
 from qpass.layers import PackedWeight, QuantLinear
 from qpass.scheme import ActivationArgs, Scheme, WeightArgs, codec_of
 from qpass.spec import LinearSpec
@@ -244,5 +244,5 @@ def _was_linear(layer: PackedWeight) -> bool:
 
 
 def _matches_name(target: str, name: str) -> bool:
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+    return matches(target[3:], name) if target.startswith("re:") else target == name
 

@@ -11,7 +11,6 @@ group smaller than the rest; such a weight runs through the reference.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from qpass.formats.bits import unpack_rows
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.integer_weights import as_canonical, checked_scale, group_order, integer_spec, uneven_columns
+from qpass.formats.patterns import matches
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -124,10 +124,10 @@ class GptqReader(Reader):
         config: dict[str, Any] = {"bits": 4, "group_size": -1, "sym": True, **self._config}
         for pattern, changes in self._dynamic.items():
             try:
-                if re.match(pattern.removeprefix("+:"), path) and not pattern.startswith("-:"):
+                if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), path):
                     config.update(changes or {})
                     break
-            except (re.error, TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:
                 raise CheckpointError(f"{self.checkpoint.path}: dynamic {pattern!r}: {error}") from error
         return Settings(bits=config["bits"], group_size=config["group_size"], sym=config["sym"], version=self._version)
 

@@ -25,9 +25,10 @@ from qpass.scheme import (
 )
 
 BUILT_IN = sorted(name for name, scheme in PRESETS.items() if scheme.weight.type == "int")
-FLOATS = sorted(set(PRESETS) - {*BUILT_IN, "nf4", "fp4"})
 # Recipes, no presets of compressed-tensors.
-OWN = {"w4a8_channel", "w8a8_static", "w8a8_static_asym", "w4a8_static", "w4a8_int_scales"}
+OWN = {"w4a8_channel", "w8a8_static", "w8a8_static_asym", "w4a8_static", "w4a8_int_scales", "w8a16_channel",
+       "fp8_per_tensor"}
+FLOATS = sorted(set(PRESETS) - {*BUILT_IN, *OWN, "nf4", "fp4"})
 _STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
 
 
@@ -79,10 +80,18 @@ def test_float_preset_is_that_of_compressed_tensors(name: str) -> None:
                   ours.activation.group_size)
 
 
+def test_presets_of_vllms_online_quantization() -> None:
+    fp8, int8 = PRESETS["fp8_per_tensor"], PRESETS["w8a16_channel"]
+    assert fp8.weight == WeightArgs(bits=8, type="fp8", granularity="per_tensor")
+    assert fp8.activation is not None and not fp8.activation.static
+    assert (fp8.activation.type, fp8.activation.granularity) == ("float", "per_tensor")
+    assert (int8.weight, int8.activation) == (WeightArgs(bits=8, granularity="per_channel"), None)
+
+
 def test_every_preset_is_here() -> None:
     quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     expressible = {name.lower() for name, parts in quant_scheme.PRESET_SCHEMES.items() if "weights" in parts}
-    assert expressible | OWN == {*BUILT_IN, *FLOATS}
+    assert expressible == {*BUILT_IN, *FLOATS} - OWN
 
 
 def test_w4a8_channel_is_int4_rows_and_asymmetric_tokens() -> None:

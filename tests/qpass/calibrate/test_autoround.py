@@ -69,8 +69,9 @@ def test_better_than_nearest_and_the_same_when_loaded(name: str, tmp_path: Path)
 def test_after_gptq_with_rounded_activations() -> None:
     data, reference = tokens(8, 32), small_model("llama")
     scheme = PRESETS["w4a8"].with_group_size(32)
-    errors = []
-    for algorithms in (["gptq"], ["gptq", {"autoround": {"iterations": 40, "batch_size": 8}}]):
+    # Aiming at the float model's values, GPTQ leaves this little model nothing that 40 steps could gain.
+    gptq, errors = {"gptq": {"match_float": False}}, []
+    for algorithms in ([gptq], [gptq, {"autoround": {"iterations": 40, "batch_size": 8}}]):
         model = qpass.quantize(small_model("llama"), qpass.Recipe(scheme, algorithms=algorithms), calibration=data,
                                progress=False)
         errors.append(output_error(model, reference, data))

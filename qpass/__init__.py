@@ -12,14 +12,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qpass.after_import import after_import
+from qpass.hf.after_import import after_import
 
 if TYPE_CHECKING:
     from qpass.adopt_model import adopt as adopt
+    from qpass.budget.search_recipe import search as search
     from qpass.compare_models import compare as compare
     from qpass.evaluate_model import evaluate as evaluate
-    from qpass.hf_cache import QuantizedCache as QuantizedCache
-    from qpass.hf_config import QPassConfig as QPassConfig
+    from qpass.hf.cache import QuantizedCache as QuantizedCache
+    from qpass.hf.qpass_config import QPassConfig as QPassConfig
     from qpass.inspect_checkpoint import inspect as inspect
     from qpass.kernels.registry import force_kernel as force_kernel
     from qpass.kernels.registry import register_kernel as register_kernel
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from qpass.plan_model import make_plan
     from qpass.quantize_model import dequantize as dequantize
     from qpass.quantize_model import quantize as quantize
-    from qpass.recipe import Recipe as Recipe
-    from qpass.recipe import Rule as Rule
+    from qpass.recipes.recipe import Recipe as Recipe
+    from qpass.recipes.recipe import Rule as Rule
     from qpass.report import explain as explain
     from qpass.save_model import save as save
     from qpass.scheme import PRESETS as PRESETS
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from qpass.scheme import Scheme as Scheme
     from qpass.scheme import WeightArgs as WeightArgs
     from qpass.scheme import register_scheme as register_scheme
-    from qpass.search_recipe import search as search
     from qpass.update_model import update as update
 
     plan = make_plan
@@ -47,11 +47,12 @@ if TYPE_CHECKING:
 _WHERE = {
     "quantize": "quantize_model", "dequantize": "quantize_model", "plan": "plan_model", "explain": "report",
     "save": "save_model", "load": "load_model", "inspect": "inspect_checkpoint", "adopt": "adopt_model",
-    "QPassConfig": "hf_registration", "update": "update_model", "QuantizedCache": "hf_cache",
-    "compare": "compare_models", "evaluate": "evaluate_model", "search": "search_recipe",
+    "QPassConfig": "hf.registration", "update": "update_model", "QuantizedCache": "hf.cache",
+    "compare": "compare_models", "evaluate": "evaluate_model", "search": "budget.search_recipe",
     "support_matrix": "kernels.support", "force_kernel": "kernels.registry", "register_kernel": "kernels.registry",
-    "Scheme": "scheme", "WeightArgs": "scheme", "ActivationArgs": "scheme", "PRESETS": "recipe",
-    "register_scheme": "scheme", "Rule": "recipe", "Recipe": "recipe", "register_pass": "lowering.pipeline",
+    "Scheme": "scheme", "WeightArgs": "scheme", "ActivationArgs": "scheme", "PRESETS": "recipes.recipe",
+    "register_scheme": "scheme", "Rule": "recipes.recipe", "Recipe": "recipes.recipe",
+    "register_pass": "lowering.pipeline",
 }
 _ALIASES = {"plan": "make_plan"}
 __all__ = sorted([*_WHERE, "__version__"])
@@ -72,4 +73,4 @@ def __dir__() -> list[str]:
 
 # Whichever of the two is imported first, Transformers' loader knows our configs as soon as it is there.
 # The module registers as it is imported; if that is what imports Transformers, it is on its way here already.
-after_import("transformers.quantizers.auto", lambda: import_module("qpass.hf_registration"))
+after_import("transformers.quantizers.auto", lambda: import_module("qpass.hf.registration"))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpass.checkpoint_layers import Contents, Layer
+from qpass.checkpoints.checkpoint_layers import Contents, Layer
+from qpass.checkpoints.fill_model import fill_layers
 from qpass.errors import CheckpointError
-from qpass.fill_model import fill_layers
 from qpass.formats.checkpoint import Checkpoint, Stored
 from qpass.formats.reader import Place, WeightRead
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import qpass
+from qpass.checkpoints.model_folder import TokenizerFiles, check_folder, is_quantized, load_float, load_meta
 from qpass.errors import CheckpointError, QPassError
-from qpass.model_folder import TokenizerFiles, check_folder, is_quantized, load_float, load_meta
-from qpass.recipe_files import as_recipe
+from qpass.recipes.recipe_files import as_recipe
 
 _CHATTY = ("torchao", "transformers", "torch.utils._pytree", "torch.distributed", "torch._inductor", "torch._dynamo",
            "torch._export", "torch.export", "accelerate")
@@ -102,8 +102,8 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def run_bench(options: argparse.Namespace) -> None:
     """Measure each recipe beside the float model, and print the table and what it speaks for."""
-    from qpass.bench_model import TEXT, bench_model
-    from qpass.bench_report import as_json, table
+    from qpass.bench.bench_table import as_json, table
+    from qpass.bench.run import TEXT, bench_model
 
     text = TEXT if options.text is None else Path(options.text)
     if not text.is_file():
@@ -120,8 +120,8 @@ def run_kernels(options: argparse.Namespace) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    """See qpass.demo."""
-    from qpass.demo import run
+    """See qpass.demo.run."""
+    from qpass.demo.run import run
 
     run(options.recipe, prompt=options.prompt, cache=options.cache_dir, tokens=options.tokens, moe=options.moe)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import EvaluationError
-from qpass.observe import observe_model, observe_reference, pair_layers
-from qpass.observe_experts import keep_experts, observe_experts, pair_experts, row_specs
+from qpass.measure.observe import observe_model, observe_reference, pair_layers
+from qpass.measure.observe_experts import keep_experts, observe_experts, pair_experts, row_specs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpass.bands import pattern, without_indices
+from qpass.checkpoints.model_folder import TokenizerFiles
 from qpass.errors import CheckpointError
 from qpass.inspect_checkpoint import Inspection, inspect
-from qpass.model_folder import TokenizerFiles
-from qpass.text_table import Column, human_bytes, text_table
+from qpass.reports.bands import pattern, without_indices
+from qpass.reports.text_table import Column, human_bytes, text_table
 
 _COLUMNS: tuple[Column, ...] = (("n", ">"), ("layer", "<"), ("numbers before", "<"), ("numbers after", "<"),
                                 ("bytes before", ">"), ("bytes after", ">"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import EvaluationError
-from qpass.token_windows import Window, token_streams, windows_of
+from qpass.measure.token_windows import Window, token_streams, windows_of
 
 _ROWS_AT_ONCE_ELEMENTS = 1 << 22  # float32 work space of 16 MB a tensor, whatever the vocabulary
 

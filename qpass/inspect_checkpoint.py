@@ -9,16 +9,16 @@ from functools import lru_cache
 
 import torch
 
-from qpass.bands import pattern, without_indices
-from qpass.decide import effective_text
+from qpass.decide.decide_sites import effective_text
 from qpass.errors import CheckpointError, NoKernel
 from qpass.formats.checkpoint import Checkpoint, understood
 from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Reader, WeightRead
 from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
+from qpass.reports.bands import pattern, without_indices
+from qpass.reports.text_table import Column, human_bytes, text_table
 from qpass.spec import LinearSpec
-from qpass.text_table import Column, human_bytes, text_table
 
 _COLUMNS: tuple[Column, ...] = (("n", ">"), ("layer", "<"), ("shape", ">"), ("numbers", "<"), ("stored", ">"),
                                 ("would run on", "<"))

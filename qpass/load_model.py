@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qpass.checkpoint_layers import Contents, match_contents
+from qpass.checkpoints.checkpoint_layers import Contents, match_contents
+from qpass.checkpoints.fill_model import fill_floats, fill_layers, read_float, tie_tables
+from qpass.checkpoints.replan_layers import replan
 from qpass.errors import CheckpointError, QPassError
-from qpass.fill_model import fill_floats, fill_layers, read_float, tie_tables
 from qpass.formats.checkpoint import Checkpoint, understood
 from qpass.formats.format_registry import Format, open_checkpoint
 from qpass.formats.reader import Reader
-from qpass.recipe import Recipe
-from qpass.recipe_files import as_recipe
-from qpass.replan_layers import replan
+from qpass.recipes.recipe import Recipe
+from qpass.recipes.recipe_files import as_recipe
 
 if TYPE_CHECKING:
-    from qpass.checkpoint_experts import ExpertsLayer
+    from qpass.checkpoints.checkpoint_experts import ExpertsLayer
     from qpass.plan_model import Plan
 
 
@@ -51,8 +51,8 @@ def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device |
 
 def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: torch.device,
                  dtype: torch.dtype | None, model: nn.Module | None) -> nn.Module:
-    from qpass.checkpoint_experts import fill_experts, find_experts
-    from qpass.hf import empty_model
+    from qpass.checkpoints.checkpoint_experts import fill_experts, find_experts
+    from qpass.hf.model_config import empty_model
     from qpass.quantize_model import check_model, finish, quantize, remember
 
     with understood(checkpoint.path):
@@ -91,7 +91,7 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
 
 def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype: torch.dtype | None,
                 model: nn.Module | None) -> nn.Module:
-    from qpass.hf import load_float
+    from qpass.hf.model_config import load_float
 
     if recipe is not None and not as_recipe(recipe).algorithms:
         return _stream_float(checkpoint, as_recipe(recipe), device, dtype, model)
@@ -110,10 +110,10 @@ def _load_float(checkpoint: Checkpoint, recipe: Any, device: torch.device, dtype
 def _stream_float(checkpoint: Checkpoint, recipe: Recipe, device: torch.device, dtype: torch.dtype | None,
                   model: nn.Module | None) -> nn.Module:
     """Quantize each weight as it is read; in memory are the packed model and the largest tensor."""
-    from qpass.hf import empty_model
+    from qpass.checkpoints.stream_quantize import StreamQuantizer
+    from qpass.hf.model_config import empty_model
     from qpass.plan_model import make_plan
     from qpass.quantize_model import check_model, finish, remember
-    from qpass.stream_quantize import StreamQuantizer
 
     if model is None:
         model = empty_model(checkpoint.path, checkpoint.config)

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpass.decide import Decision, decide, effective_text, stored_bytes
+from qpass.decide.decide_sites import Decision, decide, effective_text, stored_bytes
+from qpass.decide.match import entries
 from qpass.errors import AlreadyQuantized
-from qpass.footprint import Footprint, footprint_of
-from qpass.match import entries
-from qpass.recipe import Recipe
-from qpass.recipe_files import as_recipe
+from qpass.recipes.recipe import Recipe
+from qpass.recipes.recipe_files import as_recipe
+from qpass.reports.footprint import Footprint, footprint_of
+from qpass.reports.table import bits_per_weight, render_html, render_plan
+from qpass.reports.text_table import human_bytes
 from qpass.rows import PlanRow
 from qpass.scheme import PRESETS
 from qpass.spec import LinearSpec
-from qpass.table import bits_per_weight, render_html, render_plan
-from qpass.text_table import human_bytes
 
 __all__ = ["Decision", "Plan", "Totals", "decide", "make_plan", "plan_row"]
 
@@ -98,14 +98,14 @@ def make_plan(model: Any, recipe: Any, *, example_inputs: Any = None,
 
     Raises AlreadyQuantized, and what reading the recipe, capturing and deciding raise.
     """
-    from qpass.capture import capture
-    from qpass.find import find
+    from qpass.capture.capture_model import capture
+    from qpass.find.find_sites import find
 
     wanted = as_recipe(recipe)
     from_outside = not isinstance(model, nn.Module) and (
         isinstance(model, (str, os.PathLike)) or hasattr(model, "model_type"))
     if from_outside:
-        from qpass.model_folder import load_meta
+        from qpass.checkpoints.model_folder import load_meta
 
         model = load_meta(model)
     _check_float(model)
@@ -169,7 +169,7 @@ def _wanted_data(recipe: Recipe) -> list[str]:
 
 
 def _check_float(model: Any) -> None:
-    from qpass.layers import PackedLayer
+    from qpass.layers.packed_layers import PackedLayer
 
     if isinstance(model, nn.Module):
         packed = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]

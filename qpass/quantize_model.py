@@ -17,15 +17,15 @@ from qpass.calibrate.prepare import Preparation, Prepared, check_data
 from qpass.calibrate.run import Limits
 from qpass.calibrate.static_activation import static_scales
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
-from qpass.experts_layer import QuantExperts
-from qpass.graph_swap import float_graph, is_plain_graph, quantize_graph
 from qpass.kernels.registry import KERNELS, kernel
-from qpass.layers import PackedLayer
+from qpass.layers.experts_layer import QuantExperts
+from qpass.layers.packed_layers import PackedLayer
+from qpass.layers.refuse_training import allow_training, refuse_training
 from qpass.plan_model import Decision, Plan, make_plan
-from qpass.recipe_files import as_recipe
-from qpass.refuse_training import allow_training, refuse_training
-from qpass.swap import TRIM_AFTER, give_back_freed_memory, restore, share_scales, swap_site
-from qpass.swap_experts import swap_experts
+from qpass.recipes.recipe_files import as_recipe
+from qpass.swap.graph_swap import float_graph, is_plain_graph, quantize_graph
+from qpass.swap.swap_experts import swap_experts
+from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, restore, share_scales, swap_site
 from qpass.weight import CanonicalWeight, check_weight
 
 
@@ -109,7 +109,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         float_graph(model)
     if restore(model) == 0:
         raise QPassError("nothing in this model is quantized by qpass; quantize it first")
-    from qpass.hf import forget_config
+    from qpass.hf.model_config import forget_config
 
     forget_config(model)
     allow_training(model)
@@ -143,7 +143,7 @@ def remember(model: nn.Module, plan: Plan) -> None:
 
 def finish(model: nn.Module, plan: Plan | None) -> None:
     """What follows the last swap: Transformers' config is told, and torch.compile gets the lowering passes."""
-    from qpass.hf import write_config
+    from qpass.hf.model_config import write_config
     from qpass.lowering.install import install
 
     share_scales(model)

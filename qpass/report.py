@@ -11,13 +11,13 @@ from typing import Any, Literal
 from torch import nn
 
 from qpass.errors import QPassError
-from qpass.experts_layer import QuantExperts
 from qpass.experts_spec import ExpertsSpec
-from qpass.layers import PackedWeight
+from qpass.layers.experts_layer import QuantExperts
+from qpass.layers.packed_layers import PackedWeight
 from qpass.plan_model import Plan
+from qpass.reports.table import render_html, render_report
 from qpass.rows import PlanRow, ReportRow
 from qpass.spec import LinearSpec
-from qpass.table import render_html, render_report
 
 _Spec = LinearSpec | ExpertsSpec | None
 _NOT_COMPILED = "in the kernel (not compiled)"

@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qpass.checkpoints.publish_folder import publish_folder
 from qpass.errors import CheckpointError
-from qpass.experts_layer import QuantExperts
 from qpass.formats import compressed_tensors_config
 from qpass.formats.layer_writer import LayerWriter, writable_layers, writers
 from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, write_file
-from qpass.hf import save_config
-from qpass.layers import PackedLayer, QuantLinear
-from qpass.publish_folder import publish_folder
-from qpass.swap import TRIM_AFTER, give_back_freed_memory
-from qpass.tied_table import TiedTable
+from qpass.hf.model_config import save_config
+from qpass.layers.experts_layer import QuantExperts
+from qpass.layers.packed_layers import PackedLayer, QuantLinear
+from qpass.layers.tied_table import TiedTable
+from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory
 
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

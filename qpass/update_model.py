@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import QPassError, WeightError
-from qpass.experts_layer import QuantExperts
-from qpass.experts_rows import packed_part
+from qpass.find.experts_rows import packed_part
 from qpass.kernels.layout import Packed
 from qpass.kernels.registry import kernel
-from qpass.layers import PackedLayer, PackedWeight, QuantLinear
-from qpass.quant_weight import QuantWeight
-from qpass.reordered_linear import ReorderedLinear
-from qpass.swap import quantized
-from qpass.swap_experts import quantized_experts
+from qpass.layers.experts_layer import QuantExperts
+from qpass.layers.packed_layers import PackedLayer, PackedWeight, QuantLinear
+from qpass.layers.quant_weight import QuantWeight
+from qpass.layers.reordered_linear import ReorderedLinear
+from qpass.swap.swap_experts import quantized_experts
+from qpass.swap.swap_site import quantized
 from qpass.weight import CanonicalWeight, check_weight
 
 _SHOWN = 10

@@ -12,9 +12,9 @@ from tests.source_tree import imports, modules, place, strings, syntax
 
 # What the user says and what the ops mean. A module that plans, captures, swaps or reports is not data.
 DATA = frozenset({
-    "qpass.activation_args", "qpass.activation_scale", "qpass.algorithm", "qpass.cache_numbers", "qpass.errors",
-    "qpass.experts_site", "qpass.experts_spec", "qpass.formats.bits", "qpass.integer_scales", "qpass.ops",
-    "qpass.recipe", "qpass.rows", "qpass.scheme", "qpass.site", "qpass.spec", "qpass.torchao_config",
+    "qpass.activation_args", "qpass.activation_scale", "qpass.cache_numbers", "qpass.errors", "qpass.experts_site",
+    "qpass.experts_spec", "qpass.formats.bits", "qpass.integer_scales", "qpass.ops", "qpass.recipes.algorithm",
+    "qpass.recipes.recipe", "qpass.recipes.torchao_config", "qpass.rows", "qpass.scheme", "qpass.site", "qpass.spec",
     "qpass.weight",
 })
 LAYERS = ("data", "kernels", "lowering", "entry points")

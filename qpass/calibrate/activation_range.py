@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qpass.activation_scale import ActivationScale
-from qpass.algorithm import ActivationRanges
 from qpass.calibrate.block_work import BlockWork
 from qpass.calibrate.input_range import Histograms, InputRanges
+from qpass.recipes.algorithm import ActivationRanges
 
 
 def calibrate(settings: ActivationRanges, work: BlockWork) -> None:

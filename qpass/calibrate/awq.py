@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qpass.algorithm import Awq
 from qpass.calibrate.awq_math import search_factors
 from qpass.calibrate.block_work import BlockWork, SiteWork
 from qpass.calibrate.fold import common_factors, fold_checked
 from qpass.calibrate.gptq import by_input
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.scale_search import find_grid, round_to_grid
+from qpass.recipes.algorithm import Awq
 from qpass.weight import dequantize_weight
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.algorithm import BiasCorrection
 from qpass.calibrate.block_work import BlockWork, SiteWork
 from qpass.calibrate.gptq import by_input
+from qpass.recipes.algorithm import BiasCorrection
 
 
 def calibrate(settings: BiasCorrection, work: BlockWork) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qpass.activation_args import ActivationArgs
-from qpass.algorithm import Algorithm
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.blocks import Block
 from qpass.calibrate.pairs import Pair
 from qpass.calibrate.watch_inputs import OnInput, watch_inputs
-from qpass.decide import Decision
+from qpass.decide.decide_sites import Decision
 from qpass.errors import CalibrationError
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from qpass.recipes.algorithm import Algorithm
 from qpass.site import Site
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight, quantize_weight

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from qpass.capture import Capture
-from qpass.find_products import find_products, scope_of
+from qpass.capture.capture_model import Capture
+from qpass.capture.find_products import find_products, scope_of
+from qpass.capture.tape import Scope
 from qpass.site import Site
-from qpass.tape import Scope
 
 
 @dataclass(frozen=True, kw_only=True)

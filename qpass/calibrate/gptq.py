@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.algorithm import Gptq
 from qpass.calibrate.block_work import BlockWork, SiteWork
 from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, refit
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.match_float import float_side, lacking
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
 from qpass.errors import CalibrationError
+from qpass.recipes.algorithm import Gptq
 
 _ROWS_A_COLUMN = 2  # below that the regression on the inputs fits noise
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.block_work import BlockWork, SiteWork, counted_rows
 from qpass.calibrate.hessian import Hessian
-from qpass.watch_products import SeenProduct, WatchProducts
+from qpass.measure.watch_products import SeenProduct, WatchProducts
 
 _ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qpass.capture import Capture
-from qpass.find_products import Product, find_products
-from qpass.graph_facts import input_of
-from qpass.walk import aten, is_view
+from qpass.capture.capture_model import Capture
+from qpass.capture.find_products import Product, find_products
+from qpass.capture.walk import aten, is_view
+from qpass.find.graph_facts import input_of
 
 _CASTS = (aten._to_copy.default,)
 _HOMOGENEOUS = (aten.relu.default,)  # f(x / s) = f(x) / s for s > 0

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from qpass.algorithm import Algorithm
 from qpass.calibrate.blocks import find_blocks
 from qpass.calibrate.pairs import find_pairs
 from qpass.calibrate.run import Bar, Calibration, Install, Limits, aimed_at, without_data
 from qpass.calibrate.samples import read_samples
-from qpass.capture import capture
-from qpass.decide import Decision
+from qpass.capture.capture_model import capture
+from qpass.decide.decide_sites import Decision
 from qpass.errors import RecipeError
 from qpass.plan_model import Plan
+from qpass.recipes.algorithm import Algorithm
 
 
 def check_data(algorithms: Sequence[Algorithm], given: bool) -> None:

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from qpass.activation_scale import ActivationScale
-from qpass.algorithm import Algorithm
-from qpass.as_found import in_eval_mode
 from qpass.calibrate.activation_range import static_scales_of
 from qpass.calibrate.activation_store import ActivationStore, Budget
 from qpass.calibrate.block_work import BlockWork, sites_of
@@ -25,8 +23,10 @@ from qpass.calibrate.pairs import Pair
 from qpass.calibrate.prefix import call_of, check_finite
 from qpass.calibrate.samples import Sample
 from qpass.calibrate.work_folder import WorkFolder, fingerprint_of
-from qpass.decide import Decision
-from qpass.match import matching
+from qpass.capture.as_found import in_eval_mode
+from qpass.decide.decide_sites import Decision
+from qpass.decide.match import matching
+from qpass.recipes.algorithm import Algorithm
 from qpass.weight import CanonicalWeight
 
 Install = Callable[[Decision, CanonicalWeight | None, ActivationScale | None], None]

@@ -58,7 +58,7 @@ def read_samples(data: Any, model: nn.Module, *, tokenizer: Any = None, num_samp
 
 def _text_samples(texts: Sequence[str | Path], model: nn.Module, tokenizer: Any, count: int,
                   length: int) -> list[Sample]:
-    from qpass.token_windows import tokenizer_of
+    from qpass.measure.token_windows import tokenizer_of
 
     encode = tokenizer_of(model, tokenizer)
     files = [isinstance(text, Path) or _is_file(text) for text in texts]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qpass.algorithm import Scales
 from qpass.calibrate.block_work import BlockWork
 from qpass.calibrate.scale_search import find_grid, round_to_grid
+from qpass.recipes.algorithm import Scales
 
 
 def calibrate(settings: Scales, work: BlockWork) -> None:

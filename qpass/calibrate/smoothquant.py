@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.algorithm import SmoothQuant
 from qpass.calibrate.block_work import BlockWork
 from qpass.calibrate.fold import common_factors, fold_checked
 from qpass.calibrate.gptq import by_input
 from qpass.calibrate.pairs import Pair
+from qpass.recipes.algorithm import SmoothQuant
 
 _SMALLEST = 1e-5  # of a factor; keeps channels that are never used finite
 

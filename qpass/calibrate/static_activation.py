@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from qpass.activation_scale import ActivationScale
-from qpass.as_found import in_eval_mode
 from qpass.calibrate.input_range import InputRanges
 from qpass.calibrate.watch_inputs import watch_inputs
-from qpass.decide import Decision
+from qpass.capture.as_found import in_eval_mode
+from qpass.capture.example_inputs import example_of
+from qpass.decide.decide_sites import Decision
 from qpass.errors import RecipeError
-from qpass.example_inputs import example_of
 
 
 def static_scales(model: Any, targets: Sequence[Decision], data: Iterable[Any] | None) -> dict[str, ActivationScale]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qpass.watch_products import WatchProducts
+from qpass.measure.watch_products import WatchProducts
 
 OnInput = Callable[[str, Tensor], None]
 

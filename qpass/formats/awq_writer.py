@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qpass.errors import CheckpointError
 from qpass.formats.bits import pack_rows
 from qpass.formats.layer_writer import float_linears
-from qpass.layers import QuantLinear
+from qpass.layers.packed_layers import QuantLinear
 
 _COLUMN_OF = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns stands in each nibble of a word."""

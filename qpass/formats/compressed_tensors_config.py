@@ -13,15 +13,15 @@ from typing import Any
 from torch import nn
 
 from qpass.errors import CheckpointError, RecipeError
-from qpass.experts_layer import QuantExperts
 from qpass.formats.compressed_tensors import is_packed
 from qpass.formats.compressed_tensors_experts import Member, float_experts, members_of_experts
 from qpass.formats.compressed_tensors_floats import FLOAT_FORMATS, float_args, float_fields
 from qpass.formats.patterns import matches
-from qpass.layers import PackedWeight, QuantLinear
+from qpass.layers.experts_layer import QuantExperts
+from qpass.layers.packed_layers import PackedWeight, QuantLinear
+from qpass.layers.tied_table import TiedTable
 from qpass.scheme import ActivationArgs, Scheme, WeightArgs, codec_of
 from qpass.spec import LinearSpec
-from qpass.tied_table import TiedTable
 
 METHOD = "compressed-tensors"
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "qpass", *FLOAT_FORMATS.values())

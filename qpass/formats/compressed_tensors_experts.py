@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qpass.experts_disk import projections
-from qpass.experts_layer import QuantExperts
+from qpass.layers.experts_disk import projections
+from qpass.layers.experts_layer import QuantExperts
 from qpass.scheme import codec_of
 from qpass.spec import LinearSpec
 

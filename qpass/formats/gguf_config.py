@@ -60,7 +60,7 @@ def read_config(file: GgufFile) -> Any:
 
 def empty_model(file: GgufFile, config: Any) -> nn.Module:
     """The model without its weights."""
-    from qpass.hf import empty_causal_model
+    from qpass.hf.model_config import empty_causal_model
 
     return empty_causal_model(config, file.path)
 

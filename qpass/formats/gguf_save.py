@@ -19,7 +19,7 @@ from qpass.formats.gguf_config import EXPERT_SIZES
 from qpass.formats.gguf_names import GgufNames
 from qpass.formats.gguf_vocabulary import vocabulary
 from qpass.formats.gguf_write import GgufEntry, integer_blocks, plain_bytes, write_gguf
-from qpass.layers import PackedWeight
+from qpass.layers.packed_layers import PackedWeight
 from qpass.weight import CanonicalWeight
 
 _GROUP = 32

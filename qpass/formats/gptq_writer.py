@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qpass.formats.bits import pack_rows
 from qpass.formats.layer_writer import float_linears
-from qpass.layers import QuantLinear
+from qpass.layers.packed_layers import QuantLinear
 from qpass.spec import LinearSpec
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
-from qpass.layers import PackedWeight, QuantLinear
+from qpass.layers.packed_layers import PackedWeight, QuantLinear
 
 
 class LayerWriter(Protocol):

@@ -27,8 +27,8 @@ def measure(name: str) -> str:
     import torch
     import transformers
 
-    from qpass.capture import capture
-    from qpass.find import find
+    from qpass.capture.capture_model import capture
+    from qpass.find.find_sites import find
 
     config_class, sizes = MODELS[name]
     config = getattr(transformers, config_class)(**sizes)

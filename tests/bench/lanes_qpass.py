@@ -23,7 +23,7 @@ from qpass.activation_scale import ActivationScale
 from qpass.errors import QPassError
 from qpass.kernels.isa import machine_has
 from qpass.kernels.registry import LinearCall, choose, force_kernel
-from qpass.layers import QuantLinear
+from qpass.layers.packed_layers import QuantLinear
 from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight

@@ -23,9 +23,9 @@ import transformers
 from worker import answer_lines
 
 import qpass
-from qpass.bench_measure import generate_times, loaded, peak_bytes
-from qpass.demo_measure import compile_decoding
-from qpass.model_folder import is_quantized, load_float
+from qpass.bench.measurements import generate_times, loaded, peak_bytes
+from qpass.checkpoints.model_folder import is_quantized, load_float
+from qpass.demo.measurements import compile_decoding
 
 CONTEXT, LONGEST = 128, 704
 """Tokens that a sequence has when decoding is timed, and at most."""

@@ -28,7 +28,7 @@ from transformers import StaticCache
 from worker import answer_lines
 
 import qpass
-from qpass.bench_measure import loaded, peak_bytes, process_bytes
+from qpass.bench.measurements import loaded, peak_bytes, process_bytes
 
 PLACES = CONTEXT + 64
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")

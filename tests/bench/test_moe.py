@@ -14,7 +14,7 @@ from readme import section
 from turns import Timing
 
 import qpass
-from qpass.experts_layer import QuantExperts
+from qpass.layers.experts_layer import QuantExperts
 
 SMALL = Shape(experts=4, top_k=2, ffn=64, hidden=64, layers=2, vocabulary=96, heads=4, key_heads=2)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qpass
-from qpass.experts_layer import QuantExperts
+from qpass.layers.experts_layer import QuantExperts
 from tests.small_experts import Experts, Mixture
 
 E, H, N = 4, 32, 32

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 from qpass.kernels.reference.linear import linear_q_reference, linear_reference
 from qpass.kernels.registry import KERNELS, Kernel, kernel, register_kernel
-from qpass.layers import QuantLinear
+from qpass.layers.packed_layers import QuantLinear
 from qpass.lowering import pipeline, record
 from qpass.lowering.install import install, uninstall
 from qpass.scheme import preset

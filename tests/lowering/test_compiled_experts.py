@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import qpass
 from qpass.errors import LoweringError
-from qpass.experts_layer import QuantExperts
 from qpass.kernels.registry import KERNELS, force_kernel, kernel, register_kernel
+from qpass.layers.experts_layer import QuantExperts
 from qpass.lowering import pipeline
 from qpass.lowering.expose_activation_quant import expose_activation_quant
 from qpass.lowering.install import install

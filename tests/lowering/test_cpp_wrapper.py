@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.kernels.registry import force_kernel
-from qpass.layers import PackedWeight
+from qpass.layers.packed_layers import PackedWeight
 
 
 class Block(nn.Module):

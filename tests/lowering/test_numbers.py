@@ -116,7 +116,7 @@ def spec_of(family, name):
 
 
 def test_compiled_native_kernels_equal_eager_bit_for_bit(installed):
-    from qpass.layers import QuantLinear
+    from qpass.layers.packed_layers import QuantLinear
     from qpass.weight import quantize_weight
 
     names = native_kernels()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qpass
-import qpass.swap
+import qpass.swap.swap_site
 import qpass.weight
 from qpass.errors import (
     AlreadyCompiled,
@@ -21,7 +21,7 @@ from qpass.errors import (
     RecipeError,
     WeightError,
 )
-from qpass.layers import PackedWeight
+from qpass.layers.packed_layers import PackedWeight
 
 X = torch.randn(5, 64)
 
@@ -202,7 +202,7 @@ def test_already_quantized() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interrupted_in_the_middle(monkeypatch: pytest.MonkeyPatch, after: int, error: type[BaseException]) -> None:
     model = net()
-    before, real, calls = model(X), qpass.swap.quantized, [0]
+    before, real, calls = model(X), qpass.swap.swap_site.quantized, [0]
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -210,7 +210,7 @@ def test_interrupted_in_the_middle(monkeypatch: pytest.MonkeyPatch, after: int, 
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(qpass.swap, "quantized", interrupted)
+    monkeypatch.setattr(qpass.swap.swap_site, "quantized", interrupted)
     if after == 3:
         assert len(packed(quantize(model, "w8a16"))) == 3
         return
@@ -239,7 +239,7 @@ def test_interrupted_between_the_places_of_one_parameter(monkeypatch: pytest.Mon
     """However far one swap got, each product still has exactly one weight, float or packed."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
     model[1].weight = model[0].weight
-    before, put, calls = model(X), qpass.swap._put_everywhere, [0]
+    before, put, calls = model(X), qpass.swap.swap_site._put_everywhere, [0]
 
     def interrupted(*args: Any) -> None:
         calls[0] += 1
@@ -247,7 +247,7 @@ def test_interrupted_between_the_places_of_one_parameter(monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         put(*args)
 
-    monkeypatch.setattr(qpass.swap, "_put_everywhere", interrupted)
+    monkeypatch.setattr(qpass.swap.swap_site, "_put_everywhere", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, "w8a16")
     assert packed(model) == ["0"]

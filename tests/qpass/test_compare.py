@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.errors import EvaluationError
-from qpass.layers import PackedWeight, QuantLinear
-from qpass.quant_weight import QuantWeight
+from qpass.layers.packed_layers import PackedWeight, QuantLinear
+from qpass.layers.quant_weight import QuantWeight
 
 
 class TwoLinears(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.errors import EvaluationError
-from qpass.token_windows import windows_of
+from qpass.measure.token_windows import windows_of
 
 IDS = torch.randint(3, 128, (101,), generator=torch.Generator().manual_seed(5))
 

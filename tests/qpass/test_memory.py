@@ -17,7 +17,7 @@ import ctypes, gc, json, re, sys, threading, time
 import torch
 from torch import nn
 import qpass
-from qpass.layers import PackedWeight
+from qpass.layers.packed_layers import PackedWeight
 import qpass.lowering.install
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from torch import nn
 import qpass
 from qpass.errors import LayerRefused, UnmatchedRule
 from qpass.plan_model import Plan, make_plan
-from qpass.recipe import Recipe
+from qpass.recipes.recipe import Recipe
 
 Build = Callable[..., nn.Module]
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qpass
+import qpass.checkpoints.publish_folder as publish_folder
 import qpass.formats.safetensors_file as safetensors_file
-import qpass.publish_folder as publish_folder
 from qpass.errors import CheckpointError
-from qpass.layers import PackedWeight, QuantLinear
+from qpass.layers.packed_layers import PackedWeight, QuantLinear
 
 
 class Mixed(nn.Module):

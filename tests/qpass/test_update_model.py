@@ -10,7 +10,7 @@ from torch import nn
 
 import qpass
 from qpass.errors import QPassError, WeightError
-from qpass.layers import PackedLayer
+from qpass.layers.packed_layers import PackedLayer
 
 Build = Callable[..., nn.Module]
 

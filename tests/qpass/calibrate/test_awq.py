@@ -13,7 +13,7 @@ from qpass.calibrate.awq_math import output_error as hessian_error
 from qpass.calibrate.awq_math import search_factors
 from qpass.calibrate.fold import fold
 from qpass.calibrate.pairs import find_pairs
-from qpass.capture import capture
+from qpass.capture.capture_model import capture
 from qpass.scheme import PRESETS
 
 sys.path.append(str(Path(__file__).parent))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qpass
 from qpass.calibrate.samples import read_samples
 from qpass.errors import CalibrationError, RecipeError, UnmatchedRule
-from qpass.layers import PackedWeight
+from qpass.layers.packed_layers import PackedWeight
 from qpass.scheme import PRESETS
 
 sys.path.append(str(Path(__file__).parent))

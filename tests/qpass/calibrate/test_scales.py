@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import qpass
-from qpass.algorithm import SCALE_METHODS
 from qpass.calibrate.scale_search import find_grid, round_to_grid
+from qpass.recipes.algorithm import SCALE_METHODS
 from qpass.scheme import PRESETS
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight

@@ -12,7 +12,7 @@ import qpass
 from qpass.calibrate.fold import common_factors, fold
 from qpass.calibrate.pairs import find_pairs
 from qpass.calibrate.smoothquant import factors_of
-from qpass.capture import capture
+from qpass.capture.capture_model import capture
 
 sys.path.append(str(Path(__file__).parent))
 from small_models import ARCHITECTURES, output_error, output_of, small_model, tokens

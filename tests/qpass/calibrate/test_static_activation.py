@@ -13,7 +13,7 @@ import qpass
 from qpass.activation_scale import ActivationScale, scale_of_range
 from qpass.errors import CalibrationError, LoweringError, NoKernel, QPassError, RecipeError, WeightError
 from qpass.kernels.reference.activation import quantize_static
-from qpass.layers import PackedWeight, QuantLinear
+from qpass.layers.packed_layers import PackedWeight, QuantLinear
 from qpass.lowering.pipeline import disable_pass
 from qpass.scheme import ActivationArgs
 

@@ -14,8 +14,8 @@ from qpass.errors import CheckpointError
 from qpass.formats import compressed_tensors_config
 from qpass.formats.compressed_tensors import describe_weight, names_on_disk, read_weight, write_weight
 from qpass.formats.compressed_tensors_config import read_config, write_config
-from qpass.layers import QuantLinear
-from qpass.quant_weight import QuantWeight
+from qpass.layers.packed_layers import QuantLinear
+from qpass.layers.quant_weight import QuantWeight
 from qpass.scheme import PRESETS, Scheme
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight, quantize_weight

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.codecs.affine import unpack_unsigned
-from qpass.experts_layer import QuantExperts
-from qpass.experts_rows import as_stored
-from qpass.layers import PackedWeight
+from qpass.find.experts_rows import as_stored
+from qpass.layers.experts_layer import QuantExperts
+from qpass.layers.packed_layers import PackedWeight
 from tests.qpass.formats.fixture_folders import digest, every_fixture
 
 pytest.importorskip("transformers", reason="Transformers is not installed")

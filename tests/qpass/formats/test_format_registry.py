@@ -15,7 +15,7 @@ from qpass.errors import CheckpointError, DuplicateRegistration
 from qpass.formats import format_registry
 from qpass.formats.format_registry import Format, formats, formats_table, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
-from qpass.layers import QuantLinear
+from qpass.layers.packed_layers import QuantLinear
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import qpass
 from qpass.errors import QPassError
-from qpass.experts_layer import QuantExperts
-from qpass.layers import PackedWeight
+from qpass.layers.experts_layer import QuantExperts
+from qpass.layers.packed_layers import PackedWeight
 from tests.qpass.formats.fixture_folders import SMALL, digest
 
 pytest.importorskip("transformers", reason="Transformers is not installed")

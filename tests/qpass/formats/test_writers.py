@@ -12,7 +12,7 @@ from torch import nn
 import qpass
 from qpass.cli import main
 from qpass.errors import CheckpointError
-from qpass.layers import PackedWeight
+from qpass.layers.packed_layers import PackedWeight
 from tests.qpass.formats.fixture_folders import SMALL
 
 pytest.importorskip("transformers", reason="Transformers is not installed")

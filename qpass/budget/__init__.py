@@ -1,0 +1,1 @@
+"""Budget: a model and a number of bits, bytes or tokens a second in, the recipe that spends it best out."""

@@ -1,0 +1,1 @@
+"""Capture: a model in, one graph of its ATen calls and the products in it out."""

@@ -1,0 +1,1 @@
+"""Decide: sites and a recipe in, what happens to each of them out."""

@@ -1,0 +1,1 @@
+"""Layers: what stands in a model where a float weight stood."""

@@ -1,0 +1,102 @@
+"""Reordered linear: a QuantLinear whose input is first scaled or permuted, as some checkpoints need.
+
+GPTQ with activation order gives each group the inputs that mattered alike, wherever they stand; AWQ scales inputs. The
+codes are kept with each group's columns together, so that every kernel runs them, and the input is brought into that
+order. Layers without either are plain QuantLinear and pay nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpass.activation_scale import ActivationScale
+from qpass.formats.compressed_tensors import write_weight
+from qpass.formats.integer_weights import group_order
+from qpass.kernels.layout import Packed
+from qpass.layers.packed_layers import Origin, QuantLinear
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight, dequantize_weight
+
+_OWN = {"input_order": "weight_g_idx", "pre_scale": "pre_quant_scale"}
+
+
+class ReorderedLinear(QuantLinear):
+    """y = (x * pre_scale)[..., input_order] @ w.T + bias.
+
+    `input_order` int32 [K] or None: canonical column i multiplies input input_order[i]. `pre_scale` [K] or None.
+    On disk the columns stand in the order of the inputs, and `weight_g_idx` says their groups.
+    """
+
+    input_order: Tensor | None
+    pre_scale: Tensor | None
+
+    def __init__(self, weight: CanonicalWeight, bias: nn.Parameter | None, spec: LinearSpec, dtype: torch.dtype,
+                 origin: Origin | None = None, scale: ActivationScale | None = None, *, order: Tensor | None = None,
+                 pre_scale: Tensor | None = None) -> None:
+        self._given = {name: tensor for name, tensor in (("input_order", order), ("pre_scale", pre_scale))
+                       if tensor is not None}
+        super().__init__(weight, bias, spec, dtype, origin, scale)
+        for name in _OWN:
+            self.register_buffer(name, self._given.get(name), persistent=False)
+
+    def _pack(self, weight: CanonicalWeight | Packed, spec: LinearSpec) -> None:
+        super()._pack(weight, spec)
+        own = {_OWN[name]: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._given.items()}
+        for layer in self._tied:
+            layer.on_disk = {**layer.on_disk, **own}
+            layer._non_persistent_buffers_set |= set(_OWN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pre_scale is not None:
+            x = x * self.pre_scale.to(x.dtype)
+        if self.input_order is not None:
+            x = x.index_select(-1, self.input_order)
+        return self.multiply(x, self.bias)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as quantized, for the input as it comes: columns in its order, its scale multiplied in."""
+        full = dequantize_weight(self.canonical(), self.spec)
+        if self.input_order is not None:
+            full = full[:, self.input_order.long().argsort()]
+        if self.pre_scale is not None:
+            full = full * self.pre_scale.float()
+        return full.to(dtype or self.dtype)
+
+    def tensors_on_disk(self) -> dict[str, Tensor]:
+        if self.device.type == "meta":
+            return super().tensors_on_disk()
+        weight, own = self.canonical(), {}
+        if self.input_order is not None:
+            back = self.input_order.long().argsort()
+            weight = CanonicalWeight({**weight.tensors, "qweight": weight.qweight[:, back].contiguous()})
+            own["weight_g_idx"] = (back // self.spec.group_size).to(torch.int32)
+        if self.pre_scale is not None:
+            own["pre_quant_scale"] = self.pre_scale
+        return {**write_weight(weight, self.spec), **self._scale_tensors(), **own}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        names = {own: prefix + disk for own, disk in _OWN.items() if getattr(self, own) is not None}
+        rest = {key: value for key, value in state_dict.items() if key not in names.values()}
+        before = len(missing_keys) + len(error_msgs)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys.extend(name for name in names.values() if name not in state_dict)
+        if len(missing_keys) + len(error_msgs) > before:
+            return
+        if self.pre_scale is not None:
+            self.pre_scale.copy_(state_dict[names["pre_scale"]])
+        if self.input_order is not None:
+            try:
+                order = group_order(state_dict[names["input_order"]].to(self.device), self.spec)
+            except ValueError as error:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+                return
+            if order is None:
+                order = torch.arange(self.in_features, dtype=torch.int32, device=self.device)
+            self.input_order.copy_(order)
+            weight = self.canonical()
+            self._pack(CanonicalWeight({**weight.tensors, "qweight": weight.qweight[:, order.long()].contiguous()}),
+                       self.spec)

@@ -1,0 +1,1 @@
+"""Measure: models in, what their layers compute out."""

@@ -1,0 +1,1 @@
+"""Recipes: what the user asks for, in our words and in other tools'."""

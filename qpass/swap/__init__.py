@@ -1,0 +1,1 @@
+"""Swap: decisions in, a model or a graph with packed layers in it out."""

@@ -64,7 +64,7 @@ def test_every_import_is_a_declared_dependency() -> None:
             name = BROUGHT_ALONG.get(name, name)
             eager = not (found.lazy or found.typing)
             # What an extra brings may be imported where it is used, and eagerly only in its own integration.
-            allowed = required if eager and not module.startswith("qpass.hf.model_config") else all_names
+            allowed = required if eager and not module.startswith("qpass.hf") else all_names
             if name not in allowed:
                 wrong.append(f"{place(module, found.line)}: {found.target}")
     assert not wrong, "not in pyproject.toml's dependencies (or, imported lazily, its extras):\n" + "\n".join(wrong)

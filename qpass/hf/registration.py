@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
-from qpass.hf.model_config import checkpoints as hf_checkpoints
+from qpass.hf import checkpoints
 from qpass.hf.qpass_config import METHOD
 from qpass.hf.qpass_config import QPassConfig as QPassConfig
 from qpass.hf.quantizer import QPassQuantizer, refuse_quantized
@@ -22,7 +22,7 @@ def register() -> None:
         return
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QPassConfig
     AUTO_QUANTIZER_MAPPING[METHOD] = QPassQuantizer
-    hf_checkpoints.register(AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
+    checkpoints.register(AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
     theirs = AutoHfQuantizer.merge_quantization_configs
 
     def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
@@ -36,7 +36,7 @@ def register() -> None:
 def merge_configs(of_checkpoint: Any, ours: QPassConfig) -> Any:
     """The config to load a quantized checkpoint by, where the user gave `ours`. Raises RecipeError if it cannot be."""
     if ours.recipe is None:
-        return hf_checkpoints.CheckpointConfig()
+        return checkpoints.CheckpointConfig()
     refuse_quantized(of_checkpoint, ours)
 
 

@@ -11,8 +11,6 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from qpass.errors import CheckpointError
-
 _MOST_CHARACTERS, _MOST_REPEATS, _LONGEST_NAME = 2000, 4, 512
 _parser: Any = import_module("re._parser")  # the tree of a pattern, as `re` itself reads it
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
@@ -20,22 +18,22 @@ _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 @lru_cache(maxsize=1024)
 def pattern_of(text: str) -> re.Pattern[str]:
-    """The compiled pattern. Raises CheckpointError if it is none, or if matching it could take long."""
+    """The compiled pattern. Raises ValueError if it is none, or if matching it could take long."""
     if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
-        raise CheckpointError(f"a pattern of layers' names in the config is no text of up to {_MOST_CHARACTERS} "
-                              f"characters: {str(text)[:60]!r}")
+        raise ValueError(f"a pattern of layers' names in the config is no text of up to {_MOST_CHARACTERS} "
+                         f"characters: {str(text)[:60]!r}")
     try:
         tree, compiled = _parser.parse(text), re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"the pattern {text!r} in the config is no regular expression: {error}") from error
+        raise ValueError(f"the pattern {text!r} in the config is no regular expression: {error}") from error
     if _repeats(tree, inside=False) > _MOST_REPEATS:
-        raise CheckpointError(f"the pattern {text!r} in the config has more than {_MOST_REPEATS} open repeats, or "
-                              "repeats a repeat or a choice: it can take forever on a long name; write the names out")
+        raise ValueError(f"the pattern {text!r} in the config has more than {_MOST_REPEATS} open repeats, or "
+                         "repeats a repeat or a choice: it can take forever on a long name; write the names out")
     return compiled
 
 
 def matches(text: str, name: str) -> bool:
-    """Whether `name` begins with what the pattern says, as `re.match`. Raises as pattern_of."""
+    """Whether `name`, of which 512 characters count, begins with what the pattern says. Raises as pattern_of."""
     return pattern_of(text).match(name[:_LONGEST_NAME]) is not None
 
 

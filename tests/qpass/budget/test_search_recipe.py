@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from qpass.budget.allocation import Choice, allocate, read_budget
 from qpass.budget.search_recipe import groups_of
 from qpass.errors import RecipeError
 from qpass.scheme import PRESETS
-
-sys.path.append(str(Path(__file__).parent / "calibrate"))
-from small_models import output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import output_of, small_model, tokens
 
 SCHEMES = [PRESETS[name].with_group_size(32) for name in ("w3a16", "w4a16", "w6a16")] + [PRESETS["w8a8"]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ from qpass.activation_scale import ActivationScale, scale_of_range
 from qpass.calibrate.input_range import Histograms, InputRanges
 from qpass.errors import RecipeError
 from qpass.scheme import PRESETS
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import output_error, output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import output_error, output_of, small_model, tokens
 
 
 @pytest.mark.parametrize("scheme", ["w8a8_static", "w8a8_static_asym"])

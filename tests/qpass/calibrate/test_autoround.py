@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,7 @@ from qpass.calibrate.scale_search import find_grid, grid_ends, round_to_grid
 from qpass.scheme import PRESETS
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import QUICK_FIRST, output_error, output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import QUICK_FIRST, output_error, output_of, small_model, tokens
 
 
 @pytest.mark.parametrize("name", ["w4a16", "w4a16_asym"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ from qpass.calibrate.fold import fold
 from qpass.calibrate.pairs import find_pairs
 from qpass.capture.capture_model import capture
 from qpass.scheme import PRESETS
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import output_error, output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import output_error, output_of, small_model, tokens
 
 
 def nearest(weight: torch.Tensor) -> torch.Tensor:

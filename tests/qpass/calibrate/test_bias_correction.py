@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,7 @@ import torch
 
 import qpass
 from qpass.scheme import PRESETS
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import ARCHITECTURES, output_error, output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import ARCHITECTURES, output_error, output_of, small_model, tokens
 
 SCHEME = PRESETS["w4a16"].with_group_size(32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from qpass.calibrate.samples import read_samples
 from qpass.errors import CalibrationError, RecipeError, UnmatchedRule
 from qpass.layers.packed_layers import PackedWeight
 from qpass.scheme import PRESETS
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import small_model, tokens
+from tests.qpass.calibrate.small_models import small_model, tokens
 
 SCHEME = PRESETS["w4a16"].with_group_size(32)
 GPTQ = qpass.Recipe(SCHEME, algorithms=["gptq"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from qpass.calibrate.scale_search import Grid, find_grid, grid_ends, round_to_gr
 from qpass.scheme import PRESETS
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import QUICK_FIRST, output_error, output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import QUICK_FIRST, output_error, output_of, small_model, tokens
 
 
 def textbook(weight: Tensor, hessian: Tensor, order: Tensor, grid: Grid, ends: tuple[int, int], part: float) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,9 +9,7 @@ from torch import Tensor, nn
 import qpass
 from qpass.calibrate.match_float import WatchSums
 from qpass.scheme import PRESETS
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import QUICK_FIRST, output_error, small_model, tokens
+from tests.qpass.calibrate.small_models import QUICK_FIRST, output_error, small_model, tokens
 
 
 def sums_of(model: nn.Module, x: Tensor, names: list[str]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,7 @@ from qpass.recipes.algorithm import SCALE_METHODS
 from qpass.scheme import PRESETS
 from qpass.spec import LinearSpec
 from qpass.weight import dequantize_weight
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import output_error, output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import output_error, output_of, small_model, tokens
 
 
 def spec_of(name: str, n: int, k: int) -> LinearSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ from qpass.calibrate.fold import common_factors, fold
 from qpass.calibrate.pairs import find_pairs
 from qpass.calibrate.smoothquant import factors_of
 from qpass.capture.capture_model import capture
-
-sys.path.append(str(Path(__file__).parent))
-from small_models import ARCHITECTURES, output_error, output_of, small_model, tokens
+from tests.qpass.calibrate.small_models import ARCHITECTURES, output_error, output_of, small_model, tokens
 
 PAIRS_A_LAYER = {"llama": 4, "qwen3": 4, "gemma3": 4, "gpt2": 3, "phi": 2, "bert": 1, "mpnet": 1}
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import qpass
+from qpass.demo import language_model as demo_model
+from qpass.demo import measurements as demo_measure
 from qpass.demo.run import TEXT
-from qpass.demo.run import language_model as demo_model
-from qpass.demo.run import measurements as demo_measure
 from qpass.errors import QPassError
 from qpass.evaluate_model import Evaluation
 

@@ -207,7 +207,7 @@ def test_products_beside_a_router_in_one_forward_are_refused() -> None:
 
 
 def test_layers_of_one_shape_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qpass.find.find_sites import understand_experts
+    from qpass.find import understand_experts
 
     tried = []
     real = understand_experts._understand

@@ -196,7 +196,7 @@ def test_the_tokenizer_is_saved_with_the_model(tmp_path: Path, tiny_llama: Build
 
 def _fixtures() -> list[Path]:
     given = os.environ.get("QPASS_FIXTURES")
-    root = Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "fixtures"
+    root = Path(given) if given else Path(__file__).resolve().parents[4] / "shared" / "fixtures"
     folder = root / "compressed-tensors"
     return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 

@@ -16,12 +16,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-all check bench bench-accuracy clean
+.PHONY: help demo test test-cuda test-all check bench bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      watch a language model become W4A8, compile, answer, and be reported on"
 	@echo "make test      the tests, without those marked slow"
+	@echo "make test-cuda the tests of the CUDA kernels, which need Triton and no GPU"
 	@echo "make test-all  all tests"
 	@echo "make check     ruff, mypy --strict, layering, packaging, file sizes"
 	@echo "make bench     the benchmarks, each next to what it is compared with"
@@ -33,6 +34,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+test-cuda: $(VENV)/.test-all
+	$(PYTEST) -m "not slow" tests/kernels/cuda tests/lowering/test_fusion_on_cuda.py $(TEST_ARGS)
 
 test-all: $(VENV)/.test-all
 	$(PYTEST) $(TEST_ARGS)

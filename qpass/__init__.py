@@ -71,6 +71,15 @@ def __dir__() -> list[str]:
     return __all__
 
 
+def _tell_transformers() -> None:
+    """Make our configs known to Transformers' loader. One of a version without its hooks goes on as it was, and
+    `qpass.QPassConfig` raises what is missing when it is asked for."""
+    try:
+        import_module("qpass.hf.registration")
+    except (ImportError, AttributeError):
+        pass
+
+
 # Whichever of the two is imported first, Transformers' loader knows our configs as soon as it is there.
 # The module registers as it is imported; if that is what imports Transformers, it is on its way here already.
-after_import("transformers.quantizers.auto", lambda: import_module("qpass.hf.registration"))
+after_import("transformers.quantizers.auto", _tell_transformers)

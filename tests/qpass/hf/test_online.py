@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,19 @@ def test_registered_whichever_is_imported_first(order: str) -> None:
     asked = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'qpass' in m"
     done = subprocess.run([sys.executable, "-c", f"{order}\n{asked}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_unknown_transformers_imports_as_it_did(tmp_path: Path) -> None:
+    """One whose loader has none of the hooks: importing it after qpass is no error, asking for our config is."""
+    import subprocess
+    import sys
+
+    package = tmp_path / "transformers" / "quantizers"
+    package.mkdir(parents=True)
+    for file in (package.parent / "__init__.py", package / "__init__.py", package / "auto.py"):
+        file.write_text("")
+    code = ("import qpass, transformers.quantizers.auto\n"
+            "try:\n    qpass.QPassConfig\nexcept ImportError as error:\n    print('told', error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and done.stdout.startswith("told"), done.stdout + done.stderr[-2000:]

@@ -139,8 +139,7 @@ def understood(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError, re.error
-            ) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error) as error:
         if isinstance(error, QPassError):
             raise
         raise CheckpointError(f"{path}: its config or its headers are not what this format has: "

@@ -56,7 +56,7 @@ class HqqReader(Reader):
         groups = max(scale.shape[0] * scale.shape[1], 1) if len(scale.shape) == 2 else 0
         wrong = CheckpointError(f"{place.path}.W_q in {codes.file} is {codes} with scales {scale}, which do not make "
                                 f"up {[n, k]}")
-        if not groups or n * k % groups or len(codes.shape) != 2 or not scale.dtype.is_floating_point:
+        if not groups or not n * k or n * k % groups or len(codes.shape) != 2 or not scale.dtype.is_floating_point:
             raise wrong
         size, axis = n * k // groups, 1 if scale.shape[1] == 1 and scale.shape[0] != 1 else 0
         rows, columns = (groups, size) if axis == 1 else (size, groups)

@@ -132,6 +132,16 @@ def test_settings_of_another_kind_are_passed_over_or_named(tmp_path: Path, said:
     assert qpass.explain(qpass.load(folder)).counts["quantized"]
 
 
+@pytest.mark.parametrize("name", ["hqq/st_w4_g64", "gptq/w4_g32_asym", "compressed-tensors/w4a16_asym"])
+@pytest.mark.parametrize("size", [0, -64])
+def test_sizes_that_no_layer_has_are_named(tmp_path: Path, name: str, size: int) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(SMALL / name, folder)
+    reconfigure(lambda config: config.update(intermediate_size=size))(folder)
+    with pytest.raises(CheckpointError):
+        qpass.load(folder)
+
+
 @pytest.mark.parametrize(("name", "key", "value"), [
     ("compressed-tensors/w4a16_asym", "ignore", 7), ("compressed-tensors/w4a16_asym", "ignore", ["re:("]),
     ("compressed-tensors/w4a16_asym", "qpass", [1]), ("quark/int4_wo_32", "layer_quant_config", 3),

@@ -127,10 +127,18 @@ def empty_causal_model(config: Any, where: Path) -> nn.Module:
 
 
 def load_float(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """A float Transformers model with its weights, in the dtype of the checkpoint."""
+    """A float Transformers model with its weights, in the dtype of the checkpoint.
+
+    Raises CheckpointError if the weights are not those of the model that the config describes.
+    """
     model_class, loaded = _class_and_config(folder, config)
-    model: nn.Module = model_class.from_pretrained(folder, config=loaded, dtype="auto", local_files_only=True,
-                                                   trust_remote_code=False, use_safetensors=True)
+    try:
+        model: nn.Module = model_class.from_pretrained(folder, config=loaded, dtype="auto", local_files_only=True,
+                                                       trust_remote_code=False, use_safetensors=True)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not load as the float model that its config describes, and the config "
+                              "names no quantization; if its weights are quantized, put quantization_config back. "
+                              f"Transformers says: {str(error).splitlines()[0] if str(error) else ''}") from error
     return model
 
 
@@ -140,8 +148,7 @@ def _class_and_config(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any
         raise CheckpointError(f"{folder / 'config.json'}: architectures is {names!r}, and must be a list of names")
     if not config.get("model_type") or not names:
         raise CheckpointError(f"{folder / 'config.json'} names no architecture of Transformers; for a model of your "
-                              f"own "
-                              "give the float model to fill: qpass.load(folder, model=model)")
+                              "own give the float model to fill: qpass.load(folder, model=model)")
     try:
         import transformers
     except ImportError as error:

@@ -132,6 +132,14 @@ def test_settings_of_another_kind_are_passed_over_or_named(tmp_path: Path, said:
     assert qpass.explain(qpass.load(folder)).counts["quantized"]
 
 
+def test_a_config_that_lost_its_quantization_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(SMALL / "bitsandbytes" / "nf4_dq", folder)
+    reconfigure(lambda config: config.pop("quantization_config"))(folder)
+    with pytest.raises(CheckpointError, match="put quantization_config back"):
+        qpass.load(folder)
+
+
 @pytest.mark.parametrize("name", ["hqq/st_w4_g64", "gptq/w4_g32_asym", "compressed-tensors/w4a16_asym"])
 @pytest.mark.parametrize("size", [0, -64])
 def test_sizes_that_no_layer_has_are_named(tmp_path: Path, name: str, size: int) -> None:

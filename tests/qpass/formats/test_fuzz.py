@@ -162,8 +162,8 @@ def test_a_config_of_any_kind_is_named_or_keeps_every_shape(tmp_path: Path, name
     def check(way: tuple[Any, ...], value: Any) -> None:
         (folder / "config.json").write_text(json.dumps(changed(whole, way, value)))
         if (model := load(folder)) is not None:
-            assert weights(model).keys() == expected.keys()
-            for key, (shape, _) in weights(model).items():
-                assert shape == expected[key][0], key
+            # Experts of a config under which they are not understood stay float, in parameters of their own.
+            found = {key: shape for key, (shape, _) in weights(model).items() if ".experts." not in key}
+            assert found == {key: shape for key, (shape, _) in expected.items() if ".experts." not in key}
 
     check()

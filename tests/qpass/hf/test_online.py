@@ -123,10 +123,11 @@ def test_going_back_to_float(tmp_path: Path, tiny_llama: Build, token_ids: torch
 
 @pytest.mark.parametrize("order", [
     "import qpass, transformers; qpass.QPassConfig('w4a8')",
-    "import transformers, qpass; qpass.QPassConfig('w4a8')",
+    pytest.param("import transformers, qpass; qpass.QPassConfig('w4a8')", marks=pytest.mark.slow),
     "import transformers.quantizers.auto, qpass",
-    "import qpass, transformers.quantizers.auto",
-    "import qpass; qpass.QPassConfig('w4a8')"], ids=lambda order: order.replace(".", "_"))
+    pytest.param("import qpass, transformers.quantizers.auto", marks=pytest.mark.slow),
+    pytest.param("import qpass; qpass.QPassConfig('w4a8')", marks=pytest.mark.slow)],
+    ids=lambda order: order.replace(".", "_"))
 def test_registered_whichever_is_imported_first(order: str) -> None:
     import subprocess
     import sys

@@ -36,8 +36,8 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
     checked before the first layer changes, and a layer changes once its new tensors are whole: a process that reads
     between two layers sees some new and some old, never half a layer. A tied head and its table are one weight.
 
-    Raises WeightError, naming the tensors, for names that the model does not have, other shapes, NaN and Inf, and
-    layers whose packed form cannot hold another weight.
+    Raises WeightError, naming the tensors, for names that the model does not have, other shapes, tied names with
+    different numbers, NaN and Inf, and layers whose packed form cannot hold another weight.
     """
     model = getattr(model, "_orig_mod", model)
     if not any(isinstance(module, PackedLayer) for module in model.modules()):
@@ -74,9 +74,10 @@ def _renew_biases(experts: QuantExperts) -> None:
 
 
 class _Place:
-    """Something in the model that is made of the tensors `names`; `shapes` are those of the float model."""
+    """Something in the model that is made of the tensors `names`, or is one tensor with all these names if `tied`."""
 
     names: tuple[str, ...]
+    tied = True
 
     def found(self, given: Mapping[str, Tensor]) -> list[str]:
         return [name for name in self.names if name in given]
@@ -89,7 +90,13 @@ class _Place:
         said = [f"{name} is {list(given[name].shape)}, the model has {list(self.shape(name))}"
                 for name in self.found(given) if given[name].shape != self.shape(name)]
         return said + [f"{name} is {given[name].dtype}, no float weight" for name in self.found(given)
-                       if not given[name].is_floating_point() and self.packs]
+                       if not given[name].is_floating_point() and self.packs] + self._unlike(given)
+
+    def _unlike(self, given: Mapping[str, Tensor]) -> list[str]:
+        first, *others = self.found(given) if self.tied and self.found(given) else ("",)
+        return [f"{first} and {name} are one weight in this model, and different numbers were given for them"
+                for name in others if given[name].data_ptr() != given[first].data_ptr()
+                and not torch.equal(given[name].cpu().double(), given[first].cpu().double())]
 
     packs = True
 
@@ -154,6 +161,8 @@ class _Linear(_Place):
 
 class _Experts(_Place):
     """The packed experts of one module."""
+
+    tied = False
 
     def __init__(self, path: str, layer: QuantExperts) -> None:
         self.path, self.layer = path, layer

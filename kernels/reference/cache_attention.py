@@ -40,6 +40,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
     if mask is not None:
         wide = mask.expand(query.shape[0], query.shape[1], *mask.shape[-2:]).unflatten(1, (-1, shared))
         scores = scores.masked_fill(~wide, float("-inf")) if mask.dtype == torch.bool else scores + wide.float()
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    blind = (scores == float("-inf")).all(-1, keepdim=True)  # softmax gives NaN there; a NaN of the input stays one
+    weights = torch.softmax(scores, -1).masked_fill(blind, 0.0)
     out = torch.matmul(weights.to(value.dtype), value.unsqueeze(2)).flatten(1, 2)
     return out.transpose(1, 2).contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qpass.calibrate.block_work import first_tensor, rounded
 from qpass.calibrate.run import own_tensors
 from qpass.calibrate.samples import Sample
+from qpass.calibrate.watch_inputs import input_of
 from qpass.capture.as_found import in_eval_mode
 from qpass.decide.decide_sites import Decision
 from qpass.errors import CalibrationError
@@ -120,8 +121,8 @@ def _watch_inputs(model: nn.Module, sites: Mapping[str, Site], specs: Mapping[Op
     def watch(name: str, options: list[tuple[Option, LinearSpec]]) -> Callable[..., None]:
         parameter = model.get_parameter(name)
 
-        def hook(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-            x = given[0].detach()
+        def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            x = input_of(given, named).detach()
 
             def back(grad: Tensor) -> None:
                 weight = parameter.detach().t() if sites[name].transposed else parameter.detach()
@@ -137,7 +138,7 @@ def _watch_inputs(model: nn.Module, sites: Mapping[str, Site], specs: Mapping[Op
 
     for name, options in by_site.items():
         owner = model.get_submodule(sites[name].owner)
-        undo.callback(owner.register_forward_hook(watch(name, options)).remove)
+        undo.callback(owner.register_forward_hook(watch(name, options), with_kwargs=True).remove)
 
 
 def _rounded(weight: Tensor, site: Site, spec: LinearSpec) -> Tensor:

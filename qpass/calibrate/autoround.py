@@ -29,7 +29,7 @@ def calibrate(settings: AutoRound, work: BlockWork) -> None:
         for site in work.sites.values():
             hook = rounding_hook(site, straight_through=True)
             if hook is not None:
-                rounding.callback(site.owner.register_forward_pre_hook(hook).remove)
+                rounding.callback(site.owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
         start, best = _whole_loss(work, learned, names), torch.inf
         for iteration in range(settings.iterations):
             picked = torch.randperm(len(work.calls), generator=draw)[:settings.batch_size].tolist()

@@ -15,7 +15,7 @@ from qpass.activation_args import ActivationArgs
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.blocks import Block
 from qpass.calibrate.pairs import Pair
-from qpass.calibrate.watch_inputs import OnInput, watch_inputs
+from qpass.calibrate.watch_inputs import OnInput, input_of, watch_inputs
 from qpass.decide.decide_sites import Decision
 from qpass.errors import CalibrationError
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
@@ -182,7 +182,7 @@ class BlockWork:
             for work in self.sites.values():
                 hook = rounding_hook(work) if work.canonical is not None or work.name in others else None
                 if hook is not None:
-                    undo.callback(work.owner.register_forward_pre_hook(hook).remove)
+                    undo.callback(work.owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
 
@@ -215,7 +215,8 @@ def rounded(x: Tensor, args: ActivationArgs) -> Tensor:
 
 
 def rounding_hook(work: SiteWork, *, straight_through: bool = False) -> Callable[..., Any] | None:
-    """A forward pre-hook that rounds the site's input as its scheme says, for int8 per token in a module of its own.
+    """A forward pre-hook, to be registered with kwargs, that rounds the site's input as its scheme says, for int8 per
+    token in a module of its own.
 
     `straight_through` lets gradients pass as if nothing was rounded.
     """
@@ -224,10 +225,11 @@ def rounding_hook(work: SiteWork, *, straight_through: bool = False) -> Callable
             "int", 8, "per_token", True):
         return None
 
-    def hook(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = given[0]
+    def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        x = input_of(given, named)
         y = x + (rounded(x, args) - x).detach() if straight_through else rounded(x, args)
-        return (y, *given[1:])
+        return tuple(y if value is x else value for value in given), {
+            name: y if value is x else value for name, value in named.items()}
 
     return hook
 

@@ -26,8 +26,13 @@ def watch_inputs(modules: Mapping[str, nn.Module], parameters: Mapping[str, Tens
         yield
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer with one input was called with."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
 def _hook(name: str, on_input: OnInput) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        on_input(name, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        on_input(name, input_of(args, kwargs))
 
     return hook

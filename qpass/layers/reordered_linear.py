@@ -49,7 +49,8 @@ class ReorderedLinear(QuantLinear):
             layer.on_disk = {**layer.on_disk, **own}
             layer._non_persistent_buffers_set |= set(_OWN)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = given or named.values()  # by keyword under the replaced module's own name for it
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x.dtype)
         if self.input_order is not None:

@@ -130,3 +130,19 @@ def test_what_cannot_be_is_said() -> None:
         with pytest.raises(ValueError, match="smaller than their sizes say"):  # one scale, said to be four
             x86_attention.cache_attention_avx2(torch.zeros(1, 1, 1, 32), codes, scale, codes, scale, None, "int8",
                                                False, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("run", [reference, x86_attention.cache_attention_avx2], ids=["reference", "avx2"])
+def test_a_query_that_is_nan_stays_nan(run: Any) -> None:
+    if run is not reference and (why := machine_refuses("avx2") or native.refuses()):
+        pytest.skip(why)
+    q, scale = torch.randn(1, 2, 2, 16), torch.rand(1, 2, 11, 1, dtype=torch.float16)
+    codes = torch.randint(-127, 128, (1, 2, 11, 16), dtype=torch.int8)
+    q[0, 1, 0, 3] = torch.nan
+    hidden = torch.ones(1, 1, 2, 11, dtype=torch.bool)
+    hidden[..., 1, :] = False
+    for mask in (None, hidden):
+        y = run(q, codes, scale, codes, scale, mask, "int8", False, 0.25, 0.0)
+        assert y[0, 0, 1].isnan().all()
+        assert y[0, 0, 0].isfinite().all() and y[0, 1].isfinite().all()
+    assert (y[0, 1] == 0).all()  # a row that sees nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +85,15 @@ def test_what_does_not_fit_changes_nothing(tiny_llama: Build) -> None:
     with pytest.raises(QPassError, match="load_state_dict"):
         qpass.update(tiny_llama(), good)
     assert qpass.update(model, {name: good[name]}) == 1
+
+
+def test_tied_names_with_different_numbers_change_nothing(tiny_model: Any) -> None:
+    model = qpass.quantize(tiny_model("tied_llama"), qpass.Recipe("w8a8", ignore=[]), progress=False)
+    given = tiny_model("tied_llama", initializer_range=0.1).state_dict()
+    given["lm_head.weight"] = given["model.embed_tokens.weight"] + 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(WeightError, match="are one weight in this model"):
+        qpass.update(model, given)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    given["lm_head.weight"] = given["model.embed_tokens.weight"].clone()
+    qpass.update(model, given)

@@ -98,12 +98,16 @@ QPASS_AVX2_INLINE __m256 exp8(__m256 x) {
   return _mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(exponent)), _mm256_cmp_ps(x, small, _CMP_GE_OQ));
 }
 
-// Scores [S] become weights that add up to 1; all 0 if no key may be seen.
+// Scores [S] become weights that add up to 1; all 0 if no key may be seen, all NaN if one score is.
 QPASS_AVX2 void softmax(float* s, int64_t size) {
   float most = -INFINITY, total = 0;
-  for (int64_t t = 0; t < size; t++) most = s[t] > most ? s[t] : most;
-  if (most == -INFINITY) {
-    for (int64_t t = 0; t < size; t++) s[t] = 0;
+  bool numbers = true;
+  for (int64_t t = 0; t < size; t++) {
+    most = s[t] > most ? s[t] : most;
+    numbers &= s[t] == s[t];
+  }
+  if (most == -INFINITY || !numbers) {
+    for (int64_t t = 0; t < size; t++) s[t] = numbers ? 0 : NAN;
     return;
   }
   __m256 sum = _mm256_setzero_ps();

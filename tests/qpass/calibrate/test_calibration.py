@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,31 @@ def test_activations_that_are_not_numbers() -> None:
         qpass.quantize(model, GPTQ, calibration=[torch.randn(8, 32), bad], example_inputs=torch.randn(8, 32),
                        progress=False)
     assert not codes(model)
+
+
+class _ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(input=x)
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_ByKeyword() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.blocks[0](x) + self.blocks[1](x)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "autoround", "awq", "smoothquant"])
+def test_inputs_of_layers_called_by_keyword_are_rounded_too(algorithm: str) -> None:
+    torch.manual_seed(0)
+    reference = _Blocks().eval()
+    data = [torch.randn(256, 64) for _ in range(2)]
+    model = qpass.quantize(copy.deepcopy(reference), qpass.Recipe("w8a8", ignore=[], algorithms=[algorithm]),
+                           example_inputs=data[0], calibration=data, progress=False)
+    assert (model(data[0]) - reference(data[0])).abs().max() < 0.05

@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse itself exits with 2 for a command that it cannot read."""
     options = build_parser().parse_args(arguments)
     show_all = options.traceback or bool(os.environ.get("QPASS_DEBUG"))
+    if arguments is None and options.command == "inspect":  # as the process's own command, after which it ends
+        from qpass.torch_for_headers import import_torch_without_tracing
+
+        import_torch_without_tracing()
     from qpass import cli_commands
 
     try:

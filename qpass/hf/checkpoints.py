@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qpass.errors import CheckpointError
+from qpass.hf.packed_quantizer import PackedQuantizer
 
 METHOD = "qpass-checkpoint"
 # What Transformers' own loading of a format needs; an empty name for what it cannot load.
@@ -44,10 +44,8 @@ class CheckpointConfig(QuantizationConfigMixin):
         return (made, kwargs) if return_unused_kwargs else made
 
 
-class CheckpointQuantizer(HfQuantizer):
+class CheckpointQuantizer(PackedQuantizer):
     """Loads the whole checkpoint with qpass.load, in the dtype and the device that Transformers was asked for."""
-
-    requires_calibration = False
 
     def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -87,17 +85,6 @@ class CheckpointQuantizer(HfQuantizer):
             if part in made.__dict__:
                 model.__dict__[part] = made.__dict__[part]
         return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def ours(known: Mapping[str, Any]) -> list[str]:

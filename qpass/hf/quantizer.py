@@ -13,21 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.base import HfQuantizer
 
 from qpass.checkpoints.mapped_pages import release_pages
 from qpass.checkpoints.stream_quantize import StreamQuantizer
 from qpass.errors import RecipeError
 from qpass.formats.checkpoint import read_json
+from qpass.hf.packed_quantizer import PackedQuantizer
 from qpass.hf.qpass_config import QPassConfig
 
 
-class QPassQuantizer(HfQuantizer):
+class QPassQuantizer(PackedQuantizer):
     """Quantizes a float checkpoint as it is read. The plan is made on the empty model, before the first tensor."""
 
     quantization_config: QPassConfig
-    requires_calibration = False
-
     def __init__(self, quantization_config: QPassConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stream: StreamQuantizer | None = None
@@ -103,17 +101,6 @@ class QPassQuantizer(HfQuantizer):
         from qpass.quantize_model import dequantize
 
         return dequantize(model)
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 class _Take(ConversionOps):

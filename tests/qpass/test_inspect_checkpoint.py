@@ -36,6 +36,14 @@ def test_stacks_and_gguf_are_told_by_their_own_names() -> None:
                                           for layer in found.layers)
 
 
+def test_the_command_says_the_same_and_leaves_out_of_torch_what_tracing_needs() -> None:
+    code = ("import sys; from qpass.cli import main; done = main(); "
+            "sys.exit(done or sum(name in sys.modules for name in ('torch._decomp', 'torch._refs', 'torch._prims')))")
+    folder = str(SMALL / "compressed-tensors" / "w4a16_asym")
+    said = subprocess.run([sys.executable, "-c", code, "inspect", folder], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"{qpass.inspect(folder)}\n", "")
+
+
 def test_nothing_heavy_is_imported() -> None:
     code = ("import qpass, sys; qpass.inspect(sys.argv[1]); "
             "print([m for m in ('transformers', 'torchao', 'safetensors.torch', 'gguf', 'numba') if m in sys.modules])")

@@ -32,9 +32,14 @@ QPASS_AVX512_INLINE void vnni_block(const uint8_t* q, const int8_t* x, int64_t l
   }
 }
 
-template <int BITS>
-QPASS_AVX512_INLINE __m512i joined(__m512i low, __m512i high) {
-  return _mm512_add_epi32(low, BITS == 4 ? _mm512_srai_epi32(high, 4) : high);
+// Adds `high` to `low` and empties it.
+template <int BITS, int ROWS>
+QPASS_AVX512_INLINE void join(__m512i (&low)[ROWS], __m512i (&high)[ROWS]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++) {
+    low[m] = _mm512_add_epi32(low[m], BITS == 4 ? _mm512_srai_epi32(high[m], 4) : high[m]);
+    high[m] = _mm512_setzero_si512();
+  }
 }
 
 // Ends a group: takes the weights' offset (and zero points) out of the sums and adds them, scaled, to `acc`.
@@ -95,16 +100,13 @@ QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& o
     int64_t run = 0;
     for (int64_t g = 0; g < groups; g++) {
       const int64_t end = (g + 1) * runs;
-      for (; run + 2 <= end; run += 2, q += kBytes, codes += 64) vnni_block<BITS, ROWS>(q, codes, ld, low, high);
-#pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) {
-        low[m] = joined<BITS>(low[m], high[m]);
-        high[m] = _mm512_setzero_si512();
-      }
-      if (run < end) {
+      bool inside = false;
+      for (; run < end; run += 2, q += kBytes, codes += 64) {
+        inside = run + 1 == end;
+        if (inside) join<BITS>(low, high);
         vnni_block<BITS, ROWS>(q, codes, ld, low, high);
-        run += 2, q += kBytes, codes += 64;
       }
+      if (!inside) join<BITS>(low, high);
       if (INTEGER) vnni_close_run<ROWS>(w, b, g, sums, low, whole);
       else vnni_close<BITS, ROWS>(w, b, g, sums, low, acc);
 #pragma GCC unroll 8

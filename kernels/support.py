@@ -60,13 +60,13 @@ class SupportRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SupportMatrix:
-    """All kernels, in the order in which they are asked. `str()` is an aligned table."""
+    """All kernels, in the order in which they are asked. `str()` is an aligned table; what runs here stands first."""
 
     rows: tuple[SupportRow, ...]
 
     def __str__(self) -> str:
         heads = ("kernel", "scheme", "weights", "activations", "dtypes", "needs", "device", "here")
-        table = [heads, *(_cells(row) for row in self.rows)]
+        table = [heads, *(_cells(row) for row in sorted(self.rows, key=lambda row: not row.runs_here))]
         widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -31,7 +31,9 @@ _RECIPE_HELP = ("a preset (w4a8, w8a8, w4a16, w8a16, w4a16_asym, w4a8_channel, .
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse itself exits with 2 for a command that it cannot read."""
-    options = build_parser().parse_args(arguments)
+    options, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     show_all = options.traceback or bool(os.environ.get("QPASS_DEBUG"))
     if arguments is None and options.command == "inspect":  # as the process's own command, after which it ends
         from qpass.torch_for_headers import import_torch_without_tracing
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `command` and `traceback` are set on every result."""
+    """The parser of all commands; `command`, its `parser` and `traceback` are set on every result."""
     parser = argparse.ArgumentParser(prog="qpass", epilog=_EXAMPLES, formatter_class=_AsWritten,
                                      description="Quantize language models, and see what was done to them.")
     parser.add_argument("--version", action="version", version=f"qpass {__version__}")
@@ -70,8 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[every],
+        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[every],
                                    epilog=f"example:\n  {example}", formatter_class=_AsWritten)
+        made.set_defaults(parser=made)  # whose usage an error shows
+        return made
 
     quantize = command("quantize", "quantize the model in SRC and save it in DST",
                        "qpass quantize ./model ./model-w4a8 --recipe w4a8 --ignore lm_head '*.o_proj'")

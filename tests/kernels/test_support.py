@@ -64,6 +64,14 @@ def test_why_not_is_a_sentence(own_kernel: str, monkeypatch: pytest.MonkeyPatch)
     assert row(own_kernel).runs_here and row(own_kernel).why_not == ""
 
 
+def test_what_runs_here_comes_first_in_the_text() -> None:
+    matrix = qpass.support_matrix()
+    lines = str(matrix).splitlines()[2:]
+    assert sorted(line.split()[0] for line in lines) == sorted(row.kernel for row in matrix.rows)
+    running = [row.kernel for row in matrix.rows if row.runs_here]
+    assert [line.split()[0] for line in lines[:len(running)]] == running
+
+
 def test_text_is_aligned_and_fits() -> None:
     lines = str(qpass.support_matrix()).splitlines()
     assert lines[0].startswith("kernel") and set(lines[1]) == {"-", " "}

@@ -106,6 +106,14 @@ def test_wrong_commands_exit_with_2(command: list[str], capsys: pytest.CaptureFi
     assert stopped.value.code == 2 and "usage: qpass" in capsys.readouterr().err
 
 
+def test_an_argument_too_many_shows_how_that_command_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "folder", "w4a8"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "usage: qpass plan" in said and "--recipe" in said and "unrecognized arguments: w4a8" in said
+
+
 @pytest.mark.parametrize("command", ["quantize", "plan", "explain", "eval", "bench", "kernels", "demo"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qpass.layers.experts_disk import projections
+from qpass.formats.compressed_tensors_floats import FLOAT_FORMATS
+from qpass.layers.experts_disk import FUSED, projections
 from qpass.layers.experts_layer import QuantExperts
 from qpass.scheme import codec_of
 from qpass.spec import LinearSpec
@@ -29,7 +30,8 @@ def members_of_experts(name: str, module: QuantExperts) -> Iterator[Member]:
     for block in module.blocks:
         for which, part in enumerate(block.spec.parts):
             if part is not None:
-                linear = codec_of(part.weight) is None
+                linear = codec_of(part.weight) is None or (
+                    part.weight.type in FLOAT_FORMATS and projections(module.site, which, part) != (FUSED,))
                 yield Member(target=_regex(name, module, block.experts, which, part), spec=part, linear=linear)
 
 

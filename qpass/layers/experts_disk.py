@@ -1,25 +1,25 @@
 """Experts on disk: one expert's weight in, the tensors that a checkpoint has of it out, and back.
 
 Names are those of one linear layer an expert and a projection, `3.gate_proj.weight_packed`, as LLM Compressor and vLLM
-have them, whatever the model holds in memory; `w1`, `w3` and `w2` are read as gate, up and down. A codec's tensors,
-whose rows nobody else may cut, stay together: `3.gate_up_proj.weight_<name>`.
+have them, whatever the model holds in memory; `w1`, `w3` and `w2` are read as gate, up and down. Where the rows of gate
+and up share what cannot be cut (blocks that lie in both), they stay together: `3.gate_up_proj.weight_<name>`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qpass.experts_site import ExpertsSite
 from qpass.formats.compressed_tensors import describe_weight, names_found, read_weight, write_weight
-from qpass.scheme import codec_of
+from qpass.layers.weight_rows import cut_rows, cut_spec, put_rows
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
 Disk = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+FUSED = "gate_up_proj"
 OTHER_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -29,7 +29,7 @@ def projections(site: ExpertsSite, which: int, part: LinearSpec | None) -> tuple
         return ("down_proj",)
     if not site.gate.gated:
         return ("up_proj",)
-    return ("gate_up_proj",) if part is not None and codec_of(part.weight) is not None else ("gate_proj", "up_proj")
+    return (FUSED,) if part is not None and cut_spec(part, 2) is None else ("gate_proj", "up_proj")
 
 
 def describe(site: ExpertsSite, which: int, expert: int, part: LinearSpec | None,
@@ -72,8 +72,7 @@ def read_expert(site: ExpertsSite, which: int, expert: int, part: LinearSpec | N
             read.append(read_weight({key: tensors[full] for key, full in layer.items()}, spec))
         except ValueError as error:
             raise ValueError(f"expert {expert}: {error}") from error
-    return CanonicalWeight({key: torch.cat([w.tensors[key] for w in read]) for key in read[0].tensors}) \
-        if len(read) > 1 else read[0]
+    return put_rows(read, [spec] * len(read), part) if len(read) > 1 else read[0]
 
 
 def names_of_expert(site: ExpertsSite, which: int, expert: int, part: LinearSpec | None,
@@ -98,13 +97,14 @@ def _cut(site: ExpertsSite, which: int, part: LinearSpec | None, weight: Canonic
     """(projection, spec, weight) of each layer that the weight becomes."""
     names = projections(site, which, part)
     spec = None if part is None else _row_spec(part, len(names))
-    if len(names) == 1:
-        return [(names[0], spec, weight)]
-    if isinstance(weight, Tensor):
-        return list(zip(names, (spec, spec), weight.chunk(2), strict=True))
-    halves = [{key: tensor.chunk(2)[half] for key, tensor in weight.tensors.items()} for half in (0, 1)]
-    return [(name, spec, CanonicalWeight(half)) for name, half in zip(names, halves, strict=True)]
+    if spec is None:
+        assert isinstance(weight, Tensor)
+        return [(name, None, rows) for name, rows in zip(names, weight.chunk(len(names)), strict=True)]
+    assert isinstance(weight, CanonicalWeight)
+    return [(name, spec, rows) for name, rows in zip(names, cut_rows(weight, spec, len(names)), strict=True)]
 
 
 def _row_spec(part: LinearSpec, layers: int) -> LinearSpec:
-    return replace(part, out_features=part.out_features // layers)
+    spec = cut_spec(part, layers)
+    assert spec is not None  # else `projections` would have named one layer
+    return spec

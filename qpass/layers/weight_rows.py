@@ -1,4 +1,4 @@
-"""Weight rows: several canonical weights of one input in; one whose rows they are, or any rows of one, out.
+"""Weight rows: several canonical weights of one input in; one whose rows they are, or one cut into several, out.
 
 No number changes: what is shared between the rows of a part (one scale for a tensor, square blocks) is given to each
 row first where the whole cannot share it.
@@ -66,6 +66,32 @@ def put_rows(parts: Sequence[CanonicalWeight], specs: Sequence[LinearSpec], whol
         made = {name: tensor[order] if tensor.shape[0] == whole.out_features else tensor
                 for name, tensor in made.items()}
     return CanonicalWeight(made)
+
+
+def cut_spec(whole: LinearSpec, parts: int) -> LinearSpec | None:
+    """The spec of each of `parts` weights of equal rows that stand below each other in `whole`, so that rows_spec gives
+    `whole` back; None if its rows share what cannot be cut."""
+    if whole.out_features % parts:
+        return None
+    part = replace(whole, out_features=whole.out_features // parts)
+    codec = codec_of(whole.weight)
+    if codec is None or parts == 1:
+        return part
+    return part if isinstance(codec, RowCodec) and _stays(codec, [part] * parts, True, False) else None
+
+
+def cut_rows(weight: CanonicalWeight, part: LinearSpec, parts: int) -> list[CanonicalWeight]:
+    """The inverse of put_rows, for `part` of cut_spec: what all rows share, each part gets."""
+    codec = codec_of(part.weight)
+    if isinstance(codec, RowCodec) and parts > 1:
+        sizes = codec.stored(part.weight, part.shape)
+        whole = codec.stored(part.weight, (parts * part.out_features, part.in_features))
+        shared = {name for name, (_, size) in sizes.items() if size == whole[name][1]}
+    else:
+        shared = set()
+    pieces = {name: (tensor,) * parts if name in shared else tensor.chunk(parts)
+              for name, tensor in weight.tensors.items()}
+    return [CanonicalWeight({name: each[at] for name, each in pieces.items()}) for at in range(parts)]
 
 
 def codec_rows(tensors: dict[str, Tensor], spec: LinearSpec) -> dict[str, Tensor]:

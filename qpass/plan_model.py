@@ -22,7 +22,7 @@ from qpass.reports.footprint import Footprint, footprint_of
 from qpass.reports.table import bits_per_weight, render_html, render_plan
 from qpass.reports.text_table import human_bytes
 from qpass.rows import PlanRow
-from qpass.scheme import PRESETS
+from qpass.scheme import PRESETS, ActivationArgs
 from qpass.spec import LinearSpec
 
 __all__ = ["Decision", "Plan", "Totals", "decide", "make_plan", "plan_row"]
@@ -55,6 +55,14 @@ class Plan:
     capture_method: str
     notes: tuple[str, ...] = ()
     footprint: Footprint | None = None
+
+    @property
+    def asked(self) -> dict[str, ActivationArgs]:
+        """What the activations of each quantized weight, by name, should be rounded to, whether or not this machine
+        does; without those whose scale must have been measured."""
+        return {name: d.scheme.activation for d in self.decisions for name in (d.site.name, *d.site.aliases)
+                if d.status == "quantize" and d.scheme is not None and d.scheme.activation is not None
+                and d.scheme.activation.dynamic is True}
 
     @property
     def totals(self) -> Totals:

@@ -59,8 +59,8 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     if writer is not None:
         quantization: dict[str, Any] | None = writer.config(model, layers)
     else:
-        recipe = plan.recipe.to_dict() if plan is not None else None
-        quantization = compressed_tensors_config.write_config(model, recipe)
+        said = (plan.recipe.to_dict(), plan.asked) if plan is not None else ()
+        quantization = compressed_tensors_config.write_config(model, *said)
     shards = split_shards(list(_entries(model, writer, layers)), _bytes(max_shard_size))
     target = Path(folder).expanduser()
     with publish_folder(target, lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -73,10 +74,14 @@ class LayerConfig:
         return next((group for _, group in (*by_name, *by_class)), None)
 
 
-def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
+                 asked: Mapping[str, ActivationArgs] = MappingProxyType({})) -> dict[str, Any] | None:
     """The `quantization_config` of a model that holds packed layers, as plain data; None if it holds none.
 
     A single group of nn.Linear layers is written by class and `ignore`, as LLM Compressor does; anything else by name.
+    `asked` says, by a weight's name, what its activations should be rounded to where this machine leaves them in float:
+    another one, which reads the file, may not.
+
     Under the key `qpass`, which other readers pass over, stand the recipe and how layers that are no nn.Linear store
     their weight.
     """
@@ -88,11 +93,14 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> d
     members: dict[tuple[WeightArgs, ActivationArgs | None, bool], list[Member]] = {}
     for name, layer in layers:
         ordered = getattr(layer, "input_order", None) is not None
-        members.setdefault((layer.spec.weight, layer.spec.activation, ordered), []).append(
+        leaf = f".{layer.origin.weight}" if isinstance(layer, QuantLinear) else ""
+        activation = layer.spec.activation or asked.get(f"{name}{leaf}")
+        members.setdefault((layer.spec.weight, activation, ordered), []).append(
             Member(target=name, spec=layer.spec, linear=_was_linear(layer)))
     for name, module in experts:
         for member in members_of_experts(name, module):
-            members.setdefault((member.spec.weight, member.spec.activation, False), []).append(member)
+            activation = member.spec.activation or asked.get(f"{name}.{member.leaf}")
+            members.setdefault((member.spec.weight, activation, False), []).append(member)
     groups: dict[str, Any] = {}
     ignore: list[str] = []
     for number, ((weight, activation, ordered), named) in enumerate(members.items()):

@@ -18,11 +18,15 @@ from qpass.spec import LinearSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """What one config group quantizes: a layer, or a regex for layers of experts; `linear` if others see nn.Linear."""
+    """What one config group quantizes: a layer, or a regex for layers of experts; `linear` if others see nn.Linear.
+
+    `leaf` is the parameter that the layers of experts are in the model.
+    """
 
     target: str
     spec: LinearSpec
     linear: bool
+    leaf: str = ""
 
 
 def members_of_experts(name: str, module: QuantExperts) -> Iterator[Member]:
@@ -32,7 +36,8 @@ def members_of_experts(name: str, module: QuantExperts) -> Iterator[Member]:
             if part is not None:
                 linear = codec_of(part.weight) is None or (
                     part.weight.type in FLOAT_FORMATS and projections(module.site, which, part) != (FUSED,))
-                yield Member(target=_regex(name, module, block.experts, which, part), spec=part, linear=linear)
+                yield Member(target=_regex(name, module, block.experts, which, part), spec=part, linear=linear,
+                             leaf=module.site.second if which else module.site.first[0])
 
 
 def float_experts(name: str, module: QuantExperts) -> list[str]:

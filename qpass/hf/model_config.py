@@ -37,8 +37,8 @@ def write_config(model: nn.Module, plan: Plan | None) -> None:
     """Put the `quantization_config` that matches the packed layers into a Transformers model's config."""
     if is_transformers(model):
         config: Any = model.config
-        config.quantization_config = compressed_tensors_config.write_config(
-            model, None if plan is None else plan.recipe.to_dict())
+        said = () if plan is None else (plan.recipe.to_dict(), plan.asked)
+        config.quantization_config = compressed_tensors_config.write_config(model, *said)
         # Packed tensors are saved under the names they have; Transformers would rename them halfway to an older style.
         model.__dict__.setdefault("_qpass_conversions", model.__dict__.get("_weight_conversions"))
         model._weight_conversions = []  # type: ignore[assignment]

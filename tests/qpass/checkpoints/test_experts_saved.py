@@ -69,6 +69,17 @@ def same_as_theirs(model: Any, folder: Path, stored: dict[str, Tensor]) -> None:
             assert torch.equal(theirs, weight.to(theirs.dtype))
 
 
+def test_what_this_machine_leaves_in_float_others_may_round(tmp_path: Path) -> None:
+    """fp8 activations are computed on some GPUs; a file written anywhere else asks for them all the same."""
+    qpass.save(qpass.quantize(small(), "fp8_dynamic", progress=False), tmp_path / "first")
+    qpass.save(qpass.load(tmp_path / "first"), tmp_path / "second")
+    for folder in ("first", "second"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
+        group, = config["config_groups"].values()
+        assert group["targets"][0] == "Linear" and group["input_activations"]["strategy"] == "token"
+        assert (group["input_activations"]["type"], group["input_activations"]["num_bits"]) == ("float", 8)
+
+
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "nvfp4a16"])
 def test_a_state_dict_brings_back_what_gate_and_up_share(scheme: str) -> None:
     model, other = quantized(scheme), quantized(scheme)

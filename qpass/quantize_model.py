@@ -25,7 +25,14 @@ from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipes.recipe_files import as_recipe
 from qpass.swap.graph_swap import float_graph, is_plain_graph, quantize_graph
 from qpass.swap.swap_experts import swap_experts
-from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, restore, share_scales, swap_site
+from qpass.swap.swap_site import (
+    TRIM_AFTER,
+    give_back_freed_memory,
+    known_finite,
+    restore,
+    share_scales,
+    swap_site,
+)
 from qpass.weight import CanonicalWeight, check_weight
 
 
@@ -170,8 +177,7 @@ def _check_weights(model: nn.Module, targets: list[Decision], allow_nonfinite: b
     for decision in targets:
         weight = model.get_parameter(decision.site.name)
         devices.setdefault(str(weight.device), decision.site.name)
-        finite = None if decision.spec is None else kernel(decision.spec.kernel).layout.finite
-        known = finite is not None and finite(weight.detach()) is True
+        known = decision.spec is not None and known_finite(weight, decision.spec)
         check_weight(weight, decision.site.name, allow_nonfinite=allow_nonfinite or known)
     if len(devices) > 1 and not hasattr(model, "hf_device_map"):
         places = "; ".join(f"{name} is on {device}" for device, name in devices.items())

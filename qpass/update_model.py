@@ -16,11 +16,13 @@ from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.layers.reordered_linear import ReorderedLinear
+from qpass.spec import LinearSpec
 from qpass.swap.swap_experts import quantized_experts
-from qpass.swap.swap_site import quantized
+from qpass.swap.swap_site import known_finite, quantized
 from qpass.weight import CanonicalWeight, check_weight
 
 _SHOWN = 10
+_Spare = dict[tuple[LinearSpec, torch.dtype], Packed]  # written anew for each layer of a kind, before the layer is
 
 
 @torch.no_grad()
@@ -55,9 +57,10 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
     for place in places if not allow_nonfinite else ():
         for name in place.found(given):
             place.check(name, given[name])
+    spare: _Spare = {}
     for place in places:
         if place.found(given):
-            place.write(given)
+            place.write(given, spare)
     for module in model.modules():
         if isinstance(module, QuantExperts):
             _renew_biases(module)
@@ -104,7 +107,8 @@ class _Place:
         """Raise WeightError for NaN and Inf in a weight that is to be packed."""
         check_weight(tensor, name)
 
-    def write(self, given: Mapping[str, Tensor]) -> None:
+    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
+        """Put the given tensors in, by way of `spare` where a layer before it left tensors that fit."""
         raise NotImplementedError
 
 
@@ -122,7 +126,7 @@ class _Plain(_Place):
     def check(self, name: str, tensor: Tensor) -> None:
         return
 
-    def write(self, given: Mapping[str, Tensor]) -> None:
+    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
         self.tensor.copy_(given[self.found(given)[0]])
 
 
@@ -143,16 +147,17 @@ class _Linear(_Place):
         return super().wrong(given)
 
     def check(self, name: str, tensor: Tensor) -> None:
-        finite = kernel(self.layer.spec.kernel).layout.finite
-        if finite is None or finite(tensor.detach()) is not True:
-            check_weight(tensor, name)
+        check_weight(tensor, name, allow_nonfinite=known_finite(tensor, self.layer.spec))
 
-    def write(self, given: Mapping[str, Tensor]) -> None:
+    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
         layer, name = self.layer, self.found(given)[0]
         weight = given[name].detach().to(device=layer.device, dtype=layer.dtype)
-        made = quantized(weight.t() if self.transposed else weight, layer.spec)
+        key = layer.spec, weight.dtype
+        made = quantized(weight.t() if self.transposed else weight, layer.spec, spare.get(key))
         layout = kernel(layer.spec.kernel).layout
         packed = layout.pack(made, layer.spec) if isinstance(made, CanonicalWeight) else made
+        if packed is made:
+            spare[key] = packed
         held = dict(zip(layout.names(layer.spec), layer.packed, strict=True))
         if not _fits(packed, held) and layout.even is not None:
             packed = layout.even(packed, layer.spec)
@@ -180,7 +185,7 @@ class _Experts(_Place):
                         "as one")
         return said
 
-    def write(self, given: Mapping[str, Tensor]) -> None:
+    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
         layer, site = self.layer, self.layer.site
         stored = {name.rpartition(".")[2]: given[name].detach().to(dtype=layer.dtype) for name in self.found(given)}
         for which, leaf in enumerate((site.first[0], site.second)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -139,14 +140,20 @@ def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bo
     return CanonicalWeight(tensors)
 
 
-def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool) -> dict[str, Tensor]:
-    """weight [N, K] contiguous -> `pack` of quantize_weight, with scale and zero_point [Np / 16, G, 16], in one go."""
+def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool,
+                  into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """weight [N, K] contiguous -> `pack` of quantize_weight, with scale and zero_point [Np / 16, G, 16], in one go; in
+    the tensors of `into`, if given, that an earlier call made for a weight of this shape and dtype."""
     n, k = weight.shape
     blocks, groups = padded(n, 32) // 16, k // group_size
-    packed = {"qweight": torch.empty(blocks * 16 * padded(k, 64) * bits // 8, dtype=torch.uint8),
-              "scale": torch.empty(blocks, groups, 16, dtype=weight.dtype)}
-    if not symmetric:
-        packed["zero_point"] = torch.empty(blocks, groups, 16, dtype=torch.int8)
+    sizes = {"qweight": (blocks * 16 * padded(k, 64) * bits // 8,), "scale": (blocks, groups, 16)}
+    sizes |= {} if symmetric else {"zero_point": (blocks, groups, 16)}
+    dtypes = {"qweight": torch.uint8, "scale": weight.dtype, "zero_point": torch.int8}
+    packed = {name: torch.empty(size, dtype=dtypes[name]) for name, size in sizes.items()} if into is None else {
+        name: into[name] for name in sizes}
+    for name, tensor in packed.items():
+        if tensor.shape != sizes[name] or tensor.dtype != dtypes[name] or not tensor.is_contiguous():
+            raise ValueError(f"{name} of `into` does not fit a weight of {n} x {k}")
     succeed(library().qp_quantize_pack(
         weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
         packed["qweight"].data_ptr(), packed["qweight"].numel(), packed["scale"].data_ptr(),

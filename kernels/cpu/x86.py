@@ -121,7 +121,7 @@ def _finite(weight: Tensor) -> bool | None:
     return native.all_finite(weight) if _takes_weight(weight) and native.prepare() is None else None
 
 
-def _quantize(weight: Tensor, spec: LinearSpec) -> Packed | None:
+def _quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> Packed | None:
     numbers = spec.weight
     # Whatever else a scheme may say of its weights one day, such as how scales are chosen, is for plain torch to do.
     known = WeightArgs(bits=numbers.bits, granularity=numbers.granularity, group_size=numbers.group_size,
@@ -131,7 +131,7 @@ def _quantize(weight: Tensor, spec: LinearSpec) -> Packed | None:
     weight = weight.detach()
     if "colsum" in _names(spec):
         return _pack(native.quantize_weight(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric), spec)
-    return native.quantize_pack(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric)
+    return native.quantize_pack(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric, into=into)
 
 
 def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:

@@ -20,7 +20,7 @@ from qpass.layers.packed_layers import PackedLayer, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.plan_model import Decision, Plan
 from qpass.swap.swap_experts import put_experts, swap_experts
-from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, swap_site
+from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, known_finite, swap_site
 from qpass.weight import check_weight
 
 
@@ -81,14 +81,16 @@ class StreamQuantizer:
     def _swap(self, decision: Decision) -> PackedLayer:
         self._prepare()
         site = decision.site
-        for name in (site.name,) if site.experts is None else ():
-            check_weight(self.model.get_parameter(name), name)
         if site.experts is not None:
             together = [d for d in self.plan.decisions if d.site.experts == site.experts]
             for other in together:
                 check_weight(self.model.get_parameter(other.site.name), other.site.name)
             return swap_experts(self.model, together)
-        return swap_site(self.model, _here(decision, self.model.get_parameter(site.name)))
+        weight = self.model.get_parameter(site.name)
+        decision = _here(decision, weight)
+        assert decision.spec is not None
+        check_weight(weight, site.name, allow_nonfinite=known_finite(weight, decision.spec))
+        return swap_site(self.model, decision)
 
     def _prepare(self) -> None:
         """Build what the kernels need once on this machine, before the first weight is read."""
@@ -101,10 +103,8 @@ class StreamQuantizer:
         """Put the module back that stood there, its weight on the meta device."""
         if isinstance(packed, QuantWeight):
             leaf = decision.site.name.rpartition(".")[2]
-            for holder in self.model.modules():
-                if holder._modules.get(leaf) is packed:
-                    del holder._modules[leaf]
-                    holder._parameters[leaf] = _emptied(decision)
+            del owner._modules[leaf]
+            owner._parameters[leaf] = _emptied(decision)
         else:
             put_experts(self.model, packed, owner)
             for leaf, parameter in owner._parameters.items():

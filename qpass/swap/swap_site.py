@@ -54,10 +54,18 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     return _replace(model, owner, leaf, parameter, site, spec, found, device, scale)
 
 
-def quantized(weight: Tensor, spec: LinearSpec) -> CanonicalWeight | Packed:
-    """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can."""
+def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> CanonicalWeight | Packed:
+    """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can: then in the tensors of `into`,
+    which an earlier call with an equal spec and dtype gave, instead of new ones."""
     faster = kernel(spec.kernel).layout.quantize
-    return (None if faster is None else faster(weight, spec)) or quantize_weight(weight, spec)
+    return (None if faster is None else faster(weight, spec, into)) or quantize_weight(weight, spec)
+
+
+def known_finite(weight: Tensor, spec: LinearSpec) -> bool:
+    """Whether the kernel's layout can say that `weight` holds neither NaN nor Inf, as it does faster than check_weight;
+    False leaves it open."""
+    finite = kernel(spec.kernel).layout.finite
+    return finite is not None and finite(weight.detach()) is True
 
 
 def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, site: Site, spec: LinearSpec,

@@ -47,6 +47,16 @@ inline float storable(float s, DType dtype) {
   return stored != 0 ? stored : s == 0 ? eps[d] : tiny[d];
 }
 
+// The scale and zero point of a group whose numbers, and 0, lie between `least` and `most`.
+inline void numbers_of(const Job& job, float least, float most, float& scale, float& zero_point) {
+  const float range = job.symmetric ? (-least > most ? -least : most) : most - least;
+  scale = storable(range / (job.symmetric ? (job.qmax - job.qmin) / 2 : job.qmax - job.qmin), job.dtype);
+  zero_point = 0;
+  if (job.symmetric) return;
+  zero_point = job.qmin - rintf(least / scale);
+  zero_point = zero_point < job.qmin ? job.qmin : zero_point > job.qmax ? job.qmax : zero_point;
+}
+
 template <class T>
 __attribute__((always_inline)) inline void quantize_group(const Job& job, const T* __restrict w,
                                                           int8_t* __restrict q, float& scale,
@@ -58,14 +68,8 @@ __attribute__((always_inline)) inline void quantize_group(const Job& job, const 
     low = at < low ? at : low;
     high = at > high ? at : high;
   }
-  const float least = low < 0 ? number_of(low) : 0, most = number_of(high);
-  const float range = job.symmetric ? (-least > most ? -least : most) : most - least;
-  const float s = storable(range / (job.symmetric ? (job.qmax - job.qmin) / 2 : job.qmax - job.qmin), job.dtype);
-  float zp = 0;
-  if (!job.symmetric) {
-    zp = job.qmin - rintf(least / s);
-    zp = zp < job.qmin ? job.qmin : zp > job.qmax ? job.qmax : zp;
-  }
+  float s, zp;
+  numbers_of(job, low < 0 ? number_of(low) : 0, number_of(high), s, zp);
   // clamp(round(v) + zp, qmin, qmax), in an order that becomes vector code: the bounds are integers, so clamping first
   // changes nothing, and a number below 2^22 is rounded, half to even, by adding 1.5 * 2^23.
   const float first = job.qmin - zp, last = job.qmax - zp;
@@ -80,33 +84,74 @@ __attribute__((always_inline)) inline void quantize_group(const Job& job, const 
   zero_point = zp;
 }
 
-template <class T>
-__attribute__((always_inline)) inline void quantize_row(const Job& job, const T* w, int64_t groups, int8_t* q,
-                                                        void* scale, int8_t* zero_point, int64_t first,
-                                                        int64_t step) {
+}  // namespace
+}  // namespace qpass
+
+#include "avx2_quantize_weight.h"
+
+namespace qpass {
+namespace {
+
+struct Plain {
+  template <class T>
+  static void group(const Job& job, const T* w, int8_t* q, float& s, float& zp) {
+    quantize_group(job, w, q, s, zp);
+  }
+};
+
+struct Avx2 {
+  template <class T>
+  QPASS_AVX2 static void group(const Job& job, const T* w, int8_t* q, float& s, float& zp) {
+    float least, most;
+    if (job.group_size % 32 || !range_of(w, job.group_size, least, most)) return quantize_group(job, w, q, s, zp);
+    numbers_of(job, least, most, s, zp);
+    codes_of(w, job.group_size, s, zp, job.qmin, job.qmax, q);
+  }
+};
+
+template <class How, class T>
+void quantize_row(const Job& job, const T* w, int64_t groups, int8_t* q, void* scale, int8_t* zero_point, int64_t first,
+                  int64_t step) {
   for (int64_t g = 0; g < groups; g++) {
     float s, zp;
-    quantize_group(job, w + g * job.group_size, q + g * job.group_size, s, zp);
+    How::group(job, w + g * job.group_size, q + g * job.group_size, s, zp);
     store_float(scale, job.dtype, first + g * step, s);
     if (zero_point) zero_point[first + g * step] = (int8_t)zp;
   }
 }
 
-// One row, to q, its scales `step` apart from `first`; in the instruction set of every machine, and the same lines again
-// for one that has AVX2.
-#define QPASS_ROW(name, attribute)                                                                               \
-  attribute void name(const Job& job, const void* w, int64_t row, int64_t groups, int8_t* q, void* scale,        \
-                      int8_t* zero_point, int64_t first, int64_t step) {                                         \
-    const int64_t at = row * groups * job.group_size;                                                            \
-    if (job.dtype == DType::f32)                                                                                 \
-      quantize_row(job, (const float*)w + at, groups, q, scale, zero_point, first, step);                        \
-    else if (job.dtype == DType::bf16)                                                                           \
-      quantize_row(job, (const uint16_t*)w + at, groups, q, scale, zero_point, first, step);                     \
-    else                                                                                                         \
-      quantize_row(job, (const Half*)w + at, groups, q, scale, zero_point, first, step);                         \
+// One row, to q, its scales `step` apart from `first`.
+template <class How>
+void row(const Job& job, const void* w, int64_t row, int64_t groups, int8_t* q, void* scale, int8_t* zero_point,
+         int64_t first, int64_t step) {
+  const int64_t at = row * groups * job.group_size;
+  if (job.dtype == DType::f32)
+    quantize_row<How>(job, (const float*)w + at, groups, q, scale, zero_point, first, step);
+  else if (job.dtype == DType::bf16)
+    quantize_row<How>(job, (const uint16_t*)w + at, groups, q, scale, zero_point, first, step);
+  else
+    quantize_row<How>(job, (const Half*)w + at, groups, q, scale, zero_point, first, step);
+}
+
+void pack_any(const int8_t* rows, int64_t stride, int32_t bits, uint8_t* out) { pack_tile(rows, stride, bits, out); }
+
+// Whether one of `count` numbers of 16 bits has all bits of `mask`, as NaN and Inf have those of the exponent.
+#define QPASS_ANY(name, attribute)                                            \
+  attribute bool name(const void* w, int64_t count, int32_t dtype) {          \
+    if (dtype == 0) {                                                         \
+      int32_t any = 0;                                                        \
+      for (int64_t i = 0; i < count; i++)                                     \
+        any |= -((((const int32_t*)w)[i] & 0x7f800000) == 0x7f800000);        \
+      return any != 0;                                                        \
+    }                                                                         \
+    const int16_t mask = dtype == 1 ? 0x7f80 : 0x7c00;                        \
+    int16_t any = 0;                                                          \
+    for (int64_t i = 0; i < count; i++)                                       \
+      any |= (int16_t)(-((int16_t)(((const int16_t*)w)[i] & mask) == mask));  \
+    return any != 0;                                                          \
   }
-QPASS_ROW(row_plain, )
-QPASS_ROW(row_avx2, __attribute__((target("avx2"))))
+QPASS_ANY(any_plain, )
+QPASS_ANY(any_avx2, __attribute__((target("avx2"))))
 
 const char* check(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size, int32_t bits,
                   const void* q, const void* scale, const void* zero_point, int32_t symmetric) {
@@ -132,10 +177,11 @@ extern "C" int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_by
     return fail("quantize_weight: %s", why);
   const float half = (float)(1 << (bits - 1));
   const Job job = {group_size, -half, half - 1, symmetric != 0, (DType)dtype};
-  const auto row = available_isa(1) ? row_avx2 : row_plain;
+  const auto quantize = available_isa(1) ? row<Avx2> : row<Plain>;
   const int32_t team = team_size(threads, N);
 #pragma omp parallel for num_threads(team) if (team > 1)
-  for (int64_t n = 0; n < N; n++) row(job, w, n, K / group_size, q + n * K, scale, zero_point, n * (K / group_size), 1);
+  for (int64_t n = 0; n < N; n++)
+    quantize(job, w, n, K / group_size, q + n * K, scale, zero_point, n * (K / group_size), 1);
   return 0;
 }
 
@@ -149,7 +195,8 @@ extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_byte
   if (packed_bytes != blocks * 16 * Kp * bits / 8) return fail("quantize_pack: the packed weight has the wrong size");
   const float half = (float)(1 << (bits - 1));
   const Job job = {group_size, -half, half - 1, symmetric != 0, (DType)dtype};
-  const auto row = available_isa(1) ? row_avx2 : row_plain;
+  const auto quantize = available_isa(1) ? row<Avx2> : row<Plain>;
+  const auto tile = available_isa(1) ? pack_tile_avx2 : pack_any;
   const int32_t team = team_size(threads, blocks);
   int32_t failed = 0;
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed)
@@ -164,14 +211,14 @@ extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_byte
     for (int64_t r = 0; r < 16; r++) {
       int8_t* q = rows + r * Kp;
       const int64_t there = b * 16 + r < N ? K : 0;
-      if (there) row(job, w, b * 16 + r, groups, q, scale, zero_point, b * groups * 16 + r, 16);
+      if (there) quantize(job, w, b * 16 + r, groups, q, scale, zero_point, b * groups * 16 + r, 16);
       memset(q + there, 0, (size_t)(Kp - there));
       for (int64_t g = 0; !there && g < groups; g++) {  // outputs that only pad: scale 1, zero point 0
         store_float(scale, job.dtype, (b * groups + g) * 16 + r, 1.0f);
         if (zero_point) zero_point[(b * groups + g) * 16 + r] = 0;
       }
     }
-    for (int64_t j = 0; j < Kp / 64; j++) pack_tile(rows + j * 64, Kp, bits, packed + (b * (Kp / 64) + j) * bits * 128);
+    for (int64_t j = 0; j < Kp / 64; j++) tile(rows + j * 64, Kp, bits, packed + (b * (Kp / 64) + j) * bits * 128);
   }
   return failed ? fail("quantize_pack: out of memory") : 0;
 }
@@ -181,18 +228,13 @@ extern "C" int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, in
   constexpr int64_t part = 1 << 16;
   const int64_t parts = (count + part - 1) / part;
   const int32_t team = team_size(threads, parts);
+  const auto any = available_isa(1) ? any_avx2 : any_plain;
+  const int64_t size = bytes_of((DType)dtype);
   int32_t bad = 0;
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(| : bad)
   for (int64_t p = 0; p < parts; p++) {
     const int64_t last = (p + 1) * part < count ? (p + 1) * part : count;
-    if (dtype == 0) {
-      for (int64_t i = p * part; i < last; i++) bad |= (((const uint32_t*)w)[i] & 0x7f800000u) == 0x7f800000u;
-    } else {
-      const uint16_t mask = dtype == 1 ? 0x7f80 : 0x7c00;
-      int16_t any = 0;
-      for (int64_t i = p * part; i < last; i++) any |= (int16_t)((((const uint16_t*)w)[i] & mask) == mask);
-      bad |= any;
-    }
+    bad |= any((const uint8_t*)w + p * part * size, last - p * part, dtype);
   }
   return bad ? 1 : 0;
 }

@@ -72,18 +72,37 @@ def test_every_float_that_16_bits_hold() -> None:
             assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quotients_at_and_next_to_ties(dtype: torch.dtype, bits: int) -> None:
+    """Codes n + 1/2 of random scales, and the numbers next to them, where one that fits the dtype is near."""
+    half, groups = 1 << bits - 1, 3000
+    scale = (torch.rand(groups, 1) * 2 ** torch.randint(-10, 10, (groups, 1))).to(dtype).float()
+    tie = ((torch.randint(-half, half, (groups, 32)) + 0.5) * scale).to(dtype)
+    weight = torch.nextafter(tie, torch.randn(groups, 32).to(dtype)) if dtype == torch.float32 else (
+        tie.view(torch.int16) + torch.randint(-1, 2, (groups, 32), dtype=torch.int16)).view(dtype)
+    weight = torch.where(torch.rand(groups, 32) < 0.5, weight, tie)
+    weight[:, 0] = (scale[:, 0] * (half - 0.5)).to(dtype)  # makes it the group's scale, or one next to it
+    for symmetric in (True, False):
+        spec = spec_of(groups // 4, 128, 32, bits, symmetric=symmetric)
+        want = quantize_weight(weight.view(-1, 128), spec)
+        got = native.quantize_weight(weight.view(-1, 128), 32, bits, symmetric=symmetric)
+        assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
+
+
 def test_the_layout_declines_what_it_does_not_take() -> None:
     quantize = X86_TILE64.quantize
     assert quantize is not None
     spec = spec_of(32, 64, 32, 4, symmetric=True)
-    assert quantize(torch.randn(64, 32).t(), spec) is None and quantize(torch.randn(32, 64).double(), spec) is None
+    assert quantize(torch.randn(64, 32).t(), spec, None) is None
+    assert quantize(torch.randn(32, 64).double(), spec, None) is None
     tensor = LinearSpec(family="w8a16", weight=WeightArgs(bits=8, granularity="per_tensor"), activation=None,
                         out_features=32, in_features=64)
-    assert quantize(torch.randn(32, 64), tensor) is None
-    assert quantize(torch.randn(32, 64), spec) is not None
+    assert quantize(torch.randn(32, 64), tensor, None) is None
+    assert quantize(torch.randn(32, 64), spec, None) is not None
     asymmetric = replace(spec, family="w4a8", activation=ActivationArgs(symmetric=False))
     weight = torch.randn(32, 64)
-    got, want = quantize(weight, asymmetric), X86_TILE64.pack(quantize_weight(weight, asymmetric), asymmetric)
+    got, want = quantize(weight, asymmetric, None), X86_TILE64.pack(quantize_weight(weight, asymmetric), asymmetric)
     assert got is not None and got.keys() == want.keys() and torch.equal(got["colsum"], want["colsum"])
 
 

@@ -1,0 +1,157 @@
+// AVX2: groups of a float weight to integers, 32 at a time, and 16 rows of integers to tiles. The same operations in the
+// same precision as quantize_group of quantize_weight.cpp, whose Job and number_of these are: bit for bit the same.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define QPASS_AVX2 __attribute__((target("avx2,f16c")))
+#define QPASS_AVX2_INLINE QPASS_AVX2 __attribute__((always_inline)) static inline
+
+namespace qpass {
+namespace {
+
+QPASS_AVX2_INLINE __m256 floats8(const float* w) { return _mm256_loadu_ps(w); }
+QPASS_AVX2_INLINE __m256 floats8(const uint16_t* w) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)w)), 16));
+}
+QPASS_AVX2_INLINE __m256 floats8(const Half* w) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w)); }
+
+// The least and the largest of a group and of 0, as floats; false if one of the group is NaN or Inf.
+// Floats compare as integers do once the negative ones have their magnitude turned over.
+QPASS_AVX2_INLINE bool range_of(const float* w, int64_t size, float& least, float& most) {
+  __m256i low = _mm256_setzero_si256(), high = low;
+  const __m256i turned = _mm256_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < size; i += 8) {
+    const __m256i u = _mm256_loadu_si256((const __m256i*)(w + i));
+    const __m256i order = _mm256_xor_si256(u, _mm256_and_si256(_mm256_srai_epi32(u, 31), turned));
+    low = _mm256_min_epi32(low, order);
+    high = _mm256_max_epi32(high, order);
+  }
+  alignas(32) int32_t l[8], h[8];
+  _mm256_store_si256((__m256i*)l, low);
+  _mm256_store_si256((__m256i*)h, high);
+  for (int i = 1; i < 8; i++) {
+    l[0] = l[i] < l[0] ? l[i] : l[0];
+    h[0] = h[i] > h[0] ? h[i] : h[0];
+  }
+  least = l[0] < 0 ? number_of(l[0]) : 0;
+  most = number_of(h[0]);
+  return h[0] < 0x7f800000 && l[0] > ~0x7f800000;
+}
+
+QPASS_AVX2_INLINE bool orders16(const void* w, int64_t size, int16_t infinite, int16_t& least, int16_t& most) {
+  __m256i low = _mm256_setzero_si256(), high = low;
+  const __m256i turned = _mm256_set1_epi16(0x7fff);
+  for (int64_t i = 0; i < size; i += 16) {
+    const __m256i u = _mm256_loadu_si256((const __m256i*)((const uint16_t*)w + i));
+    const __m256i order = _mm256_xor_si256(u, _mm256_and_si256(_mm256_srai_epi16(u, 15), turned));
+    low = _mm256_min_epi16(low, order);
+    high = _mm256_max_epi16(high, order);
+  }
+  // minpos finds the least of 8 unsigned numbers: orders with their sign bit turned over, and for the most all bits.
+  const __m128i up = _mm_set1_epi16((int16_t)0x8000), down = _mm_set1_epi16(0x7fff);
+  const __m128i l = _mm_min_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  const __m128i h = _mm_max_epi16(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  least = (int16_t)(_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(l, up)), 0) ^ 0x8000);
+  most = (int16_t)(_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(h, down)), 0) ^ 0x7fff);
+  return most < infinite && least > (int16_t)~infinite;
+}
+
+QPASS_AVX2_INLINE uint16_t bits_of_order(int16_t order) { return (uint16_t)(order < 0 ? order ^ 0x7fff : order); }
+
+QPASS_AVX2_INLINE bool range_of(const uint16_t* w, int64_t size, float& least, float& most) {
+  int16_t low, high;
+  const bool finite = orders16(w, size, 0x7f80, low, high);
+  least = low < 0 ? from_bf16(bits_of_order(low)) : 0;
+  most = from_bf16(bits_of_order(high));
+  return finite;
+}
+
+QPASS_AVX2_INLINE bool range_of(const Half* w, int64_t size, float& least, float& most) {
+  int16_t low, high;
+  const bool finite = orders16(w, size, 0x7c00, low, high);
+  least = low < 0 ? from_f16(bits_of_order(low)) : 0;
+  most = from_f16(bits_of_order(high));
+  return finite;
+}
+
+// w / s for 8 numbers. Where both have 16 bits a product with 1 / s does, in a third of the time: a quotient
+// of theirs is a tie of the rounding that follows, n + 1/2, or lies 2^-12 or more from every tie; the product is off by
+// 2^-15 at most below 256, where ties decide, so that rounding it to a multiple of 2^-13 finds the ties again.
+QPASS_AVX2_INLINE __m256 nearly(__m256 w, __m256 inverse) {
+  const __m256 grid = _mm256_set1_ps(1536);  // adding it leaves 13 bits after the point of numbers below 512
+  return _mm256_sub_ps(_mm256_add_ps(_mm256_mul_ps(w, inverse), grid), grid);
+}
+
+// q[i] = clamp(round(w[i] / s) + zp, qmin, qmax), halves to even. A group's own scale leaves |w / s| below 512, so
+// that nothing is lost on the way to 8 bits. `size` is a multiple of 32.
+template <bool kInverse, class T>
+QPASS_AVX2_INLINE void codes_by(const T* w, int64_t size, float s, float zp, float qmin, float qmax, int8_t* q) {
+  const __m256 scale = _mm256_set1_ps(kInverse ? 1 / s : s);
+  const __m256i zero = _mm256_set1_epi16((int16_t)zp), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i first = _mm256_set1_epi8((int8_t)qmin), last = _mm256_set1_epi8((int8_t)qmax);
+  for (int64_t i = 0; i < size; i += 32) {
+    __m256i v[4];
+    for (int j = 0; j < 4; j++) {
+      const __m256 at = floats8(w + i + j * 8);
+      v[j] = _mm256_cvtps_epi32(kInverse ? nearly(at, scale) : _mm256_div_ps(at, scale));
+    }
+    const __m256i ab = _mm256_add_epi16(_mm256_packs_epi32(v[0], v[1]), zero);
+    const __m256i cd = _mm256_add_epi16(_mm256_packs_epi32(v[2], v[3]), zero);
+    const __m256i all = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+    _mm256_storeu_si256((__m256i*)(q + i), _mm256_min_epi8(_mm256_max_epi8(all, first), last));
+  }
+}
+
+template <class T>
+QPASS_AVX2_INLINE void codes_of(const T* w, int64_t size, float s, float zp, float qmin, float qmax, int8_t* q) {
+  if (sizeof(T) == 2 && s > 0x1p-100f && s < 0x1p100f)
+    codes_by<true>(w, size, s, zp, qmin, qmax, q);
+  else
+    codes_by<false>(w, size, s, zp, qmin, qmax, q);
+}
+
+// Column i of 8 rows of 8 dwords becomes row i.
+QPASS_AVX2_INLINE void transpose8(__m256i (&r)[8]) {
+  __m256i t[8], u[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++)
+    for (int j = 0; j < 2; j++) {
+      u[4 * i + 2 * j] = _mm256_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+      u[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+    }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
+  }
+}
+
+// pack_tile of pack_tile.h for integers that are known to fit.
+QPASS_AVX2 void pack_tile_avx2(const int8_t* rows, int64_t stride, int32_t bits, uint8_t* out) {
+  for (int half = 0; half < 2; half++)  // of the 16 outputs
+    for (int part = 0; part < (bits == 8 ? 2 : 1); part++) {  // lines 0..7 and 8..15
+      __m256i r[8];
+      for (int n = 0; n < 8; n++) {
+        const int8_t* at = rows + (half * 8 + n) * stride;
+        const __m256i low = _mm256_loadu_si256((const __m256i*)(at + part * 32));
+        if (bits == 8) {
+          r[n] = _mm256_xor_si256(low, _mm256_set1_epi8((char)0x80));
+        } else {
+          const __m256i high = _mm256_loadu_si256((const __m256i*)(at + 32)), nibble = _mm256_set1_epi8(15);
+          const __m256i both = _mm256_or_si256(_mm256_and_si256(low, nibble),
+                                               _mm256_slli_epi16(_mm256_and_si256(high, nibble), 4));
+          r[n] = _mm256_xor_si256(both, _mm256_set1_epi8((char)0x88));
+        }
+      }
+      transpose8(r);
+      for (int line = 0; line < 8; line++)
+        _mm256_storeu_si256((__m256i*)(out + (part * 8 + line) * 64 + half * 32), r[line]);
+    }
+}
+
+}  // namespace
+}  // namespace qpass

@@ -247,6 +247,7 @@ def load_builtin() -> None:
     import qpass.kernels.cpu.x86
     import qpass.kernels.cpu.x86_decoded
     import qpass.kernels.cpu.x86_experts
+    import qpass.kernels.cpu.x86_rounded
     import qpass.kernels.cuda.experts
     import qpass.kernels.cuda.linear
     import qpass.kernels.cuda.ops

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device | str | None = None,
-         dtype: torch.dtype | None = None, *, model: nn.Module | None = None, allow_pickle: bool = False) -> nn.Module:
+         dtype: torch.dtype | None = None, *, model: nn.Module | None = None, allow_pickle: bool = False,
+         exact: bool = False) -> nn.Module:
     """The model in `folder`: quantized as its checkpoint says, or, with a recipe, a float one quantized now.
 
     folder  of config.json and safetensors files, or a file, in any format of `qpass.formats` or of a package that
@@ -37,20 +38,23 @@ def load(folder: str | PathLike[str], recipe: Any = None, device: torch.device |
     dtype   of parameters that stay float and of activations, by default what the checkpoint has
     model   a float model to fill, on any device; needed where the folder does not hold a Transformers model
     allow_pickle  read pickled files of formats that have no other, through torch.load(weights_only=True) alone
+    exact   as of qpass.quantize: emulate the rounding of activations that this machine cannot compute with
 
     Integers, scales and zero points are taken over as they are, never rounded again. Names, shapes and dtypes are
     checked before memory is allocated; peak memory is the packed model and its largest tensor. No code from the folder
     is run. Raises CheckpointError, naming the file or the tensor.
     """
     where = torch.device("cpu" if device is None else device)
+    if exact and recipe is not None:
+        recipe = as_recipe(recipe).exactly()
     chosen, checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
     if chosen is None:
         return _load_float(checkpoint, recipe, where, dtype, model)
-    return _load_packed(checkpoint, chosen, recipe, where, dtype, model)
+    return _load_packed(checkpoint, chosen, recipe, where, dtype, model, exact)
 
 
 def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: torch.device,
-                 dtype: torch.dtype | None, model: nn.Module | None) -> nn.Module:
+                 dtype: torch.dtype | None, model: nn.Module | None, exact: bool) -> nn.Module:
     from qpass.checkpoints.checkpoint_experts import fill_experts, find_experts
     from qpass.hf.model_config import empty_model
     from qpass.quantize_model import check_model, finish, quantize, remember
@@ -74,10 +78,12 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
     if recipe is not None and not plain:
         layers, experts, notes = replan(model, contents.layers, experts, recipe, str(checkpoint.path))
         contents = replace(contents, layers=tuple(layers), notes=(*contents.notes, *notes))
-    plan = plan_of(model, None if recipe is not None else reader, checkpoint.quantization, contents, experts)
+    exact = exact or (recipe is not None and as_recipe(recipe).on_unsupported_activation == "emulate")
+    plan = plan_of(model, None if recipe is not None else reader, checkpoint.quantization, contents, experts,
+                   exact=exact)
     # A table that reads a packed head's rows is in the files for others; here it would be a second copy.
     fill_floats([item for item in contents.floats if item.name not in reader.tied], checkpoint, device, dtype)
-    fill_layers(model, contents.layers, checkpoint, device, dtype)
+    fill_layers(model, contents.layers, checkpoint, device, dtype, exact=exact)
     fill_experts(model, experts, checkpoint, device, dtype)
     tie_tables(model, reader.tied, checkpoint.path)
     model.to(device)
@@ -141,7 +147,7 @@ def _stream_float(checkpoint: Checkpoint, recipe: Recipe, device: torch.device, 
 
 
 def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, Any], contents: Contents,
-            experts: Sequence[ExpertsLayer] = ()) -> Plan:
+            experts: Sequence[ExpertsLayer] = (), *, exact: bool = False) -> Plan:
     """What `explain` tells of each layer, planned anew on the empty model; only notes where that cannot be had."""
     from qpass.plan_model import Plan, make_plan
 
@@ -151,7 +157,7 @@ def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, 
     made = _recipe(contents, experts)
     for recipe in (*asked, made):
         try:
-            plan = make_plan(model, recipe)
+            plan = make_plan(model, as_recipe(recipe).exactly() if exact else recipe)
         except QPassError:
             continue
         return replace(plan, notes=(*plan.notes, *contents.notes))

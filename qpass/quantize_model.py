@@ -39,7 +39,8 @@ from qpass.weight import CanonicalWeight, check_weight
 def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, calibration: Iterable[Any] | None = None,
              tokenizer: Any = None, num_samples: int = 128, max_seq_length: int = 512, seed: int = 0,
              work_folder: str | os.PathLike[str] | None = None, memory_limit: int | None = None,
-             device: torch.device | str | None = None, progress: bool = True, allow_nonfinite: bool = False) -> Any:
+             device: torch.device | str | None = None, progress: bool = True, allow_nonfinite: bool = False,
+             exact: bool = False) -> Any:
     """Quantize `model` in place by `recipe` and return the same object.
 
     model           an nn.Module (of any class; it stays that class), a torch.fx.GraphModule, or an ExportedProgram
@@ -57,11 +58,14 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
     device          where the quantized model should live; by default each layer stays where it is
     progress        show a bar on stderr
     allow_nonfinite quantize NaN and Inf in weights as 0 instead of refusing
+    exact           where this machine cannot compute with what a float scheme rounds activations to, round them all the
+                    same and multiply in float32, as the recipe's on_unsupported_activation="emulate" says; by default
+                    they stay in the model's dtype, and the report says why
 
     Peak memory is the model plus one layer. Interrupted (Ctrl-C), the model is left with each layer whole: either
     still float or packed. Raises a subclass of QPassError that names the layer before anything is changed.
     """
-    chosen = as_recipe(recipe)
+    chosen = as_recipe(recipe).exactly() if exact else as_recipe(recipe)
     check_data(chosen.algorithms, calibration is not None)
     where = None if device is None else _usable(device)
     if is_plain_graph(model):

@@ -18,7 +18,7 @@ _PATTERN = re.compile(
     r"(?P<family>\S+) (?P<type>\w+?)(?P<bits>\d):(?P<group>[gb]\d+|channel|tensor):(?P<sym>sym|asym)"
     r"(?::(?P<scales>integer))?"
     r"(?: x (?P<xtype>int|fp)(?P<xbits>\d):(?P<xgroup>g\d+|token|tensor):(?P<xsym>sym|asym)"
-    r"(?::(?P<when>static|local))?)? (?P<n>\d+)x(?P<k>\d+) @(?P<kernel>\S+)"
+    r"(?::(?P<when>static|local))?(?::(?P<exact>exact))?)? (?P<n>\d+)x(?P<k>\d+) @(?P<kernel>\S+)"
 )
 
 
@@ -28,7 +28,8 @@ class LinearSpec:
 
     Invariants: 1 <= group_size; group_size == in_features unless granularity is per_group; per_group needs
     in_features % group_size == 0 (the planner adjusts, skips or refuses before a spec is made).
-    `kernel` is the registered kernel whose layout the packed tensors have.
+    `kernel` is the registered kernel whose layout the packed tensors have. `exact`: where no kernel multiplies what the
+    activation is rounded to, its rounded values are multiplied in float32.
     """
 
     family: str
@@ -37,6 +38,7 @@ class LinearSpec:
     out_features: int
     in_features: int
     kernel: str = "linear_reference"
+    exact: bool = False
 
     @property
     def group_size(self) -> int:
@@ -55,7 +57,7 @@ class LinearSpec:
 
     def weight_only(self) -> LinearSpec:
         """The same product with the activation left in its own dtype."""
-        return replace(self, activation=None, family=family_of(self.weight, None))
+        return replace(self, activation=None, family=family_of(self.weight, None), exact=False)
 
     def on(self, kernel: str) -> LinearSpec:
         """The same product on another kernel."""
@@ -69,6 +71,7 @@ class LinearSpec:
             shared = f"g{a.group_size}" if a.group_size else a.granularity.removeprefix("per_")
             when = ":static" if a.static else ":local" if a.dynamic == "local" else ""
             text += f" x {a.number}:{shared}:{'sym' if a.symmetric else 'asym'}{when}"
+            text += ":exact" if self.exact else ""
         return f"{text} {self.out_features}x{self.in_features} @{self.kernel}"
 
     @staticmethod
@@ -86,7 +89,7 @@ class LinearSpec:
                             scales=m["scales"] or "amax")  # type: ignore[arg-type]
         activation = _activation(m) if m["xtype"] else None
         return LinearSpec(family=m["family"], weight=weight, activation=activation, out_features=int(m["n"]),
-                          in_features=int(m["k"]), kernel=m["kernel"])
+                          in_features=int(m["k"]), kernel=m["kernel"], exact=bool(m["exact"]))
 
 
 def _activation(m: re.Match[str]) -> ActivationArgs:

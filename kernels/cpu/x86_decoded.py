@@ -71,7 +71,8 @@ X86_DECODED = Layout(name="x86_decoded", names=_names, pack=_pack, unpack=_unpac
 """Tiles of 16 outputs x 64 inputs as in x86_tile64, with the scales, offsets and tables of csrc/decoded.h."""
 
 
-def _refuses(call: LinearCall) -> str | None:
+def refuses(call: LinearCall) -> str | None:
+    """Why csrc/decoded.h does not multiply with this weight, or None."""
     spec = call.spec
     if call.dtype not in native.DTYPE_INDEX:
         return f"takes float32, bfloat16 or float16 activations, not {str(call.dtype).removeprefix('torch.')}"
@@ -90,7 +91,8 @@ def _tensors(packed: Sequence[Any], bias: Any, spec: LinearSpec) -> tuple[list[A
     return taken if bias is None else [*taken, bias], has
 
 
-def _arguments(packed: Sequence[Any], bias: Any, spec: LinearSpec) -> tuple[Any, ...]:
+def arguments(packed: Sequence[Any], bias: Any, spec: LinearSpec) -> tuple[Any, ...]:
+    """What the op takes between x and the number of the instruction set."""
     tensors, has = _tensors(packed, bias, spec)
     return tensors, spec.out_features, has, spec.in_features, spec.group_size
 
@@ -114,7 +116,7 @@ def _native_call(index: int) -> Callable[[str, Sequence[Any]], tuple[Callable[..
         native.library()
         x, packed, bias, which = args[:4]
         if op == "linear":
-            return OPS.decoded.default, (x, *_arguments(packed, bias, LinearSpec.parse(which)), index)
+            return OPS.decoded.default, (x, *arguments(packed, bias, LinearSpec.parse(which)), index)
         if op == "linear_list":
             specs = [LinearSpec.parse(text) for text in which]
             return OPS.decoded_list.default, (x, *_list_arguments(packed, bias, specs), index)
@@ -128,9 +130,9 @@ def _register(short: str) -> None:
     index = native.ISA_INDEX[isa]
 
     @register_kernel(name=f"linear_decode_{short}", scheme=FAMILIES, device="cpu", isa=isa, layout=X86_DECODED,
-                     refuses=_refuses, priority=priority, prepare=native.prepare, native_call=_native_call(index))
+                     refuses=refuses, priority=priority, prepare=native.prepare, native_call=_native_call(index))
     def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        return OPS.decoded.default(x, *_arguments(packed, bias, spec), index)  # type: ignore[no-any-return]
+        return OPS.decoded.default(x, *arguments(packed, bias, spec), index)  # type: ignore[no-any-return]
 
     @linear.form("linear_list")
     def linear_list(x: Tensor, packed: Sequence[Tensor], bias: Sequence[Tensor | None], specs: Sequence[LinearSpec]

@@ -8,6 +8,7 @@ asymmetric  (compressed-tensors' token)  low = min(x, 0), high = max(x, 0), scal
 static      (vLLM's static int8)         q = clamp(round(x / scale) + zero_point, -128, 127), scale and zero point given
 float8      (vLLM's dynamic fp8)         scale = max(amax(|x|), EPS) / 448,  q = e4m3(clamp(x / scale, -448, 448)),
             a scale for each token, or for each group of its inputs
+microscaled (groups of 32: MX)           scale = power of two as of the MX weights, q = e4m3 or e2m1 of x / scale
 All in float32, rounding half to even. A code that is not a number is 0: float NaN to int8 is not the same on every
 path of a machine. A token with NaN or Inf has such a scale, which carries it into the product; a static scale knows
 nothing of the token, so there Inf is the largest code and NaN is lost.
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from qpass.activation_args import ActivationArgs
+from qpass.codecs.elements import E2M1, to_codes, values
+from qpass.codecs.microscaling import GROUP, power_of_two, shared_exponent
 
 EPS = 1e-10  # keeps an all-zero token from dividing by zero; far below any real activation
 
@@ -49,8 +52,44 @@ def quantize_float8(x: Tensor, group_size: int | None = None) -> tuple[Tensor, T
     return (codes, scale) if group_size is None else (codes.flatten(-2), scale.squeeze(-1))
 
 
+def quantize_microscaled(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """x [..., K] floating, K % 32 == 0 -> codes [..., K], scale float32 [..., K / 32], a power of two.
+
+    Codes are float8_e4m3fn for 8 bits, and for 4 too: it holds every value of e2m1.
+    """
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    offset = 8 if bits == 8 else 2  # 448 = 1.75 * 2^8, 6 = 1.5 * 2^2
+    scale = power_of_two(shared_exponent(x.float(), GROUP, offset, 1)).unsqueeze(-1)
+    scale = torch.where(torch.isfinite(groups).all(-1, keepdim=True), scale, torch.nan)
+    q = groups / scale
+    q = q.clamp(-448, 448) if bits == 8 else values(E2M1, x.device)[to_codes(q, E2M1).int()]
+    return q.to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+
+
+def cannot_round(activation: ActivationArgs, in_features: int) -> str | None:
+    """Why `quantize_activation` does not round to these floats, or None. Integers are no business of its."""
+    words = " ".join((activation.number, activation.granularity.replace("_", " ")))
+    if activation.type != "float" or activation.dynamic is not True:
+        how = "static scales" if activation.static else "scales below a calibrated one" if (
+            activation.dynamic == "local") else "integers"
+        return f"rounding to {words} with {how} is not emulated"
+    if activation.bits == 4 and activation.group_size != GROUP:
+        return f"rounding to {words} is not emulated, only in groups of {GROUP}"
+    if activation.group_size and in_features % activation.group_size:
+        return f"groups of {activation.group_size} do not divide {in_features} inputs"
+    return None
+
+
+def rounded(x: Tensor, activation: ActivationArgs) -> Tensor:
+    """x [..., K] floating -> the values that it is rounded to, float32 [..., K], for a dynamic float activation."""
+    codes, scale, _ = quantize_activation(x, activation)
+    return (codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
 def quantize_activation(x: Tensor, activation: ActivationArgs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scale and zero point (or None) of a dynamic activation, of whatever numbers some kernel rounds to."""
+    if activation.type == "float" and activation.group_size == GROUP:
+        return (*quantize_microscaled(x, activation.bits), None)
     if activation.number == "fp8":
         return (*quantize_float8(x, activation.group_size), None)
     return (*quantize_symmetric(x), None) if activation.symmetric else quantize_asymmetric(x)

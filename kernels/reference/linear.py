@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qpass.kernels.layout import CANONICAL
-from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
+from qpass.kernels.reference.activation import cannot_round, quantize_activation
 from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.scheme import RowCodec, codec_of
 from qpass.spec import LinearSpec
@@ -29,6 +29,8 @@ def _refuses(call: LinearCall) -> str | None:
     if activation is None or (activation.number == "int8" and (
             activation.static or (activation.dynamic is True and activation.granularity == "per_token"))):
         return None
+    if call.spec.exact:
+        return cannot_round(activation, call.spec.in_features)
     words = " ".join((activation.granularity.replace("_", " "), *(("static",) if activation.static else ())))
     return f"activation rounding to {activation.number} {words} is not computed on {call.device.type}"
 
@@ -39,11 +41,7 @@ def linear_reference(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, s
     if spec.activation is None:
         y = _times(x.float(), unpack(packed, spec), spec)
         return (y if bias is None else y + bias.float()).to(x.dtype)
-    if spec.activation.symmetric:
-        xq, x_scale = quantize_symmetric(x)
-        return linear_q_reference(xq, x_scale, None, packed, bias, spec, x.dtype)
-    xq, x_scale, x_zero_point = quantize_asymmetric(x)
-    return linear_q_reference(xq, x_scale, x_zero_point, packed, bias, spec, x.dtype)
+    return linear_q_reference(*quantize_activation(x, spec.activation), packed, bias, spec, x.dtype)
 
 
 @linear_reference.form("linear_q")

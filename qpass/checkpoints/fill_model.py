@@ -66,7 +66,7 @@ def _there(item: Float) -> torch.Tensor:
 
 
 def fill_layers(model: nn.Module, layers: Sequence[Layer], checkpoint: Checkpoint, device: torch.device,
-                dtype: torch.dtype | None = None) -> None:
+                dtype: torch.dtype | None = None, *, exact: bool = False) -> None:
     """Read, pack and put in place each layer on `device`. Raises CheckpointError that names a damaged layer."""
     freed = 0
     for layer in layers:
@@ -84,7 +84,7 @@ def fill_layers(model: nn.Module, layers: Sequence[Layer], checkpoint: Checkpoin
                   "pre_scale": canonical.tensors.pop("pre_scale", None)}
         of = dtype or _weight_of(model, layer, layer.paths[0]).dtype
         call = LinearCall(spec=_as_read(layer.read.spec, canonical), device=device, dtype=of)
-        call = replace(call, spec=computable(call)[0])
+        call = replace(call, spec=computable(call, exact=exact)[0])
         spec = call.spec.on(choose(call, where=layer.paths[0], prepare=True).kernel.name)
         if spec.activation is None or not spec.activation.static:
             scale = None

@@ -71,7 +71,7 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
     matches = match(sites, recipe)
     tied = _tied_heads(sites)
     decisions = tuple(_draft_experts(found, recipe.on_indivisible, tied.get(found.site.name)) for found in matches)
-    decisions = equal_halves(keep_activations(decisions) if recipe.on_unsupported_activation == "keep" else decisions)
+    decisions = equal_halves(keep_activations(decisions) if recipe.on_unsupported_activation != "error" else decisions)
     _raise_refused(matches, decisions, recipe)
     if not any(decision.status == "quantize" for decision in decisions):
         raise NothingQuantized(_nothing(decisions))
@@ -216,8 +216,8 @@ def _with_kernel(decision: Decision, device: torch.device, policy: OnUnsupported
     if decision.spec is None:
         return decision
     call = LinearCall(spec=decision.spec, device=device, dtype=decision.site.dtype)
-    if policy == "keep":
-        spec, kept = computable(call)
+    if policy != "error":
+        spec, kept = computable(call, exact=policy == "emulate")
         call = replace(call, spec=spec)
         decision = replace(decision, reason="; ".join(filter(None, (decision.reason, kept))))
     choice = choose(call, where=decision.site.name)

@@ -21,12 +21,13 @@ class QPassConfig(QuantizationConfigMixin):
               None, without settings, loads a quantized checkpoint as it is, as qpass.load does
     settings  of `qpass.Recipe`: ignore, overrides, on_indivisible, on_unsupported_activation, strict; only beside a
               preset name or a Scheme
+    exact     as of qpass.quantize: emulate the rounding of activations that this machine cannot compute with
 
     Raises RecipeError for what is no recipe, and for algorithms that need data: weights that are only passing by cannot
     be calibrated.
     """
 
-    def __init__(self, recipe: Any = None, **settings: Any) -> None:
+    def __init__(self, recipe: Any = None, *, exact: bool = False, **settings: Any) -> None:
         settings.pop("quant_method", None)
         if "scheme" in settings and recipe is None:
             recipe = settings.pop("scheme")
@@ -34,6 +35,7 @@ class QPassConfig(QuantizationConfigMixin):
         self.recipe: Recipe | None = None
         if recipe is not None or settings:
             self.recipe = _with_settings(recipe, settings)
+            self.recipe = self.recipe.exactly() if exact else self.recipe
             check_online(self.recipe)
 
     def to_dict(self) -> dict[str, Any]:

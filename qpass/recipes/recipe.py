@@ -13,7 +13,7 @@ from qpass.recipes.algorithm import Algorithm, as_algorithm
 from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs, check_defined, preset
 
 OnIndivisible = Literal["adjust", "skip", "error"]
-OnUnsupportedActivation = Literal["keep", "error"]
+OnUnsupportedActivation = Literal["keep", "emulate", "error"]
 DEFAULT_IGNORE = ("lm_head",)
 RECIPE_KEYS = ("scheme", "ignore", "overrides", "algorithms", "on_indivisible", "on_unsupported_activation", "strict")
 
@@ -62,7 +62,8 @@ class Recipe:
                     "skip" the layer (it stays float, and the report says so), or "error"
     on_unsupported_activation
                     no kernel here rounds activations so: "keep" them in float, weights quantized all the same, and
-                    say so in the report, or "error"
+                    say so in the report; "emulate" the rounding of floats, to multiply in float32 (slower than both:
+                    for the numbers of a machine that can); or "error"
     strict          refuse any layer that stays float without being ignored
 
     Raises RecipeError for anything that cannot mean something, naming what is allowed.
@@ -83,8 +84,8 @@ class Recipe:
                  on_unsupported_activation: OnUnsupportedActivation = "keep", strict: bool = False) -> None:
         if on_indivisible not in ("adjust", "skip", "error"):
             raise RecipeError(f"on_indivisible must be 'adjust', 'skip' or 'error', got {on_indivisible!r}")
-        if on_unsupported_activation not in ("keep", "error"):
-            raise RecipeError("on_unsupported_activation must be 'keep' or 'error', got "
+        if on_unsupported_activation not in ("keep", "emulate", "error"):
+            raise RecipeError("on_unsupported_activation must be 'keep', 'emulate' or 'error', got "
                               f"{on_unsupported_activation!r}")
         if not isinstance(strict, bool):
             raise RecipeError(f"strict must be True or False, got {strict!r}")
@@ -98,6 +99,11 @@ class Recipe:
         put(self, "strict", strict)
         for target in self.ignore or ():
             check_target(target)
+
+    def exactly(self) -> Recipe:
+        """The same, with the rounding of activations emulated where this machine cannot compute it."""
+        return Recipe.from_dict({**self.to_dict(), "algorithms": self.algorithms,
+                                 "on_unsupported_activation": "emulate"})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: JSON and YAML can hold it."""

@@ -1,4 +1,4 @@
-"""Keep activation: a spec in; the spec that a machine can compute out, its activation rounded, emulated, or in float."""
+"""Keep activation: a spec in; the spec that a machine can compute out, its activation rounded, emulated or float."""
 
 from __future__ import annotations
 

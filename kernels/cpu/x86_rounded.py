@@ -1,7 +1,7 @@
 """x86 rounded: kernels for `exact` specs in the table: what an activation is rounded to, multiplied in float32.
 
-On machines that cannot multiply fp8 or fp4 this gives the numbers of those that can, at the price of the rounding, which
-is written in plain torch; the product is that of csrc/decoded.h.
+On machines that cannot multiply fp8 or fp4 this gives the numbers of those that can, at the price of the rounding,
+which is written in plain torch; the product is that of csrc/decoded.h.
 """
 
 from __future__ import annotations

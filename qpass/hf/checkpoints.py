@@ -31,9 +31,9 @@ _ASIDE = ("_modules", "_parameters", "_buffers", "all_tied_weights_keys", "_keys
 class CheckpointConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint, as its tool wrote it; `quant_method` stays that tool's."""
 
-    def __init__(self, **said: Any) -> None:
+    def __init__(self, *, exact: bool = False, **said: Any) -> None:
         self.quant_method = said.pop("quant_method", METHOD)
-        self.said = said
+        self.said, self.exact = said, exact
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method, **self.said}
@@ -47,6 +47,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 class CheckpointQuantizer(PackedQuantizer):
     """Loads the whole checkpoint with qpass.load, in the dtype and the device that Transformers was asked for."""
 
+    quantization_config: CheckpointConfig
     def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._device, self._folder = torch.device("cpu"), Path()
@@ -80,7 +81,8 @@ class CheckpointQuantizer(PackedQuantizer):
         model.__dict__.update(self._aside)
         config: Any = model.config
         config.__dict__.pop("quantization_config", None)
-        made = load(self._folder, model=empty_like(type(model), config, self._folder, self._dtype), device=self._device)
+        empty, exact = empty_like(type(model), config, self._folder, self._dtype), self.quantization_config.exact
+        made = load(self._folder, model=empty, device=self._device, exact=exact)
         for part in ("_modules", "_parameters", "_buffers", "_qpass_plan", "config"):
             if part in made.__dict__:
                 model.__dict__[part] = made.__dict__[part]

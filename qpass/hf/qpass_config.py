@@ -33,6 +33,7 @@ class QPassConfig(QuantizationConfigMixin):
             recipe = settings.pop("scheme")
         self.quant_method = METHOD  # type: ignore[assignment]  # theirs is an enumeration of the methods they have
         self.recipe: Recipe | None = None
+        self.exact = exact
         if recipe is not None or settings:
             self.recipe = _with_settings(recipe, settings)
             self.recipe = self.recipe.exactly() if exact else self.recipe
@@ -40,7 +41,8 @@ class QPassConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `from_dict` takes it."""
-        return {"quant_method": METHOD, **({} if self.recipe is None else self.recipe.to_dict())}
+        exact = {"exact": True} if self.exact else {}
+        return {"quant_method": METHOD, **({} if self.recipe is None else self.recipe.to_dict()), **exact}
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -50,7 +52,7 @@ class QPassConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         if self.recipe is None:
-            return "QPassConfig()"
+            return f"QPassConfig({'exact=True' if self.exact else ''})"
         default = Recipe(None).to_dict()
         said = {key: value for key, value in self.recipe.to_dict().items()
                 if key != "scheme" and value != default[key]}

@@ -36,7 +36,7 @@ def register() -> None:
 def merge_configs(of_checkpoint: Any, ours: QPassConfig) -> Any:
     """The config to load a quantized checkpoint by, where the user gave `ours`. Raises RecipeError if it cannot be."""
     if ours.recipe is None:
-        return checkpoints.CheckpointConfig()
+        return checkpoints.CheckpointConfig(exact=ours.exact)
     refuse_quantized(of_checkpoint, ours)
 
 

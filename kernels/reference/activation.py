@@ -83,7 +83,8 @@ def cannot_round(activation: ActivationArgs, in_features: int) -> str | None:
 def rounded(x: Tensor, activation: ActivationArgs) -> Tensor:
     """x [..., K] floating -> the values that it is rounded to, float32 [..., K], for a dynamic float activation."""
     codes, scale, _ = quantize_activation(x, activation)
-    return (codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+    back: Tensor = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
+    return back.flatten(-2)
 
 
 def quantize_activation(x: Tensor, activation: ActivationArgs) -> tuple[Tensor, Tensor, Tensor | None]:

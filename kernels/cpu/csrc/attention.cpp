@@ -18,7 +18,7 @@ const Isa* available_isa(int32_t isa);
 
 namespace {
 
-constexpr int kRows = 8;  // of keys or values decoded at a time: they stay in the first cache
+constexpr int kRows = 8;  // of keys or values at a time: decoded ones stay in the first cache
 enum Kind { kInt8 = 0, kFp8 = 1, kInt4 = 2 };
 
 struct Call {
@@ -122,6 +122,14 @@ QPASS_AVX2 void softmax(float* s, int64_t size) {
   for (t = 0; t < size; t++) s[t] *= factor;
 }
 
+}  // namespace
+}  // namespace qpass
+
+#include "attention_rows.h"
+
+namespace qpass {
+namespace {
+
 // What a mask adds to the score of key t for row m of head hq: 0 or a number, -inf where it may not be seen.
 inline float masked(const Call& c, int64_t b, int64_t hq, int64_t m, int64_t t) {
   if (c.causal && t > c.S - c.M + m) return -INFINITY;
@@ -131,53 +139,60 @@ inline float masked(const Call& c, int64_t b, int64_t hq, int64_t m, int64_t t) 
   return ((const float*)c.mask)[at];
 }
 
+// The same for 8 keys from t on, of which `count` exist; returns whether one of them may be seen.
+QPASS_AVX2_INLINE bool masked8(const Call& c, int64_t b, int64_t hq, int64_t m, int64_t t, int64_t count, float* out) {
+  __m256 add = _mm256_setzero_ps();
+  const __m256 hidden = _mm256_set1_ps(-INFINITY);
+  if (count < 8 || (c.causal && t + 7 > c.S - c.M + m)) {
+    for (int64_t j = 0; j < 8; j++) out[j] = j < count ? masked(c, b, hq, m, t + j) : -INFINITY;
+    add = _mm256_loadu_ps(out);
+  } else if (c.mask_dtype != 0) {
+    const int64_t at = b * c.mask_batch + hq * c.mask_head + m * c.mask_row + t;
+    if (c.mask_dtype == 1) {
+      const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const uint8_t*)c.mask + at)));
+      add = _mm256_and_ps(hidden, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256())));
+    } else {
+      add = _mm256_loadu_ps((const float*)c.mask + at);
+    }
+  }
+  _mm256_storeu_ps(out, add);
+  return _mm256_movemask_ps(_mm256_cmp_ps(add, hidden, _CMP_NEQ_UQ)) != 0;
+}
+
 template <int kind>
 QPASS_AVX2 void one_head(const Call& c, const qp_cached& k, const qp_cached& v, const void* q, DType dtype, void* out,
                          int64_t b, int64_t h, float* work) {
-  const int64_t G = c.Hq / c.Hkv, R = G * c.M, widest = c.D > c.Dv ? c.D : c.Dv;
-  float *x = work, *rows = x + R * c.D, *scores = rows + kRows * widest, *sum = scores + R * c.S;
+  const int64_t G = c.Hq / c.Hkv, R = G * c.M, widest = c.D > c.Dv ? c.D : c.Dv, ld = padded(c.S, 8);
+  float *x = work, *rows = x + R * c.D, *eight = rows + kRows * widest, *scores = eight + R * kRows;
+  float* sum = scores + R * ld;
   for (int64_t r = 0; r < R; r++)
     for (int64_t i = 0; i < c.D; i++)
       x[r * c.D + i] = c.scaling * load_float(q, dtype, ((b * c.Hq + h * G) * c.M + r) * c.D + i);
+  const bool one_mask = c.M == 1 && (c.mask_dtype == 0 || c.mask_head == 0);  // the same for all rows of a head
   for (int64_t t = 0; t < c.S; t += kRows) {
     const int64_t count = c.S - t < kRows ? c.S - t : kRows;
     bool seen = false;
-    for (int64_t r = 0; r < R; r++)
-      for (int64_t j = 0; j < count; j++) {
-        const float add = masked(c, b, h * G + r / c.M, r % c.M, t + j);
-        scores[r * c.S + t + j] = add;
-        seen |= add != -INFINITY;
-      }
+    for (int64_t r = 0; r < R; r++) {
+      float* to = scores + r * ld + t;
+      if (r && one_mask) _mm256_storeu_ps(to, _mm256_loadu_ps(scores + t));
+      else seen |= masked8(c, b, h * G + r / c.M, r % c.M, t, count, to);
+    }
     if (!seen) continue;
-    float factor[kRows];
-    for (int64_t j = 0; j < count; j++) factor[j] = decode<kind>(k, b, h, t + j, c.D, rows + j * c.D);
-    for (int64_t r = 0; r < R; r++)
-      for (int64_t j = 0; j < count; j++) {
-        float s = factor[j] * dot(x + r * c.D, rows + j * c.D, c.D);
-        if (c.softcap > 0) s = c.softcap * std::tanh(s / c.softcap);
-        scores[r * c.S + t + j] += s;
-      }
+    score8<kind>(k, b, h, t, count, x, R, c.D, rows, eight);
+    for (int64_t r = 0; r < R; r++) {
+      float *s = eight + r * kRows, *to = scores + r * ld + t;
+      for (int64_t j = 0; j < count && c.softcap > 0; j++) s[j] = c.softcap * std::tanh(s[j] / c.softcap);
+      _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_loadu_ps(s)));
+    }
   }
-  for (int64_t r = 0; r < R; r++) softmax(scores + r * c.S, c.S);
+  for (int64_t r = 0; r < R; r++) softmax(scores + r * ld, c.S);
   for (int64_t i = 0; i < R * c.Dv; i++) sum[i] = 0;
   for (int64_t t = 0; t < c.S; t += kRows) {
     const int64_t count = c.S - t < kRows ? c.S - t : kRows;
     bool seen = false;
     for (int64_t r = 0; r < R && !seen; r++)
-      for (int64_t j = 0; j < count; j++) seen |= scores[r * c.S + t + j] != 0;
-    if (!seen) continue;
-    float factor[kRows];
-    for (int64_t j = 0; j < count; j++) factor[j] = decode<kind>(v, b, h, t + j, c.Dv, rows + j * c.Dv);
-    for (int64_t r = 0; r < R; r++) {
-      __m256 p[kRows];
-      for (int64_t j = 0; j < kRows; j++)
-        p[j] = _mm256_set1_ps(j < count ? factor[j] * scores[r * c.S + t + j] : 0);
-      for (int64_t i = 0; i < c.Dv; i += 8) {
-        __m256 total = _mm256_loadu_ps(sum + r * c.Dv + i);
-        for (int64_t j = 0; j < count; j++) total = _mm256_fmadd_ps(p[j], _mm256_loadu_ps(rows + j * c.Dv + i), total);
-        _mm256_storeu_ps(sum + r * c.Dv + i, total);
-      }
-    }
+      for (int64_t j = 0; j < count; j++) seen |= scores[r * ld + t + j] != 0;
+    if (seen) add8<kind>(v, b, h, t, count, scores + t, ld, R, c.Dv, rows, sum);
   }
   for (int64_t r = 0; r < R; r++)  // out is [B, M, Hq, Dv]
     for (int64_t i = 0; i < c.Dv; i++)
@@ -215,7 +230,7 @@ extern "C" int32_t qp_attention(const void* q, int32_t dtype, const int64_t* siz
                      (c.B - 1) * c.mask_batch + (c.Hq - 1) * c.mask_head + (c.M - 1) * c.mask_row + c.S > mask_count))
     return fail("attention: the mask is smaller than [B, H, M, S]");
   const int64_t R = c.Hq / c.Hkv * c.M, widest = c.D > c.Dv ? c.D : c.Dv;
-  const int64_t need = 4 * (R * (c.D + c.Dv + c.S) + kRows * widest);
+  const int64_t need = 4 * (R * (c.D + c.Dv + padded(c.S, 8) + kRows) + kRows * widest);
   bool failed = false;
 #pragma omp parallel for num_threads(team_size(threads, c.B * c.Hkv)) schedule(dynamic)
   for (int64_t task = 0; task < c.B * c.Hkv; task++) {

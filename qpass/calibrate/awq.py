@@ -41,7 +41,7 @@ def calibrate(settings: Awq, work: BlockWork) -> None:
             left += [site.name for site in group]
             continue
         work.tell(name)
-        factors = search_factors([site.weight.float() for site in group], [_rounded(site) for site in group],
+        factors = search_factors([site.weight.float() for site in group], [rounded_to_nearest(site) for site in group],
                                  means[name] / hessians[name].rows, hessians[name].value, grid=settings.grid,
                                  duo=settings.duo_scaling, common=partial(common_factors, pair))
         if fold_checked(work, pair, factors):
@@ -56,7 +56,7 @@ def calibrate(settings: Awq, work: BlockWork) -> None:
                 site.settle(round_to_grid(weight, grid, site.spec, site.scale_dtype))
 
 
-def _rounded(site: SiteWork) -> Callable[[Tensor], Tensor]:
+def rounded_to_nearest(site: SiteWork) -> Callable[[Tensor], Tensor]:
     """Rounding to nearest on the site's scheme, back in float32."""
     def round_it(weight: Tensor) -> Tensor:
         grid = find_grid(weight, site.spec, "absmax", site.scale_dtype)

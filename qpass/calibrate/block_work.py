@@ -214,6 +214,13 @@ def rounded(x: Tensor, args: ActivationArgs) -> Tensor:
     return ((q.float() - zero_point) * scale).to(x.dtype)
 
 
+def rounds_input(work: SiteWork) -> bool:
+    """Whether `rounding_hook` can round this site's input: int8 per token, in a module of its own."""
+    args = work.spec.activation
+    return args is not None and work.site.swap == "module" and (
+        args.type, args.bits, args.granularity, args.dynamic) == ("int", 8, "per_token", True)
+
+
 def rounding_hook(work: SiteWork, *, straight_through: bool = False) -> Callable[..., Any] | None:
     """A forward pre-hook, to be registered with kwargs, that rounds the site's input as its scheme says, for int8 per
     token in a module of its own.
@@ -221,8 +228,7 @@ def rounding_hook(work: SiteWork, *, straight_through: bool = False) -> Callable
     `straight_through` lets gradients pass as if nothing was rounded.
     """
     args = work.spec.activation
-    if args is None or work.site.swap != "module" or (args.type, args.bits, args.granularity, args.dynamic) != (
-            "int", 8, "per_token", True):
+    if args is None or not rounds_input(work):
         return None
 
     def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:

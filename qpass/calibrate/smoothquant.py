@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from qpass.calibrate.block_work import BlockWork
+from qpass.calibrate.awq import rounded_to_nearest
+from qpass.calibrate.block_work import BlockWork, SiteWork, rounded, rounds_input
 from qpass.calibrate.fold import common_factors, fold_checked
 from qpass.calibrate.gptq import by_input
 from qpass.calibrate.pairs import Pair
+from qpass.calibrate.smoothquant_math import factors_of, search_factors
 from qpass.recipes.algorithm import SmoothQuant
 
-_SMALLEST = 1e-5  # of a factor; keeps channels that are never used finite
+_ROWS = 512  # of an input, spread over the samples, on which alpha is searched
+_EVEN = 0.5  # where the rounding of the input cannot be tried out: static scales, fp8, products inside a forward
 
 
 def calibrate(settings: SmoothQuant, work: BlockWork) -> None:
@@ -25,24 +30,34 @@ def calibrate(settings: SmoothQuant, work: BlockWork) -> None:
     if not groups:
         return
     amax: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
+    share = max(1, _ROWS // max(1, len(work.calls)))
 
     def observe(name: str, x: Tensor) -> None:
         here = x.abs().amax(0)
         amax[name] = torch.maximum(amax[name], here) if name in amax else here
+        rows.setdefault(name, []).append(x[::max(1, len(x) // share)][:share].clone())
 
     work.observe([group[0].name for group in groups], observe)
     for group in groups:
-        if group[0].name not in amax:
+        name = group[0].name
+        if name not in amax:
             work.never_reached([site.name for site in group])
-        pair = pairs[group[0].name]
-        fold_checked(work, pair, common_factors(pair, factors_of(amax[group[0].name], _columns(work, pair),
-                                                                 settings.alpha)))
+        pair = pairs[name]
+        work.tell(name)
+        fold_checked(work, pair, _factors(settings, work, group, pair, amax[name], rows.pop(name)))
 
 
-def factors_of(x_amax: Tensor, w_amax: Tensor, alpha: float) -> Tensor:
-    """s [K] = amax(|x|)^alpha / amax(|w|)^(1 - alpha); 1 for a channel that is zero in the input or in the weights."""
-    s = x_amax.clamp_min(_SMALLEST).pow(alpha) / w_amax.clamp_min(_SMALLEST).pow(1 - alpha)
-    return torch.where((x_amax == 0) | (w_amax == 0), 1.0, s.clamp_min(_SMALLEST))
+def _factors(settings: SmoothQuant, work: BlockWork, group: list[SiteWork], pair: Pair, x_amax: Tensor,
+             rows: list[Tensor]) -> Tensor:
+    common, w_amax = partial(common_factors, pair), _columns(work, pair)
+    args = group[0].spec.activation
+    known = all(site.on_grid for site in group) and (args is None or rounds_input(group[0]))
+    if settings.alpha is not None or not known:
+        return common(factors_of(x_amax, w_amax, _EVEN if settings.alpha is None else settings.alpha))
+    return search_factors(torch.cat(rows), [site.weight.float() for site in group],
+                          (lambda x: x) if args is None else (lambda x: rounded(x, args)),
+                          [rounded_to_nearest(site) for site in group], x_amax, w_amax, common)
 
 
 def _columns(work: BlockWork, pair: Pair) -> Tensor:
@@ -52,5 +67,3 @@ def _columns(work: BlockWork, pair: Pair) -> Tensor:
         weight = work.parameters[name].detach().float()
         parts.append(weight.abs().amax(1 if transposed else 0))
     return torch.stack(parts).amax(0)
-
-

@@ -145,7 +145,8 @@ class Gptq(Algorithm):
 class SmoothQuant(Algorithm):
     """SmoothQuant (Xiao et al., 2022): each input channel is divided by s and its weights multiplied by s.
 
-    alpha  s = amax(|x|)^alpha / amax(|w|)^(1 - alpha), per channel; 0.5 shares the difficulty evenly
+    alpha  s = amax(|x|)^alpha / amax(|w|)^(1 - alpha), per channel; 0.5 shares the difficulty evenly. None: for each
+           input the one, or none at all, with which its rounded products come nearest to the float ones
 
     The division is folded into what produces the input (a norm, a linear), as the graph shows it; an input that
     nothing can take it from is left alone, and named in the report.
@@ -154,12 +155,12 @@ class SmoothQuant(Algorithm):
     name: ClassVar[str] = "smoothquant"
     wiring: ClassVar[str] = "qpass.calibrate.smoothquant"
     rounds: ClassVar[bool] = False
-    alpha: float = 0.5
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_type("alpha", float, int)
-        self.check(0 <= self.alpha <= 1, "alpha", "from 0 to 1")
+        self.check_type("alpha", float, int, type(None))
+        self.check(self.alpha is None or 0 <= self.alpha <= 1, "alpha", "None, or from 0 to 1")
 
 
 @register_algorithm

@@ -10,7 +10,7 @@ import torch
 import qpass
 from qpass.calibrate.fold import common_factors, fold
 from qpass.calibrate.pairs import find_pairs
-from qpass.calibrate.smoothquant import factors_of
+from qpass.calibrate.smoothquant_math import factors_of, search_factors
 from qpass.capture.capture_model import capture
 from tests.qpass.calibrate.small_models import ARCHITECTURES, output_error, output_of, small_model, tokens
 
@@ -44,6 +44,27 @@ def test_grouped_heads_share_a_factor() -> None:
 def test_factors() -> None:
     s = factors_of(torch.tensor([4.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 0.0]), 0.5)
     assert s.tolist() == [2.0, 1.0, 1.0]
+
+
+def test_the_search_takes_what_rounds_best_and_never_less_than_nothing() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(64, 32), torch.randn(48, 32)
+    x[:, 3] *= 50
+
+    def rounded(t: torch.Tensor) -> torch.Tensor:
+        s = t.abs().amax(-1, keepdim=True) / 127
+        return (t / s).round() * s
+
+    def error(s: torch.Tensor) -> float:
+        wanted = x @ w.t()
+        return float(((rounded(x / s) @ rounded(w * s).t() - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
+
+    x_amax, w_amax = x.abs().amax(0), w.abs().amax(0)
+    found = search_factors(x, [w[:16], w[16:]], rounded, [rounded, rounded], x_amax, w_amax, lambda s: s)
+    assert error(found) < 0.2 * error(torch.ones(32))
+    assert error(found) <= min(error(factors_of(x_amax, w_amax, alpha)) for alpha in (0.3, 0.5, 0.7))
+    plain = search_factors(x, [w], lambda t: t, [lambda t: t], x_amax, w_amax, lambda s: s)
+    assert torch.equal(plain, torch.ones(32))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])

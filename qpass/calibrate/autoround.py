@@ -40,7 +40,7 @@ def calibrate(settings: AutoRound, work: BlockWork) -> None:
             for number in picked:
                 loss = _loss(work, number, stored) / len(picked)
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
             torch.autograd.backward([weights[name] for name in weights], [_grad(held[name]) for name in weights])
             if total < best:
                 best = total

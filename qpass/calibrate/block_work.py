@@ -81,7 +81,8 @@ class BlockWork:
     masks    one a sample: which tokens [B, T] count, None if all do
     notes    sentences for the report
     tell     shows a few words in the progress line
-    targets  the float model's outputs of the block, one a sample, if an algorithm matches them
+    targets  the float model's outputs of the block, one a sample, if an algorithm matches them; empty until
+             `fill_targets`
     float_calls  the block's arguments in the float model, one a sample, likewise
     pairs    inputs within the block whose channels can be rescaled
     keep     takes the float block's outputs from the first observation, if they are wanted
@@ -101,6 +102,12 @@ class BlockWork:
     float_calls: ActivationStore | None = None
     keep: ActivationStore | None = None
     seed: int = 0
+
+    def fill_targets(self) -> None:
+        """Compute `targets` if they are wanted and not there; only while the block gives what the float one does."""
+        if self.targets is not None and not len(self.targets):
+            for output in self.outputs(self.float_calls):
+                self.targets.append(output)
 
     def chosen(self, algorithm: Algorithm) -> list[SiteWork]:
         """The sites that this algorithm works on, in order."""

@@ -13,7 +13,7 @@ from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_end
 from qpass.errors import CalibrationError
 from qpass.recipes.algorithm import Gptq
 
-_ROWS_A_COLUMN = 2  # below that the regression on the inputs fits noise
+_ROWS_A_COLUMN = 2  # below that halves of the data have too little to confirm each other
 
 
 def calibrate(settings: Gptq, work: BlockWork) -> None:
@@ -22,13 +22,14 @@ def calibrate(settings: Gptq, work: BlockWork) -> None:
     if settings.matches_float and work.float_calls is not None:
         exact = float_side(work, groups)
         for group in groups:
-            hessian, errors = lacking(work, group, exact)
-            enough = hessian.rows >= _ROWS_A_COLUMN * group[0].spec.in_features
+            found = lacking(work, group, exact)
+            hessian = found.hessian
+            enough = hessian.rows >= _ROWS_A_COLUMN * group[0].spec.in_features and all(h.rows for h in found.hessians)
             if not enough and hessian.rows:
                 names = ", ".join(site.name for site in group)
                 work.notes.append(f"gptq: {names} saw {hessian.rows} tokens, too few to make up for errors before it; "
                                   "rounded for itself")
-            _round(settings, work, group, hessian, errors if enough else None)
+            _round(settings, work, group, hessian, found.changes() if enough else None)
         exact.clear()
         return
     hessians = {group[0].name: Hessian(group[0].spec.in_features) for group in groups}
@@ -47,7 +48,7 @@ def by_input(sites: list[SiteWork]) -> list[list[SiteWork]]:
 
 
 def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian,
-           errors: list[Tensor] | None = None) -> None:
+           changes: list[Tensor] | None = None) -> None:
     if seen.rows == 0:
         work.never_reached([site.name for site in group])
         return
@@ -66,8 +67,8 @@ def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian
     alike: dict[object, list[tuple[SiteWork, Tensor, Grid]]] = {}
     for index, site in enumerate(group):
         weight = site.weight.float()
-        if errors is not None:
-            weight = weight + factor.solve(errors[index], order)
+        if changes is not None:
+            weight = weight + changes[index]
         grid = find_grid(weight, site.spec, settings.scales, site.scale_dtype, importance)
         alike.setdefault(site.spec.weight, []).append((site, weight, grid))
     for members in alike.values():  # one grid kind: their rows are rounded together

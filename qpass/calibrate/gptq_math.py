@@ -25,12 +25,6 @@ class InverseFactor:
     upper: Tensor
     dampening: float
 
-    def solve(self, products: Tensor, order: Tensor) -> Tensor:
-        """`products` [N, K] times H^-1, both in the order of the weight's columns."""
-        found = torch.empty_like(products)
-        found[:, order] = products[:, order] @ self.upper.t() @ self.upper
-        return found
-
 
 def inverse_factor(hessian: Tensor, order: Tensor, dampening_frac: float) -> InverseFactor:
     """Factor the inverse of the dampened Hessian [K, K], columns taken in `order` [K].

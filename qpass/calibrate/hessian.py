@@ -22,6 +22,11 @@ class Hessian:
             self._upper[:stop, start:stop].addmm_(x[:, :stop].t(), x[:, start:stop])
         self.rows += len(x)
 
+    def __add__(self, other: Hessian) -> Hessian:
+        whole = Hessian(len(self._upper))
+        whole.rows, whole._upper = self.rows + other.rows, self._upper + other._upper.to(self._upper.device)
+        return whole
+
     def divide(self, factors: Tensor) -> None:
         """What it is once the input's channels are divided by `factors` [K]."""
         self._upper = self._upper / factors / factors[:, None]

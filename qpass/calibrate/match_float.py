@@ -3,13 +3,14 @@
 A site that is rounded for itself reproduces its float product on inputs that earlier layers have already changed, and
 every error before it stays. Here its target is what the float model computes at that place: its output there or, where
 that is added to another tensor (a residual stream), the sum. The difference E [T, N] is regressed on the quantized
-model's input x, so that the corrected weight is W + (E^T x) (x^T x)^-1.
+model's input x, as `correction_math` says.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.block_work import BlockWork, SiteWork, counted_rows
+from qpass.calibrate.correction_math import Halves, confirmed_changes
 from qpass.calibrate.hessian import Hessian
 from qpass.measure.watch_products import SeenProduct, WatchProducts
 
@@ -60,33 +62,56 @@ class _Enough(Exception):
 def float_side(work: BlockWork, groups: Sequence[Sequence[SiteWork]]) -> ActivationStore:
     """What the float model's inputs give at every group and sum of the block, a dict by key for each sample.
 
-    Run before anything of the block is rounded.
+    Run before anything of the block is rounded; fills the block's targets on the way.
     """
-    assert work.float_calls is not None
+    assert work.float_calls is not None and work.targets is not None
+    missing = not len(work.targets)
     found = ActivationStore(work.calls.budget)
     sites = [site for group in groups for site in group]
     firsts = {group[0].name for group in groups}
     for number, mask in enumerate(work.masks):
         work.tell(f"float {number + 1} of {len(work.calls)} samples")
-        seen = _one_run(work, sites, work.float_calls[number], mask, firsts, frozenset())
+        seen, output = _one_run(work, sites, work.float_calls[number], mask, firsts, frozenset())
+        if missing:
+            work.targets.append(output)
         found.append({key: tensors[0] for key, tensors in seen.items() if len(tensors) == 1})
     return found
 
 
-def lacking(work: BlockWork, group: Sequence[SiteWork], exact: ActivationStore) -> tuple[Hessian, list[Tensor]]:
-    """Hessian of the group's input in the quantized model, and E^T x [N, K] of each of its sites."""
+@dataclass(frozen=True)
+class Lacking:
+    """Of a group's input in the quantized model: Hessians of two halves of the samples, and for each site E^T x [N, K]
+    in both."""
+
+    hessians: tuple[Hessian, Hessian]
+    products: list[Halves]
+
+    @property
+    def hessian(self) -> Hessian:
+        """Of all samples."""
+        return self.hessians[0] + self.hessians[1]
+
+    def changes(self) -> list[Tensor]:
+        """What to add to each site's weight [N, K]."""
+        return confirmed_changes((self.hessians[0].value, self.hessians[1].value), self.products)
+
+
+def lacking(work: BlockWork, group: Sequence[SiteWork], exact: ActivationStore) -> Lacking:
+    """What each site of the group lacks with the quantized model's inputs; every other sample is in the same half."""
     first = group[0]
-    hessian = Hessian(first.spec.in_features)
-    sums = [torch.zeros(site.spec.out_features, site.spec.in_features, device=site.weight.device) for site in group]
-    drift = torch.zeros(first.spec.in_features, first.spec.in_features, device=first.weight.device)
+    size, device = first.spec.in_features, first.weight.device
+    hessians = Hessian(size), Hessian(size)
+    sums = [[torch.zeros(site.spec.out_features, size, device=device) for site in group] for _ in hessians]
+    drift = [torch.zeros(size, size, device=device) for _ in hessians]
     summed: Counter[int] = Counter()
     for number, mask in enumerate(work.masks):
+        half = number % 2
         work.tell(f"{first.name}: {number + 1} of {len(work.calls)} samples")
         wanted = exact[number]
         keys = frozenset(key for site in group for key in (f"x|{first.name}", f"sum|{site.name}") if key in wanted)
-        seen = _one_run(work, group, work.calls[number], mask, {first.name}, keys)
+        seen, _ = _one_run(work, group, work.calls[number], mask, {first.name}, keys)
         for x in seen.get(f"x|{first.name}", []):
-            hessian.add(x)
+            hessians[half].add(x)
         if not _alike(seen, wanted, f"x|{first.name}"):
             continue
         x, aim = seen[f"x|{first.name}"][0], wanted[f"x|{first.name}"]
@@ -94,14 +119,17 @@ def lacking(work: BlockWork, group: Sequence[SiteWork], exact: ActivationStore) 
         for index, site in enumerate(group):
             key = f"sum|{site.name}"
             if _alike(seen, wanted, key) and len(wanted[key]) == len(x):
-                sums[index].addmm_((wanted[key] - seen[key][0]).t(), x)
+                sums[half][index].addmm_((wanted[key] - seen[key][0]).t(), x)
                 summed[index] += 1
             else:
                 plain = True
         if plain:
-            drift.addmm_((aim - x).t(), x)
-    return hessian, [one if summed[index] else site.weight.float() @ drift
-                     for index, (site, one) in enumerate(zip(group, sums, strict=True))]
+            drift[half].addmm_((aim - x).t(), x)
+    products = []
+    for index, site in enumerate(group):
+        of = [sums[half][index] if summed[index] else site.weight.float() @ drift[half] for half in (0, 1)]
+        products.append((of[0], of[1]))
+    return Lacking(hessians, products)
 
 
 def _alike(seen: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Tensor], key: str) -> bool:
@@ -110,9 +138,13 @@ def _alike(seen: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Tensor], k
 
 
 def _one_run(work: BlockWork, sites: Sequence[SiteWork], call: tuple[Any, Any], mask: Tensor | None,
-             firsts: set[str], enough: frozenset[str]) -> dict[str, list[Tensor]]:
-    """Inputs of the sites in `firsts` and sums of all `sites`, as rows; the run ends when it has all of `enough`."""
+             firsts: set[str], enough: frozenset[str]) -> tuple[dict[str, list[Tensor]], Any]:
+    """Inputs of the sites in `firsts` and sums of all `sites`, as rows, and the block's output.
+
+    The run ends when it has all of `enough`, then without an output.
+    """
     seen: dict[str, list[Tensor]] = {}
+    output = None
     left = set(enough)
 
     def keep(key: str, value: Tensor) -> None:
@@ -132,7 +164,7 @@ def _one_run(work: BlockWork, sites: Sequence[SiteWork], call: tuple[Any, Any], 
     try:
         with work.rounding_activations({site.name for site in sites} if enough else set()), torch.no_grad(), watch:
             args, kwargs = call
-            work.module(*args, **kwargs)
+            output = work.module(*args, **kwargs)
     except _Enough:
         pass
-    return seen
+    return seen, output

@@ -12,8 +12,9 @@ from torch import nn
 
 from qpass.calibrate.blocks import find_blocks
 from qpass.calibrate.pairs import find_pairs
+from qpass.calibrate.probe import drawn_samples
 from qpass.calibrate.run import Bar, Calibration, Install, Limits, aimed_at, without_data
-from qpass.calibrate.samples import read_samples
+from qpass.calibrate.samples import Sample, read_samples
 from qpass.capture.capture_model import capture
 from qpass.decide.decide_sites import Decision
 from qpass.errors import RecipeError
@@ -64,15 +65,23 @@ class Preparation:
         if static and self.data is None:
             raise RecipeError(f"{len(static)} layers have static activation scales, the first is {static[0]}, which "
                               "need data: pass calibration=...")
-        if self.data is None:
+        samples, seen = self._samples(max((algorithm.drawn_tokens for algorithm in aimed), default=0))
+        if not samples:
             return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=None, told=names)
-        samples = read_samples(self.data, self.model, tokenizer=self.tokenizer, num_samples=self.num_samples,
-                               max_seq_length=self.max_seq_length)
         captured = capture(self.model, self.example_inputs)
         blocks = find_blocks(captured, [decision.site for decision in targets])
         run = Calibration(self.model, blocks, targets, aimed, samples, self.limits, find_pairs(captured))
-        told = f"{names} on {len(samples)} samples, {len(blocks)} blocks"
+        told = f"{names} on {seen}, {len(blocks)} blocks"
         return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=run, told=told)
+
+    def _samples(self, drawn_tokens: int) -> tuple[Sequence[Sample], str]:
+        """The user's data or, without any, tokens drawn at random, none if the model takes no tokens; and its name."""
+        if self.data is None:
+            drawn = drawn_samples(self.model, self.example_inputs, drawn_tokens, self.limits.seed)
+            return drawn, f"{drawn_tokens} tokens drawn at random"
+        found = read_samples(self.data, self.model, tokenizer=self.tokenizer, num_samples=self.num_samples,
+                             max_seq_length=self.max_seq_length)
+        return found, f"{len(found)} samples"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,8 @@ class Prepared:
             return without_data(self.model, self.targets, self.aimed, install)
         inside = {name for block in self.calibration.blocks for name in block.sites}
         rest = [decision for decision in self.targets if decision.site.name not in inside]
+        if not any(algorithm.needs_data for algorithm in self.aimed):
+            return [*without_data(self.model, rest, self.aimed, install), *self.calibration.run(install, bar)]
         for decision in rest:
             install(decision, None, None)
         notes = [f"{decision.site.name}: the example inputs never reached it; rounded to nearest without data"

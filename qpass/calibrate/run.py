@@ -107,8 +107,9 @@ class Calibration:
                 with own_tensors(self.model.get_submodule(block.path)) as originals:
                     work = self._work(number, budget, outputs, _teller(bar, place))
                     if self.matches:
-                        work.float_calls = ActivationStore(budget)
-                        exact[number] = work.targets = self._float_outputs(number, work.float_calls, exact)
+                        work.float_calls, work.targets = ActivationStore(budget), ActivationStore(budget)
+                        self._float_calls(number, work.float_calls, exact)
+                        exact[number] = work.targets
                     for stores in (outputs, exact):
                         for earlier in [n for n in stores if n < number and self.blocks[n].last_reader <= number]:
                             stores.pop(earlier).clear()
@@ -146,21 +147,17 @@ class Calibration:
                          masks=[sample.mask for sample in self.samples], aimed=self.aimed, tell=tell,
                          seed=self.limits.seed + number)
 
-    def _float_outputs(self, number: int, calls: ActivationStore,
-                       exact: Mapping[int, ActivationStore]) -> ActivationStore:
-        """What the block gives in the float model, before anything of it is changed; `calls` takes its arguments."""
-        found = ActivationStore(calls.budget)
+    def _float_calls(self, number: int, calls: ActivationStore, exact: Mapping[int, ActivationStore]) -> None:
+        """The block's arguments in the float model, given what earlier blocks gave in it."""
         for index, sample in enumerate(self.samples):
-            args, kwargs = call_of(self.model, self.blocks, number, sample,
-                                   {n: store[index] for n, store in exact.items()})
-            calls.append((args, kwargs))
-            found.append(self.model.get_submodule(self.blocks[number].path)(*args, **kwargs))
-        return found
+            calls.append(call_of(self.model, self.blocks, number, sample,
+                                 {n: store[index] for n, store in exact.items()}))
 
     def _calibrate(self, number: int, work: BlockWork, kept: WorkFolder | None, originals: Mapping[str, Tensor],
                    float_outputs: ActivationStore | None) -> None:
         found = None if kept is None else kept.load(number)
         if found is not None:
+            work.fill_targets()
             if float_outputs is not None:
                 for output in work.outputs():
                     float_outputs.append(output)
@@ -168,6 +165,8 @@ class Calibration:
             return
         work.keep = float_outputs
         for algorithm in self.aimed:
+            if algorithm.needs_targets:
+                work.fill_targets()
             import_module(algorithm.wiring).calibrate(algorithm, work)
         work.keep = None
         left = work.round_the_rest()

@@ -7,7 +7,7 @@ and a negative scale turns that side to where the group's largest weight is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from qpass.integer_scales import BIAS_WEIGHT
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, quantize_weight
 
+_ELEMENTS_AT_ONCE = 1 << 16  # a search goes over its numbers many times: they stay in a core's cache
 _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH, _HQQ_ROUNDS = 0.7, 10.0, 1.01, 20
 
 
@@ -36,6 +37,13 @@ def find_grid(weight: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype,
         return Grid(plain.scale.float(), None if zero is None else zero.float())
     grouped = weight.view(spec.out_features, spec.groups, -1)
     weights = None if importance is None else importance.view(1, spec.groups, -1)
+    parts = [_find(rows, spec, method, dtype, weights) for rows in grouped.split(
+        max(1, _ELEMENTS_AT_ONCE // spec.in_features))]
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return Grid(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
+
+
+def _find(grouped: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype, weights: Tensor | None) -> Grid:
     qmin, qmax = grid_ends(spec)
     if method == "hqq":
         return _hqq(grouped, qmin, qmax, dtype, symmetric=spec.weight.symmetric)
@@ -73,16 +81,31 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored == 0, torch.full_like(stored, info.tiny), stored)
 
 
-def _error(w: Tensor, rounded: Tensor, weights: Tensor | None) -> Tensor:
-    """[N, G]: sum of e^2, and BIAS_WEIGHT times the square of what of e = rounded - w points along w.
+@dataclass(frozen=True)
+class _Groups:
+    """Groups w [n, G, K/G] in float32 whose errors e = rounded - w are weighed by `weights` [1, G, K/G]."""
 
-    Without the second term a search prefers ranges that shrink every weight a little, which costs a model more than
-    errors that point anywhere; `qpass/integer_scales.py` has the numbers.
-    """
-    e = rounded.sub_(w)
-    m = e if weights is None else e * weights
-    energy = (w.square() if weights is None else w.square() * weights).sum(-1).clamp_min(1e-30)
-    return (m * e).sum(-1) + BIAS_WEIGHT * (m * w).sum(-1).square() / energy
+    w: Tensor
+    weights: Tensor | None
+
+    def __post_init__(self) -> None:
+        weighed = self.w if self.weights is None else self.w * self.weights
+        object.__setattr__(self, "weighed", weighed)
+        object.__setattr__(self, "energy", (weighed * self.w).sum(-1).clamp_min(1e-30))
+
+    weighed: Tensor = field(init=False)
+    energy: Tensor = field(init=False)
+
+    def error(self, q: Tensor, scale: Tensor) -> Tensor:
+        """[n, G]: sum of e^2, and BIAS_WEIGHT times the square of what of e points along w, for e = scale * q - w.
+
+        Without the second term a search prefers ranges that shrink every weight a little, which costs a model more than
+        errors that point anywhere; `qpass/integer_scales.py` has the numbers.
+        """
+        along = scale * (q * self.weighed).sum(-1)
+        square = q.square() if self.weights is None else q.square().mul_(self.weights)
+        plain = scale.square() * square.sum(-1) - 2 * along + self.energy
+        return plain + BIAS_WEIGHT * (along - self.energy).square() / self.energy
 
 
 def _search_symmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weights: Tensor | None, *,
@@ -93,12 +116,12 @@ def _search_symmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weigh
     toward = torch.where(top > 0, -1.0, 1.0)
     best = torch.full_like(amax, torch.inf)
     found = torch.ones_like(amax)
+    groups = _Groups(w, weights)
     end = -qmin if signed else (qmax - qmin) / 2
     for steps in torch.linspace(end - 1, end + 0.75, 8).tolist():
         for sign in (toward, -toward) if signed else (torch.ones_like(amax),):
             scale = storable(sign * amax / steps, dtype)
-            s = scale.unsqueeze(-1)
-            error = _error(w, (w / s).round_().clamp_(qmin, qmax).mul_(s), weights)
+            error = groups.error((w / scale.unsqueeze(-1)).round_().clamp_(qmin, qmax), scale)
             better = error < best
             best, found = torch.where(better, error, best), torch.where(better, scale, found)
     return Grid(storable(torch.where(amax == 0, torch.finfo(dtype).eps, found), dtype), None)
@@ -110,14 +133,15 @@ def _search_asymmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weig
     span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
+    groups = _Groups(w, weights)
     for part in torch.linspace(0.80, 1.04, 13).tolist():
         scale = storable(span * part / (qmax - qmin), dtype)
         middle = (qmin + qmax) / 2 - (low + high) / 2 / scale
+        nearest = (w / scale.unsqueeze(-1)).round_()
         for zero in (middle.floor(), middle.ceil()):
             zero = zero.clamp(qmin, qmax)
             z = zero.unsqueeze(-1)
-            q = (w / scale.unsqueeze(-1)).round_().add_(z).clamp_(qmin, qmax).sub_(z)
-            error = _error(w, q.mul_(scale.unsqueeze(-1)), weights)
+            error = groups.error(nearest.clamp(qmin - z, qmax - z), scale)
             better = error < best
             best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
             zeros = torch.where(better, zero, zeros)

@@ -36,6 +36,16 @@ class Algorithm:
         """Whether it wants to know what the float model computes in the block."""
         return False
 
+    @property
+    def drawn_tokens(self) -> int:
+        """How many tokens it would like to see if there is no calibration data."""
+        return 0
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the float block's outputs, if anything wants them, must be there before this one starts."""
+        return True
+
     def __post_init__(self) -> None:
         if isinstance(self.targets, (str, Mapping)):
             raise RecipeError(f"targets of algorithm {self.name} must be a list of targets, got {self.targets!r}")
@@ -73,23 +83,41 @@ def register_algorithm(kind: _Kind) -> _Kind:
 @register_algorithm
 @dataclass(frozen=True, kw_only=True)
 class Scales(Algorithm):
-    """Better group scales from the weight alone, then rounding to nearest.
+    """Better group scales, then rounding to nearest.
+
+    Searches weigh the error of each column by the energy of its input's channel, as the calibration data shows it or,
+    without any, a few tokens drawn at random, which tell nearly as much.
 
     method  absmax: amax(|w|) / ((qmax - qmin) / 2), as without this algorithm
             search: ranges in small steps, the best by squared error and by how much the group shrinks
             signed: the same, and the scale may be negative, so that the longer end of the grid, -2^(bits-1), serves
                     whichever side has the largest weight
             hqq:    half-quadratic solver (Badri and Shaji, 2023), error in the p-norm, p = 0.7
+    probe   how many tokens are drawn if there is no calibration data; 0 looks at the weights alone
     """
 
     name: ClassVar[str] = "scales"
     needs_data: ClassVar[bool] = False
     wiring: ClassVar[str] = "qpass.calibrate.scales"
+    propagate: ClassVar[bool] = False
     method: str = "signed"
+    probe: int = 256
+
+    @property
+    def searches(self) -> bool:
+        """Whether the method weighs the errors of columns."""
+        return self.method in ("search", "signed")
+
+    @property
+    def drawn_tokens(self) -> int:
+        """As set, for a search."""
+        return self.probe if self.searches else 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.method in SCALE_METHODS, "method", " or ".join(SCALE_METHODS))
+        self.check_type("probe", int)
+        self.check(0 <= self.probe <= 1 << 20, "probe", "a number of tokens, 0 for none")
 
 
 @register_algorithm
@@ -126,6 +154,11 @@ class Gptq(Algorithm):
     def matches_float(self) -> bool:
         """As set, if errors are propagated: otherwise there are none to make up for."""
         return self.match_float and self.propagate
+
+    @property
+    def needs_targets(self) -> bool:
+        """Not where it runs the float block itself: that run gives them."""
+        return not self.matches_float
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,7 +49,8 @@ def test_scales_weigh_their_errors_by_what_the_drawn_tokens_show() -> None:
     scheme, reference, data = PRESETS["w4a16"].with_group_size(32), unequal(), tokens(4)
     errors = []
     for probe in (0, 256):
-        model = qpass.quantize(unequal(), qpass.Recipe(scheme, algorithms=[{"scales": {"probe": probe}}]), progress=False)
+        recipe = qpass.Recipe(scheme, algorithms=[{"scales": {"probe": probe}}])
+        model = qpass.quantize(unequal(), recipe, progress=False)
         errors.append(output_error(model, reference, data))
         assert ("drawn at random" in "\n".join(qpass.explain(model).notes)) == (probe > 0)
     assert errors[1] < 0.8 * errors[0]

@@ -19,7 +19,7 @@ from qpass.calibrate.watch_inputs import OnInput, input_of, watch_inputs
 from qpass.decide.decide_sites import Decision
 from qpass.errors import CalibrationError
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
-from qpass.recipes.algorithm import Algorithm
+from qpass.recipes.algorithm_table import Algorithm
 from qpass.site import Site
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight, quantize_weight

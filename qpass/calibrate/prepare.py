@@ -19,7 +19,7 @@ from qpass.capture.capture_model import capture
 from qpass.decide.decide_sites import Decision
 from qpass.errors import RecipeError
 from qpass.plan_model import Plan
-from qpass.recipes.algorithm import Algorithm
+from qpass.recipes.algorithm_table import Algorithm
 
 
 def check_data(algorithms: Sequence[Algorithm], given: bool) -> None:

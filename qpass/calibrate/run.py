@@ -26,7 +26,7 @@ from qpass.calibrate.work_folder import WorkFolder, fingerprint_of
 from qpass.capture.as_found import in_eval_mode
 from qpass.decide.decide_sites import Decision
 from qpass.decide.match import matching
-from qpass.recipes.algorithm import Algorithm
+from qpass.recipes.algorithm_table import Algorithm
 from qpass.weight import CanonicalWeight
 
 Install = Callable[[Decision, CanonicalWeight | None, ActivationScale | None], None]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qpass.errors import RecipeError
-from qpass.recipes.algorithm import Algorithm, AutoRound, Awq, Gptq, SmoothQuant
+from qpass.recipes.algorithm import AutoRound, Awq, Gptq, SmoothQuant
+from qpass.recipes.algorithm_table import Algorithm
 
 # Fields that say how the work is done or which layers are meant, and change no number of the algorithm itself.
 _ELSEWHERE = frozenset({

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import qpass.codecs  # noqa: F401  (so that every preset and weight type is known)
 from qpass.errors import RecipeError
-from qpass.recipes.algorithm import Algorithm, as_algorithm
+from qpass.recipes.algorithm import as_algorithm
+from qpass.recipes.algorithm_table import Algorithm
 from qpass.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs, check_defined, preset
 
 OnIndivisible = Literal["adjust", "skip", "error"]

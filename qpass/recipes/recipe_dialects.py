@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qpass.errors import RecipeError
-from qpass.recipes.algorithm import Algorithm
+from qpass.recipes.algorithm_table import Algorithm
 from qpass.recipes.llm_compressor_modifiers import algorithm_of
 from qpass.recipes.recipe import Recipe, Rule
 from qpass.scheme import ALIASES, PRESETS, ActivationArgs, Granularity, Scheme, WeightArgs, preset, scheme_for

@@ -17,6 +17,7 @@ from qpass.kernels.layout import CANONICAL
 from qpass.kernels.reference.activation import quantize_static, static_rows
 from qpass.kernels.reference.linear import linear_q_reference, linear_reference
 from qpass.kernels.registry import kernel
+from qpass.lowering.check_attention import insert_attention_checks
 from qpass.lowering.check_experts import add_experts_check
 from qpass.lowering.check_quantization import check_quantization
 from qpass.lowering.graph_nodes import Product, add_call, our_nodes, quantized_input, same_rows, sites_of
@@ -33,8 +34,11 @@ _TOLERANCE_INTEGER, _TOLERANCE_FLOAT = 1e-3, 2e-2
 
 
 def insert_checks(graph: fx.Graph) -> int:
-    """Put a check after each product; what read the product reads the check's copy. Returns the number of checks."""
-    count = 0
+    """Put a check after each product, and after each native op of attention; what read it reads the check's copy.
+
+    Returns the number of checks.
+    """
+    count = insert_attention_checks(graph)
     for node, product in our_nodes(graph):
         many = isinstance(node.meta["val"], (list, tuple))
         users = list(node.users)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import qpass
-from qpass.kernels import isa
+from qpass.kernels import attention, isa
 from qpass.kernels.registry import KERNELS, load_builtin
 from qpass.lowering.pipeline import passes
 
@@ -27,6 +27,7 @@ def pipeline_fingerprint() -> str:
         facts.append(f"{k.name} {k.op} {k.linear} {k.scheme} {k.device} {k.isa} {k.layout.name} {k.priority} "
                      f"{sorted(k.forms)} "
                      f"{'' if k.native_call is None else _source(k.native_call)}")
+    facts += [_source(fn) for fn in attention.DECIDES]
     facts += [*isa.machine_has(), *(f"{name}={os.environ.get(name)}" for name in _SETTINGS)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
@@ -37,9 +38,9 @@ def _own_sources() -> str:
     root = Path(qpass.__file__).parent
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    reference = Path(inspect.getfile(isa)).parent / "reference" / "activation.py"
-    for path in (*sorted(here.glob("*.py")), reference, root / "ops.py", root / "spec.py",
-                 root / "experts_spec.py"):
+    kernels = Path(inspect.getfile(isa)).parent
+    for path in (*sorted(here.glob("*.py")), kernels / "reference" / "activation.py", root / "ops.py",
+                 root / "spec.py", root / "experts_spec.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -33,7 +33,8 @@ OPS: dict[Any, str] = {
 SITES = "qpass_sites"  # tuple of str, on every op of ours: the modules it computes, as the compiler names them
 OP = "qpass_op"  # str, on every op of ours and on the native op that took its place: `linear`, `linear_q`, ...
 MEANING = "qpass_meaning"  # Product, on a native op: what it computes, in terms of the op it took the place of
-LEFT = "qpass_left"  # str, on an op that stays as it is: why no native op took its place
+LEFT = "qpass_left"  # str, on an op that stays as it is, PyTorch's attention too: why no native op took its place
+ATTENTION = "qpass_attention"  # str, on a native op of attention: the module it computes
 QUANTIZES = "qpass_quantizes"  # Quantization, on each of the lines of an exposed activation quantization
 
 _PLUMBING = ("_modules", "_parameters", "_buffers", "__self__")

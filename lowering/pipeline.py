@@ -1,6 +1,7 @@
 """Pipeline: the passes as a tuple, and one function that runs them over a graph of Inductor's.
 
-    expose_activation_quant -> share_activation_quant -> merge_parallel_linears -> lower_to_kernel -> verify
+    expose_activation_quant -> share_activation_quant -> merge_parallel_linears -> lower_attention -> lower_to_kernel
+        -> verify
 
 A pass is a function `Graph -> int`, the number of nodes it changed. A graph without ops of ours is left alone.
 """
@@ -18,6 +19,7 @@ from qpass.errors import DuplicateRegistration, LoweringError, QPassError
 from qpass.lowering import debug, record
 from qpass.lowering.expose_activation_quant import expose_activation_quant
 from qpass.lowering.graph_nodes import LEFT, MEANING, OPS, SITES, module_path, our_nodes, sites_of
+from qpass.lowering.lower_attention import lower_attention
 from qpass.lowering.lower_to_kernel import lower_to_kernel
 from qpass.lowering.merge_parallel_linears import merge_parallel_linears
 from qpass.lowering.share_activation_quant import share_activation_quant
@@ -39,6 +41,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass(name="expose_activation_quant", fn=expose_activation_quant),
     Pass(name="share_activation_quant", fn=share_activation_quant),
     Pass(name="merge_parallel_linears", fn=merge_parallel_linears),
+    Pass(name="lower_attention", fn=lower_attention),
     Pass(name="lower_to_kernel", fn=lower_to_kernel),
     Pass(name="verify", fn=verify),
 )

@@ -10,6 +10,8 @@ what the gate has (1 an up part, 2 a limit, 4 an up limit, added up); alpha to s
 
 The decoded forms take weights of csrc/decoded.h: their tensors are codes and scale, then what `has` says (1 offset, 2
 zero, then 4 table, 8 gain, 16 bias, added up); `count` is how many tensors each weight has.
+
+`attention` is that of kernels/reference/attention.py, over keys and values in float, and native only: [B, M, Hq, Dv].
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from qpass.kernels.cpu import native
 
 LIBRARY = torch.library.Library("qpass_x86", "DEF")
 OPS = torch.ops.qpass_x86
+MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)  # of `attention`
 _WEIGHT = "Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? colsum, Tensor? bias, int n, int k, int bits"
 _WEIGHTS = "Tensor[] tensors, int[] n, int[] has, int k, int bits"
 _CODES = "Tensor xq, Tensor x_scale, Tensor? x_zero_point"
@@ -40,6 +43,9 @@ _EXPERTS = ("Tensor index, Tensor weight, Tensor[] tensors, int[] has, int[] siz
             "float up_limit, float shift, int down_activation")
 LIBRARY.define(f"experts(Tensor x, {_EXPERTS}, int activation, int isa) -> Tensor")
 LIBRARY.define(f"experts_q({_CODES}, {_EXPERTS}, ScalarType dtype, int isa) -> Tensor")
+
+
+LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> Tensor")
 
 
 def _product(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -90,6 +96,8 @@ def _experts_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, index: 
                tensors: list[Tensor], has: list[int], sizes: list[int], alpha: float, limit: float, up_limit: float,
                shift: float, down_activation: int, dtype: torch.dtype, isa: int) -> Tensor:
     return _mixed(xq, index, sizes, dtype)
+
+
 @torch.library.register_fake("qpass_x86::decoded", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _decoded(x: Tensor, tensors: list[Tensor], n: int, has: int, k: int, group_size: int, isa: int) -> Tensor:
     return _product(x, n, k, x.dtype)
@@ -99,6 +107,11 @@ def _decoded(x: Tensor, tensors: list[Tensor], n: int, has: int, k: int, group_s
 def _decoded_list(x: Tensor, tensors: list[Tensor], count: list[int], n: list[int], has: list[int], k: int,
                   group_size: list[int], isa: int) -> list[Tensor]:
     return [_product(x, size, k, x.dtype) for size in n]
+
+
+@torch.library.register_fake("qpass_x86::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 
 def _load_then_call(name: str) -> Callable[..., Any]:
@@ -116,5 +129,6 @@ def _load_then_call(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("linear", "linear_q", "linear_list", "linear_q_list", "decoded", "decoded_list", "experts", "experts_q"):
+for _name in ("linear", "linear_q", "linear_list", "linear_q_list", "decoded", "decoded_list", "experts", "experts_q",
+              "attention"):
     LIBRARY.impl(_name, _load_then_call(_name), "CompositeExplicitAutograd")

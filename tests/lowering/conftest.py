@@ -11,6 +11,7 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import Tensor, fx, nn
 from torch._inductor.utils import fresh_cache
+from torch.export import default_decompositions
 
 from qpass.kernels.reference.linear import linear_q_reference, linear_reference
 from qpass.kernels.registry import KERNELS, Kernel, kernel, register_kernel
@@ -46,8 +47,10 @@ class Traced:
     """A model as a graph of ATen ops like the one Inductor gives to the pipeline, which can be changed and run."""
 
     def __init__(self, model: nn.Module, *inputs: Tensor, dynamic: Any = None) -> None:
+        attention = torch.ops.aten.scaled_dot_product_attention.default  # export keeps it whole, Inductor does not
         with torch.no_grad():
-            program = torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic).run_decompositions({})
+            program = torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic).run_decompositions(
+                {attention: default_decompositions()[attention]})
         self.module, signature = program.graph_module, program.graph_signature
         buffers = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.values = [buffers[spec.target] for spec in signature.input_specs if spec.target is not None]

@@ -66,6 +66,20 @@ int32_t qp_attention(const void* q, int32_t dtype, const int64_t* sizes, int32_t
                      const struct qp_cached* v, const void* mask, int32_t mask_dtype, const int64_t* mask_strides,
                      int64_t mask_count, int32_t causal, float scaling, float softcap, void* out, int32_t threads);
 
+// Rows of numbers, each side by side: steps from batch to batch, head to head and token to token, and how many numbers
+// lie in memory from `data` on.
+struct qp_rows {
+  const void* data;
+  int64_t batch, head, token, count;
+};
+
+// softmax(scale * q k^T + mask) v for q [B, Hq, M, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] of one dtype; out is contiguous,
+// [B, M, Hq, Dv]. sizes as in qp_attention. mask_dtype: 0 none, 1 bytes (0 hides), else 2 + DType, to be added; its
+// tokens are queries. causal: query m sees the keys up to m. What a mask hides is not read into any sum.
+int32_t qp_float_attention(const int64_t* sizes, int32_t dtype, const struct qp_rows* q, const struct qp_rows* k,
+                           const struct qp_rows* v, const struct qp_rows* mask, int32_t mask_dtype, int32_t causal,
+                           float scale, void* out, int64_t out_count, int32_t threads);
+
 // 0 if every number is finite, 1 if one is NaN or Inf.
 int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, int32_t threads);
 

@@ -178,6 +178,7 @@ void linear_q_list(StableIValue* stack, uint64_t count, uint64_t) {
 
 #include "shim_experts.h"
 #include "shim_decoded.h"
+#include "shim_attention.h"
 
 }  // namespace
 
@@ -190,4 +191,5 @@ STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) {
   m.impl("experts_q", &experts_q);
   m.impl("decoded", &decoded);
   m.impl("decoded_list", &decoded_list);
+  m.impl("attention", &attention);
 }

@@ -64,6 +64,7 @@ class Arguments {
   Maybe maybe() { return take<Maybe>(); }
   int64_t integer() { return take<int64_t>(); }
   double number() { return take<double>(); }
+  bool truth() { return take<bool>(); }
   ScalarType dtype() { return take<ScalarType>(); }
   std::vector<Tensor> tensors() { return take<std::vector<Tensor>>(); }
   std::vector<int64_t> integers() { return take<std::vector<int64_t>>(); }

@@ -22,7 +22,7 @@ from qpass.lowering.observe_fusion import observe_fusion
 from qpass.lowering.pipeline import lower_graph
 
 _GraphPass: Any = getattr(slots, "CustomInferenceAwareGraphPass", slots.CustomGraphPass)
-_SchedulerPass: Any = getattr(slots, "CustomSchedulerPass", object)
+_SchedulerPass: Any = getattr(slots, "CustomSchedulerPass", object)  # before 2.12 the slot took any function
 
 
 class LoweringPass(_GraphPass):  # type: ignore[misc]
@@ -105,7 +105,7 @@ def chained() -> dict[str, Any]:
 
 def _slots() -> dict[str, Any]:
     found: dict[str, Any] = {"post_grad_custom_pre_pass": LoweringPass}
-    if _SchedulerPass is not object and hasattr(inductor_config, "_post_fusion_custom_pass"):
+    if hasattr(inductor_config, "_post_fusion_custom_pass"):
         found["_post_fusion_custom_pass"] = FusionObserver
     return found
 

@@ -290,8 +290,8 @@ class QuantLinear(PackedWeight):
         """A stand-in for the float weight: has its dtype, shape as the module stored it, and device, and multiplies."""
         return WeightView(self, transposed=self.origin.transposed)
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        (x,) = given or named.values()  # by keyword under the replaced module's own name for it
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        (x,) = named.values() if x is None else (x, *named.values())  # by keyword in the replaced module's own word
         return self.multiply(x, self.bias)
 
     def extra_repr(self) -> str:

@@ -49,8 +49,8 @@ class ReorderedLinear(QuantLinear):
             layer.on_disk = {**layer.on_disk, **own}
             layer._non_persistent_buffers_set |= set(_OWN)
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        (x,) = given or named.values()  # by keyword under the replaced module's own name for it
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        (x,) = named.values() if x is None else (x, *named.values())  # by keyword in the replaced module's own word
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x.dtype)
         if self.input_order is not None:

@@ -74,7 +74,8 @@ def _load_packed(checkpoint: Checkpoint, chosen: Format, recipe: Any, device: to
     with understood(checkpoint.path):
         experts: Sequence[ExpertsLayer] = find_experts(model, checkpoint, reader)
         contents = match_contents(model, checkpoint, reader, experts)
-    plain = not contents.layers and not experts and not any(item.read and item.read.note for item in contents.floats)
+    packed = [layer for layer in experts if layer.blocks]
+    plain = not contents.layers and not packed and not any(item.read and item.read.note for item in contents.floats)
     if recipe is not None and not plain:
         layers, experts, notes = replan(model, contents.layers, experts, recipe, str(checkpoint.path))
         contents = replace(contents, layers=tuple(layers), notes=(*contents.notes, *notes))
@@ -161,7 +162,8 @@ def plan_of(model: nn.Module, reader: Reader | None, quantization: Mapping[str, 
         except QPassError:
             continue
         return replace(plan, notes=(*plan.notes, *contents.notes))
-    none = ("no weight of this checkpoint is packed",) if not contents.layers and not experts else ()
+    packed = contents.layers or any(layer.blocks for layer in experts)
+    none = () if packed else ("no weight of this checkpoint is packed",)
     return Plan(rows=(), decisions=(), recipe=made, capture_method="none", notes=(*none, *contents.notes))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qpass.capture.capture_model import capture
 from qpass.checkpoints.checkpoint_names import Assembly, find_assemblies
+from qpass.checkpoints.float_experts import bias_parts, fill_biases, fill_float_weights, float_parts
 from qpass.decide.decide_experts import ROUNDED, Parts, spec_of_block
 from qpass.errors import CheckpointError, WeightError
 from qpass.experts_site import ExpertsSite
@@ -53,22 +54,27 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsLayer:
-    """One module of experts to be read: pieces[which][expert] are the layers of its first (0) or second (1) weight."""
+    """One module of experts to be read: pieces[which][expert] are the layers of its first (0) or second (1) weight.
+
+    Without blocks nothing of it is quantized, but the files have it in another arrangement. `biases` are those of which
+    the files have parts, by leaf.
+    """
 
     site: ExpertsSite
     pieces: tuple[tuple[tuple[Piece, ...], ...], ...]
     blocks: tuple[tuple[Parts, tuple[int, ...]], ...]
+    biases: Mapping[str, tuple[str, ...]]
 
     @property
     def parameters(self) -> frozenset[str]:
-        """Full names of the parameters that are replaced."""
-        return frozenset(f"{self.site.owner}.{leaf}" for leaf in self.site.parameters)
+        """Full names of the parameters that are replaced or filled."""
+        return frozenset(f"{self.site.owner}.{leaf}" for leaf in (*self.site.parameters, *self.biases))
 
     @property
     def tensors(self) -> frozenset[str]:
         """Names of all tensors that are read."""
-        return frozenset(name for which in self.pieces for expert in which for piece in expert
-                         for name in piece.tensors)
+        read = {name for which in self.pieces for expert in which for piece in expert for name in piece.tensors}
+        return frozenset(read).union(*self.biases.values())
 
     @property
     def paths(self) -> frozenset[str]:
@@ -93,7 +99,12 @@ def find_experts(model: nn.Module, checkpoint: Checkpoint, reader: Reader) -> tu
                        tuple(_pieces(site, which, expert, checkpoint, reader, assemblies)
                              for expert in range(site.experts)) for which in (0, 1))
         every = [piece for which in pieces for expert in which for piece in expert]
-        if not all(expert for which in pieces for expert in which) or all(piece.read is None for piece in every):
+        if not all(expert for which in pieces for expert in which):
+            continue
+        biases = bias_parts(site, reader)
+        if all(piece.read is None for piece in every):
+            if all(piece.at is not None for piece in every):
+                found.append(ExpertsLayer(site=site, pieces=pieces, blocks=(), biases=biases))
             continue
         blocks: dict[Parts, list[int]] = {}
         try:
@@ -102,7 +113,7 @@ def find_experts(model: nn.Module, checkpoint: Checkpoint, reader: Reader) -> tu
                 blocks.setdefault(parts, []).append(expert)
         except ValueError:
             continue
-        found.append(ExpertsLayer(site=site, pieces=pieces,
+        found.append(ExpertsLayer(site=site, pieces=pieces, biases=biases,
                                   blocks=tuple((parts, tuple(e)) for parts, e in blocks.items())))
     return tuple(found)
 
@@ -114,6 +125,11 @@ def fill_experts(model: nn.Module, layers: Sequence[ExpertsLayer], checkpoint: C
         site = layer.site
         origin = model.get_submodule(site.owner)
         of = dtype or origin.get_parameter(site.second).dtype
+        fill_biases(origin, site, layer.biases, checkpoint, device, of)
+        if not layer.blocks:
+            names = tuple(tuple(name for piece in which[0] for name in piece.tensors) for which in layer.pieces)
+            fill_float_weights(origin, site, names, checkpoint, device, of)
+            continue
         made = QuantExperts(site, origin, of)
         for parts, experts in layer.blocks:
             try:
@@ -159,10 +175,13 @@ def _stacked(site: ExpertsSite, which: int, reader: Reader) -> tuple[tuple[Piece
         name = f"{site.owner}.{leaf}"
         reads += [(name, read) for read in reader.stack(Place(
             path=name, name=name, shape=(site.experts, rows, k), transposed=site.transposed[which]))]
+    if not reads:
+        return tuple(tuple(Piece(path=name.removesuffix(".weight"), read=None, at=expert) for name in names)
+                     for expert in range(site.experts)) if (names := float_parts(site, which, reader)) else ()
     if not which and len(reads) not in (1, 2):
         return ()
     return tuple(tuple(Piece(path=name, read=read, at=expert) for name, read in reads)
-                 for expert in range(site.experts)) if reads else ()
+                 for expert in range(site.experts))
 
 
 def _pieces(site: ExpertsSite, which: int, expert: int, checkpoint: Checkpoint, reader: Reader,

@@ -15,12 +15,14 @@ from torch import nn
 
 from qpass.errors import CheckpointError, QPassError
 from qpass.formats.gguf_file import MAGIC, GgufFile, Strings
+from qpass.formats.gguf_rope import set_rope
 
 _LARGEST = 1 << 24  # of any number in the metadata but those of positions; far above every model there is
 _POSITIONS = ("context_length", "original_context_length")
 _UINT32, _FLOAT32 = 4, 0
 
 # Keys that Transformers' tables leave out, so that the config would keep its default -> the config's names.
+_LEFT_OUT = {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"}
 EXPERT_SIZES = {"expert_feed_forward_length": "moe_intermediate_size",
                 "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
 
@@ -51,10 +53,11 @@ def read_config(file: GgufFile) -> Any:
             raise CheckpointError(f"Transformers {transformers.__version__} cannot make a config of {file.path} "
                                   f"(architecture {architecture!r}): {error}") from error
     config.__dict__.pop("quantization_config", None)
-    for key, name in EXPERT_SIZES.items():
+    for key, name in (*EXPERT_SIZES.items(), *_LEFT_OUT.items()):
         size = file.metadata.get(f"{architecture}.{key}")
         if isinstance(size, int) and hasattr(config, name):
             setattr(config, name, size)
+    set_rope(config, file, architecture)
     return config
 
 
@@ -89,7 +92,8 @@ def _check_numbers(file: GgufFile, architecture: str) -> None:
 
 def _header_only(file: GgufFile, architecture: str) -> bytes:
     """A GGUF file with the same metadata but no vocabulary, and the same tensors with one number each."""
-    kept = [key for key, value in file.metadata.items() if not isinstance(value, Strings)]
+    kept = [key for key, value in file.metadata.items()  # how positions are stretched is read in gguf_rope.py
+            if not isinstance(value, Strings) and ".rope.scaling." not in key]
     raw = file.raw_metadata(kept)
     extra = b""
     tokens = file.metadata.get("tokenizer.ggml.tokens")

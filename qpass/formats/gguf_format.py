@@ -113,6 +113,16 @@ class GgufReader(Reader):
         self._check_stacks(names, place)
         return tuple(self._one_of_stack(name) for name in names)
 
+    def float_parts(self, place: Place) -> tuple[str, ...]:
+        names = [name for name in self.names.tensors_of(place.name) if name in self.file.tensors]
+        if not names or any(self.file.tensors[name].kind not in PLAIN for name in names):
+            return ()
+        shapes = [self.file.tensors[name].shape for name in names]
+        rows = [(shape[0], sum(s[1] for s in shapes), *shape[2:]) for shape in shapes if len(shape) == len(place.shape)]
+        if set(rows) != {place.shape} or len(rows) != len(names):
+            raise self._misfit(names, place)
+        return tuple(names)
+
     def _one_of_stack(self, name: str) -> WeightRead:
         info = self.file.tensors[name]
 
@@ -131,8 +141,12 @@ class GgufReader(Reader):
         experts, _, k = place.shape if len(place.shape) == 3 else (0, 0, 0)
         if names and (any(len(s) != 3 or (s[0], s[2]) != (experts, k) for s in shapes)
                       or sum(s[1] for s in shapes) != place.shape[1]):
-            raise CheckpointError(f"{', '.join(names)} in {self.file.path} are {[list(s) for s in shapes]}, which do "
-                                  f"not make up {place.name} {list(place.shape)}")
+            raise self._misfit(names, place)
+
+    def _misfit(self, names: list[str], place: Place) -> CheckpointError:
+        shapes = [list(self.file.tensors[name].shape) for name in names]
+        return CheckpointError(f"{', '.join(names)} in {self.file.path} are {shapes}, which do not make up "
+                               f"{place.name} {list(place.shape)}")
 
     def _stacks(self, names: list[str], place: Place) -> FloatRead:
         """Matrices of every expert: [E, rows, K] of each name, their rows below each other."""
@@ -156,7 +170,7 @@ class GgufReader(Reader):
         return dequantize_weight(CanonicalWeight(unpack_blocks(flat, info.kind)), spec).view(info.shape)
 
     def leftover(self, name: str) -> str | None:
-        # Frequencies that llama.cpp wants as a tensor; Transformers computes the same from the config.
+        # Frequencies that llama.cpp wants as a tensor; Transformers computes the same from the config (gguf_rope.py).
         return "computed from the config" if name.endswith(("rope_freqs.weight", "attn_rot_embd.weight")) else None
 
 

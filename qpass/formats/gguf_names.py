@@ -18,8 +18,10 @@ from torch import Tensor
 from qpass.errors import CheckpointError, QPassError
 
 _BLOCK = re.compile(r"\.(\d+)\.")
-# The parameter of fused experts -> the file's stacks of one matrix an expert, in the order in which their rows stand.
-_EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
+# The parameter of fused experts -> the file's stacks of one matrix an expert, gate before up.
+_EXPERTS = {f"{leaf}{end}": tuple(f"{part}.{kind}" for part in parts)
+            for leaf, parts in (("gate_up_proj", ("ffn_gate_exps", "ffn_up_exps")), ("down_proj", ("ffn_down_exps",)))
+            for end, kind in (("", "weight"), ("_bias", "bias"))}
 
 
 class GgufNames:
@@ -41,16 +43,19 @@ class GgufNames:
         self._processor: Any = chosen(config=dict(config))
 
     def tensors_of(self, name: str) -> tuple[str, ...]:
-        """The file's names for the parameter `name`: one, or several whose rows stand below each other; or none."""
+        """The file's names for the parameter `name`: one, or several whose rows stand below each other; or none.
+
+        A parameter that is neither weight nor bias may be called a weight there, so that both names are given.
+        """
         path, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias"):
             path, leaf = name, ""
         while path:
             owner, _, last = path.rpartition(".")
             if not leaf and (parts := _EXPERTS.get(last)) and (block := _BLOCK.search(owner + ".")):
-                return tuple(f"blk.{block[1]}.{part}.weight" for part in parts)
+                return tuple(f"blk.{block[1]}.{part}" for part in parts)
             if (found := self._map.get_name(path)) is not None:
-                return (f"{found}.{leaf}" if leaf else found,)
+                return (f"{found}.{leaf}",) if leaf else (found, f"{found}.weight")
             if "." not in path:
                 return ()
             path = path.partition(".")[2]  # some converters start from the model without its head

@@ -96,6 +96,14 @@ class Reader:
         """
         return ()
 
+    def float_parts(self, place: Place) -> tuple[str, ...]:
+        """The tensors that make up a parameter of experts which the files hold in float under other names, gate before
+        up: stacks [E, N, K] of matrices, whatever way the model stores them, or rows [E, N] of biases; () if none do.
+
+        Raises CheckpointError as `weight` does.
+        """
+        return ()
+
     def shape_of(self, path: str) -> tuple[int, int] | None:
         """(N, K) of the quantized weight at `path`, from headers alone; None if none is there. For `qpass inspect`."""
         return None

@@ -1,23 +1,23 @@
 """GGUF rotary embedding: what a file says of how positions are stretched in, `rope_parameters` of the config out.
 
-Transformers' tables leave most of it out, so that the config would keep its class's default. llama.cpp has `linear` and
-`yarn` in the metadata, and Llama 3's in a tensor of factors, one a frequency (convert_hf_to_gguf.py, generate_extra_
-tensors): 1 for high frequencies, the factor for low ones, and between them what `llama3` computes from four numbers.
+Transformers' tables leave most of it out, so that the config would keep its class's default. `linear` and `yarn` stand
+in the metadata. Stretching by bands of frequencies stands in a tensor of factors, one a frequency, that llama.cpp's
+converter computes from four numbers (convert_hf_to_gguf.py, generate_extra_tensors): which of Transformers' ways gives
+these factors is tried.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qpass.errors import CheckpointError
 from qpass.formats.gguf_file import PLAIN, GgufFile
 
 FACTORS = "rope_freqs.weight"
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _NAMES = {"factor": "factor", "original_context_length": "original_max_position_embeddings",
           "attn_factor": "attention_factor", "yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast",
           "yarn_beta_slow": "beta_slow"}
@@ -49,27 +49,31 @@ def set_rope(config: Any, file: GgufFile, architecture: str) -> None:
     theta = file.metadata.get(f"{architecture}.rope.freq_base")
     after |= {"rope_theta": theta} if isinstance(theta, int | float) else {}
     if kind == "none" and FACTORS in file.tensors:
-        after |= _llama3(file, float(after["rope_theta"] or 10000.0))
+        after = _by_factors(config, file, after)
     config.rope_parameters = after
 
 
-def _llama3(file: GgufFile, theta: float) -> dict[str, Any]:
+def _by_factors(config: Any, file: GgufFile, plain: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that divide each frequency of `plain` by the file's factor for it."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     info = file.tensors[FACTORS]
     if info.kind not in PLAIN or len(info.shape) != 1:
         raise CheckpointError(f"{FACTORS} in {file.path} is {info.kind} {list(info.shape)}, not a factor a frequency")
-    factors = file.read(FACTORS).double()
-    largest = float(f"{float(factors.max()):.6g}") if factors.numel() else 1.0  # from float32
+    factors = file.read(FACTORS).float()
+    largest = float(f"{float(factors.max()):.6g}")
     if largest == 1.0 == float(factors.min()):
-        return {}
-    if math.isfinite(largest) and torch.allclose(factors, _factors(largest, theta, info.shape[0]), rtol=1e-4):
-        return {"rope_type": "llama3", "factor": largest, **_LLAMA3}
-    raise CheckpointError(f"{FACTORS} in {file.path} holds factors that are not Llama 3's ({largest} for the lowest "
-                          "frequency), and no config can say them; convert the model to safetensors")
-
-
-def _factors(factor: float, theta: float, count: int) -> Tensor:
-    """What llama.cpp's converter writes for `llama3`, one for each of `count` frequencies."""
-    low, high, context = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"], 8192
-    lengths = 2 * math.pi * theta ** (torch.arange(count, dtype=torch.float64) / count)
-    smooth = ((context / lengths - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+        return plain
+    theta = float(plain["rope_theta"] or 10000.0)
+    wanted = theta ** -(torch.arange(len(factors)) / len(factors)) / factors
+    for kind, frequencies in ROPE_INIT_FUNCTIONS.items():
+        tried = copy.deepcopy(config)
+        tried.rope_parameters = {**plain, "rope_type": kind, "rope_theta": theta, "factor": largest, **_BANDS}
+        try:
+            found, scaling = frequencies(tried, torch.device("cpu"))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            continue  # a way that needs other numbers
+        if scaling == 1.0 and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=0):
+            return dict(tried.rope_parameters)
+    raise CheckpointError(f"{FACTORS} in {file.path} holds factors (up to {largest:g}) that no rotary embedding of "
+                          "Transformers has; convert the model to safetensors")

@@ -20,7 +20,7 @@ class Layout:
 
     `rows(packed, spec, ids)` gives the rows `ids` [M] of the weight and reads no others; a layout without it cannot
     serve as the table of an embedding. `quantize(weight, spec, into)` packs what qpass.weight.quantize_weight gives,
-    bit for bit, faster than the two do, in the tensors `into` if they are what it gave for such a weight before;
+    bit for bit, faster than the two do, in the tensors `into` where they fit and it can;
     `finite(weight)` says whether a weight holds neither NaN nor Inf. Both give None for a weight that they do not take.
 
     `even(packed, spec)` is the same weight with tensors whose shapes and dtypes do not depend on its values, as experts

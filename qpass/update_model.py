@@ -16,13 +16,11 @@ from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.layers.reordered_linear import ReorderedLinear
-from qpass.spec import LinearSpec
 from qpass.swap.swap_experts import quantized_experts
 from qpass.swap.swap_site import known_finite, quantized
 from qpass.weight import CanonicalWeight, check_weight
 
 _SHOWN = 10
-_Spare = dict[tuple[LinearSpec, torch.dtype], Packed]  # written anew for each layer of a kind, before the layer is
 
 
 @torch.no_grad()
@@ -35,8 +33,9 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
 
     Each weight is rounded to nearest as its layer's scheme says and written into the tensors that the layer holds:
     compiled graphs stay as they are, nothing is compiled again. Calibrated static activation scales stay. Everything is
-    checked before the first layer changes, and a layer changes once its new tensors are whole: a process that reads
-    between two layers sees some new and some old, never half a layer. A tied head and its table are one weight.
+    checked before the first layer changes, and a layer is written in one go, by native code that packs as it rounds or
+    once its new tensors are whole: what reads between two layers sees some new and some old, never half a layer. A tied
+    head and its table are one weight.
 
     Raises WeightError, naming the tensors, for names that the model does not have, other shapes, tied names with
     different numbers, NaN and Inf, and layers whose packed form cannot hold another weight.
@@ -57,10 +56,9 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
     for place in places if not allow_nonfinite else ():
         for name in place.found(given):
             place.check(name, given[name])
-    spare: _Spare = {}
     for place in places:
         if place.found(given):
-            place.write(given, spare)
+            place.write(given)
     for module in model.modules():
         if isinstance(module, QuantExperts):
             _renew_biases(module)
@@ -107,8 +105,7 @@ class _Place:
         """Raise WeightError for NaN and Inf in a weight that is to be packed."""
         check_weight(tensor, name)
 
-    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
-        """Put the given tensors in, by way of `spare` where a layer before it left tensors that fit."""
+    def write(self, given: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
 
 
@@ -126,7 +123,7 @@ class _Plain(_Place):
     def check(self, name: str, tensor: Tensor) -> None:
         return
 
-    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
+    def write(self, given: Mapping[str, Tensor]) -> None:
         self.tensor.copy_(given[self.found(given)[0]])
 
 
@@ -149,16 +146,13 @@ class _Linear(_Place):
     def check(self, name: str, tensor: Tensor) -> None:
         check_weight(tensor, name, allow_nonfinite=known_finite(tensor, self.layer.spec))
 
-    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
+    def write(self, given: Mapping[str, Tensor]) -> None:
         layer, name = self.layer, self.found(given)[0]
         weight = given[name].detach().to(device=layer.device, dtype=layer.dtype)
-        key = layer.spec, weight.dtype
-        made = quantized(weight.t() if self.transposed else weight, layer.spec, spare.get(key))
         layout = kernel(layer.spec.kernel).layout
-        packed = layout.pack(made, layer.spec) if isinstance(made, CanonicalWeight) else made
-        if packed is made:
-            spare[key] = packed
         held = dict(zip(layout.names(layer.spec), layer.packed, strict=True))
+        made = quantized(weight.t() if self.transposed else weight, layer.spec, held)
+        packed = layout.pack(made, layer.spec) if isinstance(made, CanonicalWeight) else made
         if not _fits(packed, held) and layout.even is not None:
             packed = layout.even(packed, layer.spec)
         _copy(packed, held, name)
@@ -185,7 +179,7 @@ class _Experts(_Place):
                         "as one")
         return said
 
-    def write(self, given: Mapping[str, Tensor], spare: _Spare) -> None:
+    def write(self, given: Mapping[str, Tensor]) -> None:
         layer, site = self.layer, self.layer.site
         stored = {name.rpartition(".")[2]: given[name].detach().to(dtype=layer.dtype) for name in self.found(given)}
         for which, leaf in enumerate((site.first[0], site.second)):
@@ -241,4 +235,5 @@ def _copy(packed: Packed, held: Packed, name: str) -> None:
         raise WeightError(f"{name}: the layer holds its old weight in a form that depends on its values and cannot "
                           "hold this one; quantize the float model anew. Layers before it are updated")
     for key, tensor in packed.items():
-        held[key].copy_(tensor)
+        if tensor is not held[key]:
+            held[key].copy_(tensor)

@@ -83,8 +83,7 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
     scale_dtype = scale_dtype or (torch.float32 if weight.dtype is torch.float64 else weight.dtype)
     codec = codec_of(spec.weight)
     if isinstance(codec, RowCodec):
-        finite = weight.detach().float().nan_to_num(0.0, 0.0, 0.0)
-        return CanonicalWeight(codec.encode(finite, spec.weight, scale_dtype))
+        return CanonicalWeight(_encoded(weight.detach(), spec, codec, scale_dtype))
     if codec is not None:
         return CanonicalWeight(codec.quantize(weight.detach().float(), spec.group_size))
     n, k = weight.shape
@@ -143,6 +142,24 @@ def row_blocks(spec: LinearSpec) -> Iterator[slice]:
     step = max(1, _ROWS_AT_ONCE_ELEMENTS // max(spec.in_features, 1))
     for start in range(0, spec.out_features, step):
         yield slice(start, min(start + step, spec.out_features))
+
+
+def _encoded(weight: Tensor, spec: LinearSpec, codec: RowCodec, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the codec makes of the whole weight; some rows at a time where none of its tensors is of more than those."""
+    (n, k), args = weight.shape, spec.weight
+    unit = max(1, codec.unit(args, (n, k)))
+    one, two = (codec.stored(args, (rows * unit, k)) for rows in (1, 2))
+    apart = codec.unit(args, (n, k)) > 0 and all(two[name][1][0] == 2 * one[name][1][0] for name in one)
+    step = max(unit, _ROWS_AT_ONCE_ELEMENTS // max(k, 1) // unit * unit) if apart else max(n, 1)
+    parts = [codec.encode(weight[row:row + step].float().nan_to_num(0.0, 0.0, 0.0), args, scale_dtype)
+             for row in range(0, max(n, 1), step)]
+    return parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """torch.cat, also of the small floats for which it is not there on every device."""
+    bits = parts[0].dtype if parts[0].dtype.itemsize > 1 else torch.uint8
+    return torch.cat([part.view(bits) for part in parts]).view(parts[0].dtype)
 
 
 def _tensor_range(weight: Tensor) -> tuple[Tensor, Tensor]:

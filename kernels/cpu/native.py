@@ -143,17 +143,17 @@ def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bo
 def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool,
                   into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """weight [N, K] contiguous -> `pack` of quantize_weight, with scale and zero_point [Np / 16, G, 16], in one go; in
-    the tensors of `into`, if given, that an earlier call made for a weight of this shape and dtype."""
+    the tensors of `into` if they have the shapes and dtypes for it."""
     n, k = weight.shape
     blocks, groups = padded(n, 32) // 16, k // group_size
     sizes = {"qweight": (blocks * 16 * padded(k, 64) * bits // 8,), "scale": (blocks, groups, 16)}
     sizes |= {} if symmetric else {"zero_point": (blocks, groups, 16)}
     dtypes = {"qweight": torch.uint8, "scale": weight.dtype, "zero_point": torch.int8}
-    packed = {name: torch.empty(size, dtype=dtypes[name]) for name, size in sizes.items()} if into is None else {
-        name: into[name] for name in sizes}
-    for name, tensor in packed.items():
-        if tensor.shape != sizes[name] or tensor.dtype != dtypes[name] or not tensor.is_contiguous():
-            raise ValueError(f"{name} of `into` does not fit a weight of {n} x {k}")
+    fits = into is not None and all(
+        name in into and into[name].shape == size and into[name].dtype == dtypes[name] and into[name].is_contiguous()
+        and into[name].device.type == "cpu" for name, size in sizes.items())
+    packed = {name: into[name] if fits and into is not None else torch.empty(size, dtype=dtypes[name])
+              for name, size in sizes.items()}
     succeed(library().qp_quantize_pack(
         weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
         packed["qweight"].data_ptr(), packed["qweight"].numel(), packed["scale"].data_ptr(),

@@ -7,7 +7,6 @@ none of these formats has infinities or NaN. Rounding is to nearest, ties to the
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,14 +34,18 @@ def values(element: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def to_codes(x: Tensor, element: tuple[int, int]) -> Tensor:
-    """x float32 of any shape -> codes uint8 of the nearest values; -0.0 keeps its sign."""
-    table = magnitudes(element)
-    bounds = torch.tensor([(a + b) / 2 for a, b in pairwise(table)], device=x.device)
+    """x float32 of any shape -> codes uint8 of the nearest values; -0.0 keeps its sign, NaN is the largest."""
+    exponent_bits, mantissa_bits = element
+    bias, dropped = (1 << exponent_bits - 1) - 1, 23 - mantissa_bits
+    largest = magnitudes(element)[-1]
     size = x.abs()
-    # right=True takes a tie up; ties between an even code and the odd one above it must go down.
-    code = torch.bucketize(size, bounds, right=True)
-    code -= (((code & 1) == 1) & (size == bounds[(code - 1).clamp_min(0)])).long()
-    return (code + (torch.signbit(x).long() << sum(element))).to(torch.uint8)
+    size = torch.where(size < largest, size, largest)
+    # A float32 rounded to the element's mantissa has its exponent and mantissa side by side, as a code has them.
+    bits = size.view(torch.int32)
+    normal = (bits + ((1 << dropped - 1) - 1) + (bits >> dropped & 1) >> dropped) - (127 - bias << mantissa_bits)
+    subnormal = (size * 2.0 ** (bias - 1 + mantissa_bits)).round().int()
+    code = torch.where(size < 2.0 ** (1 - bias), subnormal, normal)
+    return (code + (torch.signbit(x).int() << sum(element))).to(torch.uint8)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

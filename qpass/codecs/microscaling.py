@@ -39,6 +39,10 @@ def _spread(scale: Tensor, args: WeightArgs, k: int) -> Tensor:
     return power_of_two(scale).repeat_interleave(args.group_size or GROUP, dim=1)[:, :k]
 
 
+def _divided(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight.unflatten(1, (-1, GROUP)) / power_of_two(scale).unsqueeze(-1)).flatten(1)
+
+
 def shared_exponent(x: Tensor, group: int, offset: int, mantissa: int) -> Tensor:
     """E8M0 bytes of each group of x [..., K]: floor(log2(round_to_power_2(amax))) - offset + 127, within a byte."""
     amax = x.unflatten(-1, (-1, group)).abs().amax(-1)
@@ -65,7 +69,7 @@ class MxPacked(RowCodec):
         # The exponent of the largest value: 2 for E2M1's 6 and E2M3's 7.5, 4 for E3M2's 28.
         offset = torch.tensor(magnitudes(self.element)[-1]).log2().floor().int().item()
         scale = shared_exponent(weight, GROUP, int(offset), self.element[1])
-        codes = to_codes(weight / _spread(scale, args, weight.shape[1]), self.element)
+        codes = to_codes(_divided(weight, scale), self.element)
         return {"packed": (pack_nibbles if self.bits == 4 else pack_sixes)(codes), "scale": scale}
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:
@@ -87,7 +91,7 @@ class MxFp8(RowCodec):
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         _must_divide(weight.shape[1], args)
         scale = shared_exponent(weight, GROUP, 8, 1)  # 448 = 1.75 * 2^8; mantissa 1 as compressed-tensors has it
-        q = (weight / _spread(scale, args, weight.shape[1])).clamp(-448, 448)
+        q = (_divided(weight, scale)).clamp(-448, 448)
         return {"weight": q.to(torch.float8_e4m3fn), "scale": scale}
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:

@@ -166,6 +166,8 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class StaticQuantizedCacheLayer(QuantizedCacheLayer):  # type: ignore[no-untyped-call]
     """The same with room for `max_cache_len` tokens from the beginning, written in place, for torch.compile.
 
+    `reset` forgets the tokens; static scales that were not given are those of the first tokens that follow.
+
     A sliding window keeps all tokens: the mask hides those that are too far away, and the kernel passes over them.
     """
 
@@ -193,6 +195,10 @@ class StaticQuantizedCacheLayer(QuantizedCacheLayer):  # type: ignore[no-untyped
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
         at = torch.arange(new, device=self.device) + self.written
+        if self.numbers.static and self.given is None:  # the first tokens fix them, after `reset` too
+            for which, states in enumerate((key_states, value_states)):
+                fixed = self.scales[which]
+                fixed.copy_(torch.where(self.written == 0, self.numbers.scale_of(states), fixed))
         self.written.add_(new)
         for which, states in enumerate((key_states, value_states)):
             scale = self.scales[which] if self.numbers.static else self.numbers.scale_of(states)

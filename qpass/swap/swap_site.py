@@ -55,8 +55,8 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
 
 
 def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> CanonicalWeight | Packed:
-    """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can: then in the tensors of `into`,
-    which an earlier call with an equal spec and dtype gave, instead of new ones."""
+    """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can: then, where they fit, in the
+    tensors of `into` instead of new ones."""
     faster = kernel(spec.kernel).layout.quantize
     return (None if faster is None else faster(weight, spec, into)) or quantize_weight(weight, spec)
 

@@ -36,7 +36,7 @@ def spec_of(kernel: Kernel, family: str, n: int, k: int, group: str = "g32", *, 
 
 def families_of(kernel: Kernel) -> list[str]:
     if isinstance(kernel.scheme, tuple):  # other weights than integers: tests/kernels/cpu/test_x86_decoded.py
-        return [family for family in ("w4a16", "w5a16") if family in kernel.scheme]
+        return [family for family in ("w4a16", "w5a16", "w3a8", "w6a8") if family in kernel.scheme]
     return ["w4a8", "w8a8", "w4a16", "w8a16", "w3a16", "w2a8"] if kernel.scheme == "*" else [kernel.scheme]
 
 

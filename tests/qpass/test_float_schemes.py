@@ -63,6 +63,22 @@ def test_compressed_tensors_reads_what_is_saved(scheme: str, tmp_path: Path) -> 
             torch.testing.assert_close(layer.dequantize(weight.dtype), weight.detach(), rtol=rounding, atol=0, msg=name)
 
 
+def test_compiled_as_one_graph() -> None:
+    """A scheme a layer, so that one compile shows that each is lowered and computes what it does eagerly."""
+    schemes = {"*.q_proj": "nvfp4a16", "*.k_proj": "fp8_block", "*.v_proj": "nf4", "*.o_proj": "fp8_dynamic",
+               "*.gate_proj": "w3a8", "*.down_proj": "mxfp8a16"}
+    model: Any = qpass.quantize(small(), qpass.Recipe("mxfp4a16", ignore=["lm_head"], overrides=schemes),
+                                progress=False)
+    ids = torch.arange(12)[None]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        want = model(ids).logits
+        torch.testing.assert_close(compiled(ids).logits, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(ids[:, :5]).logits, want[:, :5], rtol=1e-4, atol=1e-4)
+    assert qpass.explain(model).counts["quantized"] == 7
+
+
 def test_a_group_that_does_not_divide_stays_float() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(40, 16), torch.nn.Linear(16, 64), torch.nn.Linear(64, 8))
     plan = qpass.plan(model, "mxfp4a16", example_inputs=torch.randn(2, 40))

@@ -98,12 +98,12 @@ inline __attribute__((always_inline)) void values_of(__m256i codes, const Tables
   }
 }
 
-// 8 scales or offsets of any dtype that decoded.h has for them.
-inline __m256 load8_any(const void* p, DType dtype, int64_t i) {
-  if ((int32_t)dtype <= 2) return load8(p, dtype, i);
-  const __m128i bytes = _mm_loadl_epi64((const __m128i*)((const uint8_t*)p + i));
-  if (dtype == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-  if (dtype == kE4m3) {
+// 8 scales of a byte each: kInt8, kE4m3 or kE8m0.
+template <DType SCALE>
+inline __attribute__((always_inline)) __m256 scales_of(const uint8_t* at) {
+  const __m128i bytes = _mm_loadl_epi64((const __m128i*)at);
+  if (SCALE == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  if (SCALE == kE4m3) {
     const __m256i top = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 24);
     const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(top, 4), _mm256_set1_epi32((int)0x87f00000));
     return _mm256_mul_ps(as_floats(bits), _mm256_set1_ps(0x1p120f));
@@ -112,6 +112,13 @@ inline __m256 load8_any(const void* p, DType dtype, int64_t i) {
   const __m256i nan = _mm256_cmpeq_epi32(s, _mm256_set1_epi32(255));
   const __m256i small = _mm256_and_si256(zero, _mm256_set1_epi32(1 << 22));  // 2^-127 is subnormal
   return as_floats(_mm256_or_si256(_mm256_or_si256(_mm256_slli_epi32(s, 23), small), _mm256_srli_epi32(nan, 1)));
+}
+
+// 8 scales or offsets of any dtype that decoded.h has for them.
+inline __m256 load8_any(const void* p, DType dtype, int64_t i) {
+  if ((int32_t)dtype <= 2) return load8(p, dtype, i);
+  const uint8_t* at = (const uint8_t*)p + i;
+  return dtype == kInt8 ? scales_of<kInt8>(at) : dtype == kE4m3 ? scales_of<kE4m3>(at) : scales_of<kE8m0>(at);
 }
 
 }  // namespace

@@ -29,6 +29,17 @@ struct Standing {
     left = w.group_size / 16;
   }
 
+  // The same as `add` for one row in groups of 16 or 32 without shifts, scales of kE8m0 or kE4m3: nothing is called.
+  template <DType SCALE, int RUNS>
+  inline __attribute__((always_inline)) void add_small(const Decoded& w, int64_t block, const Sums<R>& s) {
+    const uint8_t* scales = (const uint8_t*)w.scale + block * w.groups * 16;
+    for (int run = 0; run < 4 && group < w.groups; run += RUNS, group++)
+      for (int h = 0; h < 2; h++) {
+        const __m256 sum = RUNS == 1 ? s.v[run][0][h] : _mm256_add_ps(s.v[run][0][h], s.v[run + RUNS - 1][0][h]);
+        y[0][h] = _mm256_fmadd_ps(sum, scales_of<SCALE>(scales + group * 16 + h * 8), y[0][h]);
+      }
+  }
+
   inline __attribute__((always_inline)) void add(const Decoded& w, int64_t block, const Sums<R>& s, const float* const (&sums)[R]) {
     for (int run = 0; run < 4 && group < w.groups; run++) {
       for (int m = 0; m < R; m++)
@@ -126,7 +137,7 @@ struct RowsAt {
   }
 };
 
-template <How HOW, int R>
+template <How HOW, int R, DType SCALE = DType::f32, int RUNS = 0>
 void rows_direct(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block, const Tables& t) {
   constexpr int64_t kBytes = is_table(HOW) ? 512 : 1024;
   const RowsAt<R> rows(x, 0, w.groups, (int)x.M);
@@ -136,7 +147,8 @@ void rows_direct(const Decoded& w, const DecodedRows& x, const Output& out, int6
   const uint8_t* q = w.q + block * (w.Kp / 64) * kBytes;
   for (int64_t kb = 0; kb < w.Kp / 64; kb++, q += kBytes) {
     sums_direct<HOW, R>(q, rows.x, kb * 64, t, s);
-    p.add(w, block, s, rows.sums);
+    if (RUNS) p.template add_small<SCALE, RUNS ? RUNS : 1>(w, block, s);
+    else p.add(w, block, s, rows.sums);
   }
   p.finish(w, out, 0, block, rows.sums, (int)x.M);
 }
@@ -215,7 +227,14 @@ DirectRows direct_of(int64_t rows) {
   return rows == 1 ? rows_direct<HOW, 1> : rows == 2 ? rows_direct<HOW, 2> : nullptr;
 }
 
-DirectRows direct_for(How how, int64_t rows) {
+DirectRows direct_for(const Decoded& w, How how, int64_t rows) {
+  if (rows == 1 && !w.third && w.K % w.group_size == 0) {  // the small groups of the MX and NV formats
+    const bool e8m0 = w.scale_dtype == kE8m0 && w.group_size == 32;
+    if (e8m0 && how == How::half_table) return rows_direct<How::half_table, 1, kE8m0, 2>;
+    if (e8m0 && how == How::e4m3) return rows_direct<How::e4m3, 1, kE8m0, 2>;
+    if (w.scale_dtype == kE4m3 && w.group_size == 16 && how == How::half_table)
+      return rows_direct<How::half_table, 1, kE4m3, 1>;
+  }
   switch (how) {
     case How::half_table: return direct_of<How::half_table>(rows);
     case How::float_table: return direct_of<How::float_table>(rows);
@@ -229,7 +248,7 @@ DirectRows direct_for(How how, int64_t rows) {
 void decoded_product(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
   const How how = how_of(w);
   const Tables tables(w);
-  const DirectRows direct = direct_for(how, x.M);
+  const DirectRows direct = direct_for(w, how, x.M);
   for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
     if (direct) direct(w, x, out, block, tables);
     else rows_by_panel(w, x, out, block, how, tables);

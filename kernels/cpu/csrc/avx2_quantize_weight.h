@@ -11,11 +11,24 @@
 namespace qpass {
 namespace {
 
-QPASS_AVX2_INLINE __m256 floats8(const float* w) { return _mm256_loadu_ps(w); }
-QPASS_AVX2_INLINE __m256 floats8(const uint16_t* w) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)w)), 16));
+// 32 weights as floats. Those of bfloat16 are spread within each half of a register (`in_lanes`), as packing integers to
+// 16 bits puts them together again; the others are in order.
+QPASS_AVX2_INLINE void floats32(const float* w, __m256 (&v)[4]) {
+  for (int j = 0; j < 4; j++) v[j] = _mm256_loadu_ps(w + j * 8);
 }
-QPASS_AVX2_INLINE __m256 floats8(const Half* w) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w)); }
+QPASS_AVX2_INLINE void floats32(const Half* w, __m256 (&v)[4]) {
+  for (int j = 0; j < 4; j++) v[j] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w + j * 8)));
+}
+QPASS_AVX2_INLINE void floats32(const uint16_t* w, __m256 (&v)[4]) {
+  const __m256i none = _mm256_setzero_si256();
+  for (int j = 0; j < 4; j += 2) {
+    const __m256i u = _mm256_loadu_si256((const __m256i*)(w + j * 8));
+    v[j] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(none, u));
+    v[j + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(none, u));
+  }
+}
+constexpr bool in_lanes(const uint16_t*) { return true; }
+constexpr bool in_lanes(const void*) { return false; }
 
 // The least and the largest of a group and of 0, as floats; false if one of the group is NaN or Inf.
 // Floats compare as integers do once the negative ones have their magnitude turned over.
@@ -93,13 +106,13 @@ QPASS_AVX2_INLINE void codes_by(const T* w, int64_t size, float s, float zp, flo
   const __m256i first = _mm256_set1_epi8((int8_t)qmin), last = _mm256_set1_epi8((int8_t)qmax);
   for (int64_t i = 0; i < size; i += 32) {
     __m256i v[4];
-    for (int j = 0; j < 4; j++) {
-      const __m256 at = floats8(w + i + j * 8);
-      v[j] = _mm256_cvtps_epi32(kInverse ? nearly(at, scale) : _mm256_div_ps(at, scale));
-    }
+    __m256 at[4];
+    floats32(w + i, at);
+    for (int j = 0; j < 4; j++) v[j] = _mm256_cvtps_epi32(kInverse ? nearly(at[j], scale) : _mm256_div_ps(at[j], scale));
     const __m256i ab = _mm256_add_epi16(_mm256_packs_epi32(v[0], v[1]), zero);
     const __m256i cd = _mm256_add_epi16(_mm256_packs_epi32(v[2], v[3]), zero);
-    const __m256i all = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+    const __m256i both = _mm256_packs_epi16(ab, cd);
+    const __m256i all = in_lanes(w) ? _mm256_permute4x64_epi64(both, 0xd8) : _mm256_permutevar8x32_epi32(both, order);
     _mm256_storeu_si256((__m256i*)(q + i), _mm256_min_epi8(_mm256_max_epi8(all, first), last));
   }
 }

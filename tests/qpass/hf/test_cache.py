@@ -142,6 +142,21 @@ def test_scales_of_checkpoints(tmp_path: Path, tiny_llama: Build) -> None:
         qpass.QuantizedCache.from_checkpoint(model, tmp_path)
 
 
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_head"])
+def test_static_scales_are_those_of_the_first_tokens_after_a_reset(granularity: str, tiny_llama: Build) -> None:
+    config = tiny_llama().config
+    cache = qpass.QuantizedCache(config, "int8", granularity=granularity, max_cache_len=16)
+    layer, large = cache.layers[0], torch.randn(1, config.num_key_value_heads, 4, 16)
+    for states in (large * 1e-3, large):
+        cache.reset()
+        layer.update(states, states)
+        held = [tensor.data_ptr() for tensor in layer.scales]
+        keys, _ = layer.update(states[:, :, :1] * 50, states[:, :, :1])
+        torch.testing.assert_close(keys[:, :, :4], states, rtol=0, atol=float(states.abs().max()) / 127)
+        assert held == [tensor.data_ptr() for tensor in layer.scales]
+        assert float(keys[:, :, 4].abs().max()) <= float(states.abs().max()) * 1.001  # they do not follow later ones
+
+
 def test_what_cannot_be_is_said(tiny_llama: Build) -> None:
     model = tiny_llama()
     with pytest.raises(RecipeError, match="int3"):

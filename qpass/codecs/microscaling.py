@@ -40,7 +40,8 @@ def _spread(scale: Tensor, args: WeightArgs, k: int) -> Tensor:
 
 
 def _divided(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight.unflatten(1, (-1, GROUP)) / power_of_two(scale).unsqueeze(-1)).flatten(1)
+    divided: Tensor = weight.unflatten(1, (-1, GROUP)) / power_of_two(scale).unsqueeze(-1)
+    return divided.flatten(1)
 
 
 def shared_exponent(x: Tensor, group: int, offset: int, mantissa: int) -> Tensor:

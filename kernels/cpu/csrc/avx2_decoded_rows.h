@@ -29,14 +29,17 @@ struct Standing {
     left = w.group_size / 16;
   }
 
-  // The same as `add` for one row in groups of 16 or 32 without shifts, scales of kE8m0 or kE4m3: nothing is called.
+  // The same as `add` for one row in groups of RUNS * 16 without shifts, scales of kE8m0, kE4m3 or f32: no call in it.
   template <DType SCALE, int RUNS>
   inline __attribute__((always_inline)) void add_small(const Decoded& w, int64_t block, const Sums<R>& s) {
-    const uint8_t* scales = (const uint8_t*)w.scale + block * w.groups * 16;
     for (int run = 0; run < 4 && group < w.groups; run += RUNS, group++)
       for (int h = 0; h < 2; h++) {
-        const __m256 sum = RUNS == 1 ? s.v[run][0][h] : _mm256_add_ps(s.v[run][0][h], s.v[run + RUNS - 1][0][h]);
-        y[0][h] = _mm256_fmadd_ps(sum, scales_of<SCALE>(scales + group * 16 + h * 8), y[0][h]);
+        const int64_t at = (block * w.groups + group) * 16 + h * 8;
+        __m256 sum = s.v[run][0][h];
+        for (int i = 1; i < RUNS; i++) sum = _mm256_add_ps(sum, s.v[run + i][0][h]);
+        const __m256 scale = SCALE == DType::f32 ? _mm256_loadu_ps((const float*)w.scale + at)
+                                                 : scales_of<SCALE>((const uint8_t*)w.scale + at);
+        y[0][h] = _mm256_fmadd_ps(sum, scale, y[0][h]);
       }
   }
 
@@ -228,12 +231,14 @@ DirectRows direct_of(int64_t rows) {
 }
 
 DirectRows direct_for(const Decoded& w, How how, int64_t rows) {
-  if (rows == 1 && !w.third && w.K % w.group_size == 0) {  // the small groups of the MX and NV formats
+  if (rows == 1 && !w.third && w.K % w.group_size == 0) {  // the small groups of MX and NV formats and of nf4
     const bool e8m0 = w.scale_dtype == kE8m0 && w.group_size == 32;
     if (e8m0 && how == How::half_table) return rows_direct<How::half_table, 1, kE8m0, 2>;
     if (e8m0 && how == How::e4m3) return rows_direct<How::e4m3, 1, kE8m0, 2>;
     if (w.scale_dtype == kE4m3 && w.group_size == 16 && how == How::half_table)
       return rows_direct<How::half_table, 1, kE4m3, 1>;
+    if (w.scale_dtype == DType::f32 && w.group_size == 64 && how == How::float_table)
+      return rows_direct<How::float_table, 1, DType::f32, 4>;
   }
   switch (how) {
     case How::half_table: return direct_of<How::half_table>(rows);

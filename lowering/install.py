@@ -22,7 +22,7 @@ from qpass.lowering.observe_fusion import observe_fusion
 from qpass.lowering.pipeline import lower_graph
 
 _GraphPass: Any = getattr(slots, "CustomInferenceAwareGraphPass", slots.CustomGraphPass)
-_SchedulerPass: Any = getattr(slots, "CustomSchedulerPass", object)  # before 2.12 the slot took any function
+_SchedulerPass: Any = getattr(slots, "CustomSchedulerPass", object)  # 2.11's slot takes any function
 
 
 class LoweringPass(_GraphPass):  # type: ignore[misc]

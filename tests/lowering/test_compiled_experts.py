@@ -153,7 +153,7 @@ class Direct(nn.Module):
 
 
 @pytest.mark.parametrize("kernel_name", [None, "linear_reference"], ids=["native", "reference"])
-def test_codes_of_a_compiled_graph_are_those_of_eager(kernel_name, installed):
+def test_codes_of_a_compiled_graph_are_those_of_eager(kernel_name, installed, rounds_as_eager):
     """Bit for bit where the compiler rounds as eager does; else a code may differ by one, which moves little."""
     model = Direct(block("w8a8", kernel_name).to(torch.bfloat16)).eval()
     x, index = torch.randn(7, H).bfloat16(), torch.randint(0, E + 1, (7, 2))
@@ -161,7 +161,8 @@ def test_codes_of_a_compiled_graph_are_those_of_eager(kernel_name, installed):
     with torch.no_grad():
         want = model(x, index, weight)
         with inductor_config.patch(emulate_precision_casts=True):
-            assert torch.equal(torch.compile(model, fullgraph=True)(x, index, weight), want)
+            same = torch.equal(torch.compile(model, fullgraph=True)(x, index, weight), want)
+        assert same or not rounds_as_eager
         torch._dynamo.reset()
         got = torch.compile(model, fullgraph=True)(x, index, weight)
     assert float((got - want).float().norm() / want.float().norm()) < 0.02

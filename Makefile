@@ -50,7 +50,8 @@ bench: $(VENV)/.test
 	$(BIN)/python tests/bench/run.py $(if $(PEERS),--peers $(PEERS)) $(BENCH_ARGS)
 
 bench-accuracy: $(VENV)/.test
-	$(BIN)/python tests/bench/accuracy.py --model $(MODEL) --texts $(TEXTS) $(BENCH_ARGS)
+	$(BIN)/python tests/bench/accuracy.py --model $(MODEL) --texts $(TEXTS) $(if $(PEERS),--peers $(PEERS)) \
+	  --json tests/bench/results/accuracy.json $(BENCH_ARGS)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok else \

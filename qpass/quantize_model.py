@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qpass.activation_scale import ActivationScale
+from qpass.calibrate.experts import ExpertWeights
 from qpass.calibrate.prepare import Preparation, Prepared, check_data
 from qpass.calibrate.run import Limits
 from qpass.calibrate.static_activation import static_scales
@@ -221,11 +222,12 @@ def _calibrate_all(model: nn.Module, plan: Plan, targets: list[Decision], run: P
         _prepare_kernels(targets, bar)
         with _Installer(model, plan.decisions, device, len(targets), bar) as install:
             notes = run(install, bar)
-            experts = [d for d in targets if d.site.experts is not None]
+            experts = [d for d in targets if d.site.experts is not None and d.site.name not in install.calibrated]
             for decision in experts:
                 install(decision, None)
     if experts:
-        notes = [*notes, f"{len(experts)} weights of experts are rounded to nearest; algorithms calibrate others"]
+        notes = [*notes, f"{len(experts)} weights of experts are rounded to nearest; of the algorithms, gptq alone "
+                         "calibrates experts, and integers on scales of rows or groups only"]
     return [f"{run.told}, in {time.perf_counter() - started:.1f} s", *notes]
 
 
@@ -236,13 +238,17 @@ class _Installer:
                  bar: Any) -> None:
         self.model, self.plan, self.device, self.total, self.bar = model, plan, device, total, bar
         self.done = self.freed = 0
+        self.calibrated: set[str] = set()
 
-    def __call__(self, decision: Decision, canonical: CanonicalWeight | None,
-                 scale: ActivationScale | None = None) -> None:
+    def __call__(self, decision: Decision, canonical: CanonicalWeight | None, scale: ActivationScale | None = None,
+                 experts: ExpertWeights | None = None) -> None:
+        if experts:
+            self.calibrated.add(decision.site.name)
         if decision.site.experts is None:
             swap_site(self.model, decision, self.device, scale, canonical)
         elif not isinstance(self.model.get_submodule(decision.site.owner), QuantExperts):
-            swap_experts(self.model, [d for d in self.plan if d.site.experts == decision.site.experts], self.device)
+            swap_experts(self.model, [d for d in self.plan if d.site.experts == decision.site.experts], self.device,
+                         experts)
         self.freed += decision.site.numel * decision.site.dtype.itemsize
         if self.freed >= TRIM_AFTER:
             give_back_freed_memory()

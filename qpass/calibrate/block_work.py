@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from qpass.recipes.algorithm_table import Algorithm
 from qpass.site import Site
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight, quantize_weight
+
+if TYPE_CHECKING:
+    from qpass.calibrate.experts import ExpertsWork
 
 
 @dataclass(eq=False, kw_only=True)
@@ -85,6 +88,7 @@ class BlockWork:
              `fill_targets`
     float_calls  the block's arguments in the float model, one a sample, likewise
     pairs    inputs within the block whose channels can be rescaled
+    experts  modules of experts within the block
     keep     takes the float block's outputs from the first observation, if they are wanted
     seed     of whatever an algorithm draws at random here
     """
@@ -98,6 +102,7 @@ class BlockWork:
     notes: list[str] = field(default_factory=list)
     tell: Callable[[str], None] = lambda text: None
     pairs: Sequence[Pair] = ()
+    experts: Sequence[ExpertsWork] = ()
     targets: ActivationStore | None = None
     float_calls: ActivationStore | None = None
     keep: ActivationStore | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qpass.calibrate.block_work import BlockWork, SiteWork
+from qpass.calibrate.experts import calibrate_experts, given_to
 from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, refit
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.match_float import float_side, lacking
@@ -17,7 +18,14 @@ _ROWS_A_COLUMN = 2  # below that halves of the data have too little to confirm e
 
 
 def calibrate(settings: Gptq, work: BlockWork) -> None:
-    """Round the block's sites; those that share an input share a Hessian."""
+    """Round the block's sites, those that share an input with one Hessian, then its experts, each with its own."""
+    _linears(settings, work)
+    for experts in work.experts:
+        if any(decision.site.name in work.aimed[settings] for decision in experts.decisions):
+            work.notes += calibrate_experts(settings, experts, given_to(experts, work), work.tell)
+
+
+def _linears(settings: Gptq, work: BlockWork) -> None:
     groups = by_input([site for site in work.chosen(settings) if site.on_grid])
     if settings.matches_float and work.float_calls is not None:
         exact = float_side(work, groups)

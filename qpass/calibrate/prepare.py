@@ -70,7 +70,9 @@ class Preparation:
             return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=None, told=names)
         captured = capture(self.model, self.example_inputs)
         blocks = find_blocks(captured, [decision.site for decision in targets])
-        run = Calibration(self.model, blocks, targets, aimed, samples, self.limits, find_pairs(captured))
+        experts = {site: [d for d in self.plan.decisions if d.site.experts == site] for site in dict.fromkeys(
+            d.site.experts for d in self.plan.decisions if d.site.experts is not None and d.status == "quantize")}
+        run = Calibration(self.model, blocks, targets, aimed, samples, self.limits, find_pairs(captured), experts)
         told = f"{names} on {seen}, {len(blocks)} blocks"
         return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=run, told=told)
 

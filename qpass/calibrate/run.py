@@ -19,6 +19,7 @@ from qpass.calibrate.activation_range import static_scales_of
 from qpass.calibrate.activation_store import ActivationStore, Budget
 from qpass.calibrate.block_work import BlockWork, sites_of
 from qpass.calibrate.blocks import Block
+from qpass.calibrate.experts import ExpertsWork, ExpertWeights, take_back, tensors_of
 from qpass.calibrate.pairs import Pair
 from qpass.calibrate.prefix import call_of, check_finite
 from qpass.calibrate.samples import Sample
@@ -26,10 +27,16 @@ from qpass.calibrate.work_folder import WorkFolder, fingerprint_of
 from qpass.capture.as_found import in_eval_mode
 from qpass.decide.decide_sites import Decision
 from qpass.decide.match import matching
+from qpass.experts_site import ExpertsSite
 from qpass.recipes.algorithm_table import Algorithm
 from qpass.weight import CanonicalWeight
 
-Install = Callable[[Decision, CanonicalWeight | None, ActivationScale | None], None]
+
+class Install(Protocol):
+    """Packs a site with what was found for it, or its whole module of experts with what was found for them."""
+
+    def __call__(self, decision: Decision, canonical: CanonicalWeight | None, scale: ActivationScale | None = None,
+                 experts: ExpertWeights | None = None) -> None: ...
 
 
 class Bar(Protocol):
@@ -80,8 +87,9 @@ class Calibration:
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], decisions: Sequence[Decision],
                  aimed: Mapping[Algorithm, frozenset[str]], samples: Sequence[Sample], limits: Limits,
-                 pairs: Sequence[Pair] = ()) -> None:
-        self.pairs = pairs
+                 pairs: Sequence[Pair] = (), experts: Mapping[ExpertsSite, Sequence[Decision]] | None = None) -> None:
+        """`experts`: the decisions of all weights of each module of experts."""
+        self.pairs, self.experts = pairs, experts or {}
         self.model, self.blocks, self.aimed, self.samples, self.limits = model, blocks, aimed, samples, limits
         self.decisions = {decision.site.name: decision for decision in decisions}
         self.propagate = any(algorithm.propagates for algorithm in aimed)
@@ -128,6 +136,10 @@ class Calibration:
                 self.notes += work.notes
                 for name in block.sites:
                     install(self.decisions[name], work.sites[name].canonical, scales.get(name))
+                for one in work.experts:
+                    for decision in one.decisions if one.found else ():
+                        if decision.status == "quantize":
+                            install(decision, None, experts=one.found)
             with suppress(OSError):
                 budget.folder.rmdir()
         return self.notes
@@ -143,7 +155,9 @@ class Calibration:
         start = f"{block.path}." if block.path else ""
         pairs = [pair for pair in self.pairs if all(name.startswith(start) for name in pair.parameters)]
         module = self.model.get_submodule(block.path)
-        return BlockWork(block=block, pairs=pairs, module=module, sites=sites, calls=calls,
+        experts = [ExpertsWork(site=site, owner=self.model.get_submodule(site.owner), decisions=decisions)
+                   for site, decisions in self.experts.items() if f"{site.owner}.".startswith(start)]
+        return BlockWork(block=block, pairs=pairs, experts=experts, module=module, sites=sites, calls=calls,
                          masks=[sample.mask for sample in self.samples], aimed=self.aimed, tell=tell,
                          seed=self.limits.seed + number)
 
@@ -216,6 +230,8 @@ def _result(work: BlockWork, originals: Mapping[str, Tensor]) -> dict[str, Tenso
         if site.canonical is not None:
             settled.add(id(site.parameter))
             found.update({f"site|{name}|{key}": tensor for key, tensor in site.canonical.tensors.items()})
+    found.update(tensors_of(work.experts))
+    settled |= {id(parameter) for one in work.experts if one.found for parameter in one.owner.parameters(False)}
     for name, parameter in work.module.named_parameters():
         before = originals.get(name)
         if before is not None and id(parameter) not in settled and not torch.equal(before.float(), parameter.float()):
@@ -231,6 +247,7 @@ def _restore(work: BlockWork, found: Mapping[str, Tensor]) -> None:
                    if key.startswith(prefix)}
         if tensors:
             site.settle(CanonicalWeight(tensors))
+    take_back(work.experts, found)
     for name, parameter in work.module.named_parameters():
         if f"parameter|{name}" in found:
             parameter.data = found[f"parameter|{name}"].to(parameter.device)

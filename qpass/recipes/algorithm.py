@@ -67,9 +67,10 @@ class Gptq(Algorithm):
     propagate       the inputs of a block carry the errors of the blocks quantized before it; costs one more run of
                     each block
     match_float     a layer's target is what the float model computes there, its output or, where that is added to
-                    another tensor, the sum, so that it makes up for errors of the layers before it; layers of a block
-                    are rounded one after another, each on what those before it give. Needs `propagate`; False is the
-                    algorithm as published, in about half the time
+                    another tensor, the sum, so that it makes up for errors of the layers before it, as far as two
+                    halves of the samples confirm each other; layers of a block are rounded one after another, each on
+                    what those before it give. Needs `propagate`; False is the algorithm as published, in about half
+                    the time
     refit           the scales are fitted to the integers found, by least squares on the outputs
     """
 
@@ -78,7 +79,7 @@ class Gptq(Algorithm):
     dampening_frac: float = 0.01
     block_size: int = 128
     actorder: str | None = "static"
-    scales: str = "absmax"
+    scales: str = "signed"
     propagate: bool = True
     match_float: bool = True
     refit: bool = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,17 +17,20 @@ from qpass.kernels.experts_choice import choose_experts
 from qpass.kernels.registry import ExpertsCall
 from qpass.layers.experts_layer import QuantExperts, Weight
 from qpass.spec import LinearSpec
-from qpass.weight import quantize_weight
+from qpass.weight import CanonicalWeight, quantize_weight
 
 if TYPE_CHECKING:
     from qpass.decide.decide_sites import Decision
 
 
-def swap_experts(model: nn.Module, decisions: Sequence[Decision], device: torch.device | None = None) -> QuantExperts:
+def swap_experts(model: nn.Module, decisions: Sequence[Decision], device: torch.device | None = None,
+                 found: Mapping[tuple[int, int], CanonicalWeight] | None = None) -> QuantExperts:
     """Quantize, pack and replace one module of experts, on `device` (by default where it is).
 
-    `decisions` are those of all its weights, also of those that stay float. Experts are quantized one at a time; until
-    the packed layer is whole the model is untouched, then one assignment per place puts it in.
+    `decisions` are those of all its weights, also of those that stay float; `found` are integers that calibration has
+    found, by (0 for the first or 1 for the second weight, expert), and the others are rounded to nearest. Experts are
+    quantized one at a time; until the packed layer is whole the model is untouched, then one assignment per place puts
+    it in.
     """
     site, dtype = decisions[0].site.experts, decisions[0].site.dtype
     assert site is not None
@@ -42,7 +46,8 @@ def swap_experts(model: nn.Module, decisions: Sequence[Decision], device: torch.
     for parts, experts in blocks_of(site, decisions):
         spec, _ = choose_experts(ExpertsCall(spec=spec_of_block(site, parts, len(experts)), device=where, dtype=dtype,
                                              bias=site.first_bias is not None), where=site.owner, prepare=True)
-        first, second = (quantized_experts(site, stored, experts, which, spec.parts[which], where) for which in (0, 1))
+        first, second = (quantized_experts(site, stored, experts, which, spec.parts[which], where, found or {})
+                         for which in (0, 1))
         made.put_block(spec, experts, first, second)
     for leaf in site.parameters:
         origin._parameters[leaf] = nn.Parameter(stored[leaf].to("meta"), requires_grad=False)
@@ -77,9 +82,14 @@ def restore_experts(experts: QuantExperts) -> nn.Module:
 
 
 def quantized_experts(site: ExpertsSite, stored: dict[str, Tensor], experts: Sequence[int], which: int,
-                      part: LinearSpec | None, device: torch.device) -> Iterator[Weight]:
-    """One expert's first (0) or second (1) weight after the other, of those stored in the module's parameters."""
+                      part: LinearSpec | None, device: torch.device,
+                      found: Mapping[tuple[int, int], CanonicalWeight] = MappingProxyType({})) -> Iterator[Weight]:
+    """One expert's first (0) or second (1) weight after the other, as `found`, or of those stored in the module's
+    parameters."""
     for expert in experts:
+        if part is not None and (which, expert) in found:
+            yield CanonicalWeight({name: tensor.to(device) for name, tensor in found[which, expert].tensors.items()})
+            continue
         if which == 0:
             weight = first_of(site, stored, expert)
         else:

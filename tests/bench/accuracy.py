@@ -3,11 +3,14 @@
     python tests/bench/accuracy.py --model DIR --texts DIR                 every row, both texts
     python tests/bench/accuracy.py --model DIR --texts DIR --only gptq     rows whose name contains "gptq"
     python tests/bench/accuracy.py ... --samples 32 --windows 4            quicker, for development
+    python tests/bench/accuracy.py ... --peers DIR                         and other tools, each from DIR/<name>/venv
 
 The model is a bf16 checkpoint of Transformers with its tokenizer; the texts are files `austen-*.txt` and `sotu*.txt`.
 Calibration samples are spread over the calibration books, windows over the evaluation texts; all rows see the same.
 Mathematics is in float32. KL is in nats a token against the bf16 model, in float64 sums; every row is the quantized
-model itself, and beside it (`float`) the KL of its dequantized weights in ordinary layers.
+model itself, and beside it (`float`) the KL of its dequantized weights in ordinary layers. The goals follow, with what
+was measured. With `--json` the records are kept there, and rows that are run again replace those of before; with
+`--work` a calibration that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_peers import PEERS
+from accuracy_rows import ROWS, Row, goal_lines
 from torch import Tensor
 
 import qpass
@@ -29,58 +35,6 @@ import qpass
 CALIBRATE_ON = ("austen-emma", "austen-mansfield-park", "austen-pride-and-prejudice")
 EVALUATE_ON = {"austen": ("austen-sense-and-sensibility", "austen-persuasion"), "union": ("sotu",)}
 ROWS_AT_ONCE = 256
-SEARCH_SAMPLES, SEARCH_LENGTH = 64, 128
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to quantize: a preset, the group size of its weights (None keeps the preset's), and algorithms.
-
-    With `budget` the schemes are searched for, from 3 to 8 bits in groups of that size.
-    """
-
-    name: str
-    preset: str
-    group_size: int | None
-    algorithms: tuple[Any, ...] = ()
-    budget: str | None = None
-
-    def recipe(self, model: Any, samples: Tensor) -> qpass.Recipe:
-        """The recipe; a search looks at the model and at the samples."""
-        if self.budget is not None:
-            schemes = [qpass.PRESETS[f"w{bits}a16"].with_group_size(self.group_size) for bits in (3, 4, 5, 6, 8)]
-            every = [row[None] for sample in samples for row in sample.split(SEARCH_LENGTH)]
-            data = every[::max(1, len(every) // SEARCH_SAMPLES)]
-            return qpass.search(model, self.budget, data=data, schemes=schemes, num_samples=SEARCH_SAMPLES,
-                                max_seq_length=SEARCH_LENGTH, algorithms=self.algorithms)
-        scheme = qpass.PRESETS[self.preset]
-        return qpass.Recipe(scheme if self.group_size is None else scheme.with_group_size(self.group_size),
-                            algorithms=self.algorithms)
-
-
-ROWS = (
-    Row("w4a16 g64, round to nearest", "w4a16", 64),
-    Row("w4a16 g64, signed scales", "w4a16", 64, ({"scales": {"method": "signed"}},)),
-    Row("w4a16 g64, searched scales", "w4a16", 64, ({"scales": {"method": "search"}},)),
-    Row("w4a16 g64, hqq", "w4a16", 64, ({"scales": {"method": "hqq"}},)),
-    Row("w4a16_asym g64, round to nearest", "w4a16_asym", 64),
-    Row("w4a16_asym g64, searched scales", "w4a16_asym", 64, ({"scales": {"method": "search"}},)),
-    Row("w4a16_asym g64, hqq", "w4a16_asym", 64, ({"scales": {"method": "hqq"}},)),
-    Row("w4a16 g64, awq", "w4a16", 64, ({"awq": {"clip": True}},)),
-    Row("w4a16 g64, gptq as published", "w4a16", 64, ({"gptq": {"match_float": False}},)),
-    Row("w4a16 g64, gptq", "w4a16", 64, ("gptq",)),
-    Row("w4a16 g64, gptq, signed scales", "w4a16", 64, ({"gptq": {"scales": "signed"}},)),
-    Row("w4a16 g64, autoround", "w4a16", 64, ("autoround",)),
-    Row("w4a16 g64, gptq, autoround", "w4a16", 64, ({"gptq": {"scales": "signed"}}, {"autoround": {"iterations": 50}})),
-    Row("w4a16_asym g64, gptq", "w4a16_asym", 64, ({"gptq": {"scales": "search"}},)),
-    Row("search at 4.5 bits, gptq", "search", 64, ({"gptq": {"scales": "signed"}},), budget="4.5 bits"),
-    Row("w4a8 g64, round to nearest", "w4a8", 64),
-    Row("w4a8 g64, gptq", "w4a8", 64, ({"gptq": {"scales": "signed"}},)),
-    Row("w8a8, round to nearest", "w8a8", None),
-    Row("w8a8, smoothquant", "w8a8", None, ("smoothquant",)),
-    Row("w8a8, smoothquant, gptq", "w8a8", None, ("smoothquant", "gptq")),
-    Row("w8a16, round to nearest", "w8a16", 32),
-)
 
 
 @dataclass(frozen=True)
@@ -160,21 +114,31 @@ def measure(row: Row, args: argparse.Namespace, judge: Judge, samples: Tensor) -
     recipe = row.recipe(model, samples)
     needs = any(algorithm.needs_data for algorithm in recipe.algorithms)
     data: Any = [sample[None] for sample in samples] if needs else None
+    work = None if args.work is None else args.work / row.name.replace(" ", "-").replace(",", "")
     qpass.quantize(model, recipe, calibration=data, num_samples=len(samples), max_seq_length=samples.shape[1],
-                   progress=False)
+                   progress=False, work_folder=work)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    rows = [r for r in qpass.explain(model).rows if r.status == "quantized"]
-    weights = sum(math.prod(r.shape) for r in rows)
+    yield from judged(row.name, model, args, judge, {"seconds": seconds, "cpu_seconds": cpu,
+                                                     "samples": len(samples) if needs else 0})
+
+
+def judged(name: str, model: Any, args: argparse.Namespace, judge: Judge, facts: dict[str, Any]
+           ) -> Iterator[dict[str, Any]]:
+    """One record a text for a quantized model, which is float afterwards."""
     bits = qpass.explain(model).rows and model.__dict__["_qpass_plan"].totals.bits_per_weight
     model.float()
-    texts = [name for name in judge.windows if args.text in (None, name)]
-    own = {name: judge.score(model, name) for name in texts} if not args.float_only else {}
+    texts = list(judge.windows)
+    own = {text: judge.score(model, text) for text in texts} if not args.float_only else {}
     qpass.dequantize(model).float()
-    for name in texts:
-        floated = judge.score(model, name)
-        yield {"row": row.name, "text": name, "bits": bits, "weights": weights, "seconds": seconds,
-               "cpu_seconds": cpu,
-               "samples": len(samples) if needs else 0, **asdict(own.get(name, floated)), "float_kl": floated.kl}
+    for text in texts:
+        floated = judge.score(model, text)
+        yield {"row": name, "text": text, "bits": bits, **facts, "windows": len(judge.windows[text]),
+               "threads": torch.get_num_threads(), **asdict(own.get(text, floated)), "float_kl": floated.kl}
+
+
+def kept(path: Path | None) -> list[dict[str, Any]]:
+    """The records of runs before."""
+    return json.loads(path.read_text()) if path is not None and path.exists() else []
 
 
 def main() -> None:
@@ -188,7 +152,9 @@ def main() -> None:
     parser.add_argument("--text", choices=sorted(EVALUATE_ON), help="one text only")
     parser.add_argument("--float-only", action="store_true", help="leave out the run of the quantized model itself")
     parser.add_argument("--cache", type=Path, default=Path(".cache/accuracy"))
-    parser.add_argument("--json", type=Path, help="append one record a line")
+    parser.add_argument("--peers", type=Path, help="folder of other tools' environments")
+    parser.add_argument("--work", type=Path, help="keeps what a calibration has done, so that it can go on")
+    parser.add_argument("--json", type=Path, help="keep the records in this file")
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -197,16 +163,35 @@ def main() -> None:
                if args.text in (None, name)}
     samples = spread(args.texts, CALIBRATE_ON, tokenizer, args.samples, args.length)
     judge = Judge(args.model, windows, args.cache)
-    print(f"{'':<40} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>6} {'cpu s':>6}")
+    records = kept(args.json)
+    print(f"{'':<42} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>6} {'cpu s':>6}")
+
+    def show(name: str, found: Iterator[dict[str, Any]]) -> None:
+        new = []
+        for record in found:
+            new.append(record)
+            print(f"{name:<42} {record['text']:<7} {record['bits']:>5.2f} {record['kl']:>8.4f} "
+                  f"{record['float_kl']:>8.4f} {record['top1']:>6.1%} {record['perplexity']:>7.2f} "
+                  f"{record['seconds']:>6.1f} {record['cpu_seconds']:>6.1f}", flush=True)
+        texts = {record["text"] for record in new}
+        records[:] = [r for r in records if r["row"] != name or r["text"] not in texts] + new
+        if args.json:
+            args.json.write_text(json.dumps(records, indent=1) + "\n")
+
     for row in ROWS:
         if any(part in row.name for part in args.only):
-            for found in measure(row, args, judge, samples):
-                print(f"{row.name:<40} {found['text']:<7} {found['bits']:>5.2f} {found['kl']:>8.4f} "
-                      f"{found['float_kl']:>8.4f} {found['top1']:>6.1%} {found['perplexity']:>7.2f} "
-                      f"{found['seconds']:>6.1f} {found['cpu_seconds']:>6.1f}", flush=True)
-                if args.json:
-                    with args.json.open("a") as lines:
-                        lines.write(json.dumps({**found, "threads": torch.get_num_threads()}) + "\n")
+            show(row.name, measure(row, args, judge, samples))
+    for peer in PEERS:
+        if any(part in peer.name for part in args.only):
+            why = peer.missing(args.peers)
+            if why is not None:
+                print(f"{peer.name:<42} {why}")
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                facts = peer.run(args.peers, args.model, samples, Path(scratch))
+                show(peer.name, judged(peer.name, qpass.load(Path(scratch) / "quantized"), args, judge, facts))
+    print("\nThe goals are of 128 samples of 512 tokens and 16 windows, times of 2 cores with AMX.")
+    print("\n".join(goal_lines(records)))
 
 
 if __name__ == "__main__":

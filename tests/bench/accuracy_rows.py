@@ -1,0 +1,110 @@
+"""Accuracy rows: the ways to quantize that the accuracy table compares, and the goals that they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+import qpass
+
+SEARCH_SAMPLES, SEARCH_LENGTH = 64, 128
+GOALS_ON = "austen"  # the text that the goals are of; a gain must hold on the other one too
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to quantize: a preset, the group size of its weights (None keeps the preset's), and algorithms.
+
+    With `budget` the schemes are searched for, from 3 to 8 bits in groups of that size.
+    """
+
+    name: str
+    preset: str
+    group_size: int | None
+    algorithms: tuple[Any, ...] = ()
+    budget: str | None = None
+
+    def recipe(self, model: Any, samples: Tensor) -> qpass.Recipe:
+        """The recipe; a search looks at the model and at the samples."""
+        if self.budget is not None:
+            schemes = [qpass.PRESETS[f"w{bits}a16"].with_group_size(self.group_size) for bits in (3, 4, 5, 6, 8)]
+            every = [row[None] for sample in samples for row in sample.split(SEARCH_LENGTH)]
+            data = every[::max(1, len(every) // SEARCH_SAMPLES)]
+            return qpass.search(model, self.budget, data=data, schemes=schemes, num_samples=SEARCH_SAMPLES,
+                                max_seq_length=SEARCH_LENGTH, algorithms=self.algorithms)
+        scheme = qpass.PRESETS[self.preset]
+        return qpass.Recipe(scheme if self.group_size is None else scheme.with_group_size(self.group_size),
+                            algorithms=self.algorithms)
+
+
+ROWS = (
+    Row("w4a16 g64, round to nearest", "w4a16", 64),
+    Row("w4a16 g64, scales", "w4a16", 64, ("scales",)),
+    Row("w4a16 g64, scales of the weights alone", "w4a16", 64, ({"scales": {"probe": 0}},)),
+    Row("w4a16 g64, positive scales", "w4a16", 64, ({"scales": {"method": "search"}},)),
+    Row("w4a16 g64, hqq", "w4a16", 64, ({"scales": {"method": "hqq"}},)),
+    Row("w4a16_asym g64, round to nearest", "w4a16_asym", 64),
+    Row("w4a16_asym g64, scales", "w4a16_asym", 64, ("scales",)),
+    Row("w4a16_asym g64, scales of the weights alone", "w4a16_asym", 64, ({"scales": {"probe": 0}},)),
+    Row("w4a16_asym g64, hqq", "w4a16_asym", 64, ({"scales": {"method": "hqq"}},)),
+    Row("w4a16 g64, awq", "w4a16", 64, ({"awq": {"clip": True}},)),
+    Row("w4a16 g64, gptq as published", "w4a16", 64, ({"gptq": {"match_float": False}},)),
+    Row("w4a16 g64, gptq", "w4a16", 64, ("gptq",)),
+    Row("w4a16 g64, gptq, positive scales", "w4a16", 64, ({"gptq": {"scales": "absmax"}},)),
+    Row("w4a16 g64, autoround", "w4a16", 64, ("autoround",)),
+    Row("w4a16 g64, gptq, autoround", "w4a16", 64, ("gptq", {"autoround": {"iterations": 50}})),
+    Row("w4a16_asym g64, gptq", "w4a16_asym", 64, ("gptq",)),
+    Row("search at 4.5 bits, gptq", "search", 64, ("gptq",), budget="4.5 bits"),
+    Row("w4a8 g64, round to nearest", "w4a8", 64),
+    Row("w4a8 g64, gptq", "w4a8", 64, ("gptq",)),
+    Row("w4a8 g64, gptq, autoround", "w4a8", 64, ("gptq", {"autoround": {"iterations": 50}})),
+    Row("w8a8, round to nearest", "w8a8", None),
+    Row("w8a8, smoothquant", "w8a8", None, ("smoothquant",)),
+    Row("w8a8, smoothquant at 0.5", "w8a8", None, ({"smoothquant": {"alpha": 0.5}},)),
+    Row("w8a8, smoothquant, gptq", "w8a8", None, ("smoothquant", "gptq")),
+    Row("w8a16, round to nearest", "w8a16", 32),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """The largest KL, in nats a token, that a row may have on GOALS_ON; and seconds on two cores with AMX."""
+
+    row: str
+    kl: float
+    seconds: float | None = None
+
+
+GOALS = (
+    Goal(row="w4a16 g64, scales", kl=0.30, seconds=5),
+    Goal(row="w4a16_asym g64, scales", kl=0.24, seconds=20),
+    Goal(row="w4a16 g64, gptq", kl=0.13, seconds=75),
+    Goal(row="w4a16 g64, gptq", kl=0.055, seconds=320),
+    Goal(row="w4a16 g64, gptq, autoround", kl=0.042, seconds=1200),
+    Goal(row="w4a8 g64, gptq", kl=0.16),
+    Goal(row="w4a8 g64, gptq, autoround", kl=0.065),
+    Goal(row="w8a8, smoothquant", kl=0.012),
+    Goal(row="search at 4.5 bits, gptq", kl=0.035),
+)
+
+
+def goal_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of goals: what each row was measured at, on the goal's text and beside it on the others."""
+    lines = [f"{'goal':<32} {'KL <=':>6} {'KL':>7} {'other text':>10} {'s <=':>6} {'s':>7} {'cpu s':>7} {'samples':>7} "
+             f"{'windows':>7}"]
+    for goal in GOALS:
+        found = {record["text"]: record for record in records if record["row"] == goal.row}
+        seconds = "" if goal.seconds is None else f"{goal.seconds:g}"
+        start = f"{goal.row:<32} {goal.kl:>6}"
+        if GOALS_ON not in found:
+            lines.append(f"{start} {'not measured':>18} {seconds:>6}")
+            continue
+        own = found[GOALS_ON]
+        others = ", ".join(f"{record['kl']:.4f}" for text, record in found.items() if text != GOALS_ON)
+        lines.append(f"{start} {own['kl']:>7.4f} {others:>10} {seconds:>6} {own['seconds']:>7.1f} "
+                     f"{own['cpu_seconds']:>7.1f} {own['samples']:>7} {own['windows']:>7}"
+                     f"{'' if own['kl'] <= goal.kl else '  missed'}")
+    return lines

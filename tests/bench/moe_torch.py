@@ -6,9 +6,9 @@ usage: python tests/bench/moe_torch.py SHAPE bfloat16            the float model
        python tests/bench/moe_torch.py SHAPE bfloat16 FOLDER     what make_moe.py quantized
        python tests/bench/moe_torch.py SHAPE float32 FOLDER      the same with activations in float32
 
-The float model runs eagerly, and answers with the `experts` implementation that was fastest when first asked. Of the
-quantized one a step of one sequence is compiled, the rest is not: a graph for each would take minutes. The cache has
-as many places as decoding needs: attention over a static cache reads all of it, and copies it for grouped heads.
+The float model runs eagerly, and answers with the `experts` implementation that was fastest when first asked. The
+quantized one is compiled, a graph for each of the three shapes. The cache has as many places as a request needs: the
+float model's attention over a static cache reads all of it.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Moe(Model):
         return {"seconds": took.seconds, "peak": None if peak is None else peak - before, "weights": took.weights}
 
     def step(self, batch: int, tokens: int) -> Any:
-        return self.model if self.float or batch * tokens > 1 else super().step(batch, tokens)
+        return self.model if self.float else super().step(batch, tokens)
 
-    @lru_cache(maxsize=4)  # noqa: B019
     def cache(self, batch: int) -> Any:
         return self._cache(batch, PLACES)
 
+    @lru_cache(maxsize=4)  # noqa: B019
     def _cache(self, batch: int, places: int) -> Any:
         config = self.model.config
         made = StaticCache(config=config, max_cache_len=places)
@@ -72,8 +72,11 @@ class Moe(Model):
         return made
 
     def prefill(self, tokens: int) -> list[float]:
-        ids, start = torch.randint(3, self.model.config.vocab_size, (1, tokens)), time.perf_counter()
-        self.model(input_ids=ids, past_key_values=self._cache(1, tokens), logits_to_keep=1)
+        ids, cache = torch.randint(3, self.model.config.vocab_size, (1, tokens)), self._cache(1, tokens)
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(0)
+        step, places, start = self.step(1, tokens), torch.arange(tokens)[None], time.perf_counter()
+        step(input_ids=ids, past_key_values=cache, position_ids=places, logits_to_keep=1)
         return [(time.perf_counter() - start) * 1e6]
 
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:

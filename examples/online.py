@@ -18,7 +18,7 @@ import qpass
 
 work = Path(tempfile.mkdtemp())
 source = Path(sys.argv[1]) if len(sys.argv) > 1 else work / "float"
-target = Path(sys.argv[2]) if len(sys.argv) > 2 else work / "w4a8"
+target = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else work / "w4a8"
 if len(sys.argv) < 2:
     config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True, dtype="bfloat16")
@@ -50,4 +50,4 @@ with torch.no_grad():
     logits = model(torch.arange(3, 40)[None]).logits
 print("equal logits in another process:", torch.equal(logits, torch.load({str(work / "logits.pt")!r})))
 """
-subprocess.run([sys.executable, "-c", again], check=True)
+subprocess.run([sys.executable, "-c", again], check=True, cwd=work)

@@ -35,7 +35,8 @@ def set_rope(config: Any, file: GgufFile, architecture: str) -> None:
     head = f"{architecture}.rope.scaling."
     said = {key.removeprefix(head): value for key, value in file.metadata.items() if key.startswith(head)}
     kind = said.get("type", "none")
-    after = {"rope_theta": before.get("rope_theta"), "rope_type": "default"}
+    kept = {name: value for name, value in before.items() if name in ("rope_theta", "partial_rotary_factor")}
+    after = {**kept, "rope_type": "default"}
     if kind in ("linear", "yarn"):
         after = dict(before) if before["rope_type"] == kind else {**after, "rope_type": kind}
         unknown = [name for name in said if name not in (*_NAMES, *_PASSED_OVER) and said[name]]
@@ -64,7 +65,7 @@ def _by_factors(config: Any, file: GgufFile, plain: dict[str, Any]) -> dict[str,
     largest = float(f"{float(factors.max()):.6g}")
     if largest == 1.0 == float(factors.min()):
         return plain
-    theta = float(plain["rope_theta"] or 10000.0)
+    theta = float(plain.get("rope_theta") or 10000.0)
     wanted = theta ** -(torch.arange(len(factors)) / len(factors)) / factors
     for kind, frequencies in ROPE_INIT_FUNCTIONS.items():
         tried = copy.deepcopy(config)

@@ -1,11 +1,15 @@
-"""GPTQ writer: packed layers in; GPTQ's tensors (version 1) and quantize_config out, the same integers and scales."""
+"""GPTQ writer: packed layers in; GPTQ's tensors and quantize_config out, the same integers and scales.
+
+Version 1, which every reader knows, stores each zero point less one; version 2 stores it as it is. GPTQModel takes
+asymmetric weights of others in version 2 only: in version 1 a zero point of 0 borrows from its neighbour.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,9 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 class GptqWriter:
     """Every nn.Linear of 2, 3, 4 or 8 bits; `g_idx` is always written, `dynamic` says what differs from the rest."""
 
-    name = "gptq"
+    def __init__(self, version: Literal[1, 2]) -> None:
+        self.name = "gptq" if version == 1 else "gptq_v2"
+        self._version = version
 
     def refuses(self, layer: QuantLinear) -> str | None:
         """A sentence if GPTQ has no place for this layer's numbers."""
@@ -54,7 +60,7 @@ class GptqWriter:
             codes, g_idx = codes[:, back], (back // spec.group_size).to(torch.int32)
         zeros = weight.zero_point if weight.zero_point is not None else torch.zeros_like(weight.scale, dtype=torch.int8)
         return {"g_idx": g_idx, "qweight": pack_rows(codes.contiguous(), bits).t().contiguous(),
-                "qzeros": _zeros(zeros.t().contiguous(), bits), "scales": weight.scale.t().contiguous()}
+                "qzeros": self._zeros(zeros.t().contiguous(), bits), "scales": weight.scale.t().contiguous()}
 
     def config(self, model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Any]:
         """`quantization_config` of config.json, as plain data."""
@@ -68,7 +74,7 @@ class GptqWriter:
         from qpass import __version__
 
         ordered = any(getattr(layer, "input_order", None) is not None for layer in layers.values())
-        return {"quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": ordered,
+        return {"quant_method": "gptq", "checkpoint_format": self.name, "desc_act": ordered,
                 "lm_head": "lm_head" in layers, "static_groups": False, "true_sequential": True, **base,
                 "dynamic": dynamic,
                 "meta": {"quantizer": [f"qpass:{__version__}"]}}
@@ -77,10 +83,11 @@ class GptqWriter:
     def _settings(spec: LinearSpec) -> dict[str, Any]:
         return {"bits": spec.weight.bits, "group_size": spec.weight.group_size or -1, "sym": spec.weight.symmetric}
 
-
-def _zeros(zero_point: Tensor, bits: int) -> Tensor:
-    """int8 [G, N] to int32 words of zero - 1, the subtraction done on whole words where fields do not straddle."""
-    if bits not in _ONES:
-        half = 1 << bits - 1
-        return pack_rows(((zero_point.int() + half - 1) % (2 * half) - half).to(torch.int8), bits)
-    return (pack_rows(zero_point, bits).long() - _ONES[bits]).to(torch.int32)
+    def _zeros(self, zero_point: Tensor, bits: int) -> Tensor:
+        """int8 [G, N] to int32 words; version 1 subtracts one, from whole words where fields do not straddle them."""
+        if self._version == 2:
+            return pack_rows(zero_point, bits)
+        if bits not in _ONES:
+            half = 1 << bits - 1
+            return pack_rows(((zero_point.int() + half - 1) % (2 * half) - half).to(torch.int8), bits)
+        return (pack_rows(zero_point, bits).long() - _ONES[bits]).to(torch.int32)

@@ -31,7 +31,7 @@ def writers() -> dict[str, LayerWriter]:
     from qpass.formats.awq_writer import AwqWriter
     from qpass.formats.gptq_writer import GptqWriter
 
-    return {writer.name: writer for writer in (AwqWriter(), GptqWriter())}
+    return {writer.name: writer for writer in (AwqWriter(), GptqWriter(1), GptqWriter(2))}
 
 
 def writable_layers(model: nn.Module, writer: LayerWriter) -> dict[str, QuantLinear]:

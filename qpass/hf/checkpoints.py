@@ -48,6 +48,7 @@ class CheckpointQuantizer(PackedQuantizer):
     """Loads the whole checkpoint with qpass.load, in the dtype and the device that Transformers was asked for."""
 
     quantization_config: CheckpointConfig
+
     def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._device, self._folder = torch.device("cpu"), Path()

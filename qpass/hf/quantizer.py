@@ -26,6 +26,7 @@ class QPassQuantizer(PackedQuantizer):
     """Quantizes a float checkpoint as it is read. The plan is made on the empty model, before the first tensor."""
 
     quantization_config: QPassConfig
+
     def __init__(self, quantization_config: QPassConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stream: StreamQuantizer | None = None

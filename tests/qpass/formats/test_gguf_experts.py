@@ -149,5 +149,7 @@ def test_linear_and_yarn_stand_in_the_metadata(tmp_path: Path) -> None:
     assert rope_of(tmp_path / "b.gguf", yarn, {"type": "linear", "factor": 2.0}, None) == {
         "rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
     assert rope_of(tmp_path / "c.gguf", yarn, {}, None) == {"rope_type": "default", "rope_theta": 500000.0}
+    part = {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.25}
+    assert rope_of(tmp_path / "e.gguf", part, {}, None) == {**part, "rope_theta": 500000.0}
     with pytest.raises(qpass.errors.CheckpointError, match=r"yarn_log_multiplier is 0\.125"):
         rope_of(tmp_path / "d.gguf", yarn, {**said, "yarn_log_multiplier": 0.125}, None)

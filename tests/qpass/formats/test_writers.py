@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def test_there_and_back_is_byte_for_byte(name: str, to: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(("name", "to"), [
     ("gptq/w4_g32_asym", "awq"), ("awq/gptqmodel_gemm_g32", "gptq"), ("autoround/ar_w4_g32_asym", "compressed-tensors"),
     ("gptq/w4_g32_descact", "compressed-tensors"), ("gptq/w3_g32", "compressed-tensors"),
-    ("compressed-tensors/w4a16_asym", "gptq"), ("compressed-tensors/w4a16_asym", "awq")])
+    ("compressed-tensors/w4a16_asym", "gptq"), ("compressed-tensors/w4a16_asym", "awq"),
+    *((name, "gptq_v2") for name in GPTQ)])
 def test_formats_hold_the_same_weights(name: str, to: str, tmp_path: Path) -> None:
     assert main(["convert", str(SMALL / name), str(tmp_path / "out"), "--to", to]) == 0
     one, other = qpass.load(SMALL / name), qpass.load(tmp_path / "out")
@@ -46,6 +48,18 @@ def test_formats_hold_the_same_weights(name: str, to: str, tmp_path: Path) -> No
     ids = torch.arange(3, 12)[None]
     with torch.inference_mode():
         torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=0, atol=0)
+
+
+def test_version_2_stores_zero_points_as_they_are(tmp_path: Path) -> None:
+    source, out = SMALL / "gptq/w4_g32_asym", tmp_path / "out"
+    qpass.save(qpass.load(source), out, format="gptq_v2")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    first, second = (load_file(folder / "model.safetensors") for folder in (source, out))
+    name = "model.layers.0.self_attn.q_proj.qzeros"
+    shifts = torch.arange(0, 32, 4)
+    one, two = (file[name].unsqueeze(-1) >> shifts & 15 for file in (first, second))
+    assert torch.equal((one + 1) & 15, two)
+    assert all(torch.equal(first[key], second[key]) for key in first if not key.endswith("qzeros"))
 
 
 def test_the_table_of_a_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +91,7 @@ def test_activation_order_survives_a_state_dict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "to", "said"), [
     ("gptq/w3_g32", "awq", "integers of 4 bits, not int3"), ("gptq/w4_g32_descact", "awq", "order nor a scale"),
-    ("gptq/w3_g32", "no_such", "'no_such'; there are compressed-tensors, awq, gptq, gguf")])
+    ("gptq/w3_g32", "no_such", "'no_such'; there are compressed-tensors, awq, gptq, gptq_v2, gguf")])
 def test_what_a_format_cannot_hold_is_refused_by_layer(name: str, to: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=said):
         qpass.save(qpass.load(SMALL / name), tmp_path / "out", format=to)

@@ -22,13 +22,15 @@ SAYS = {
     "own_pass": ["fold_double_relu", "double relus folded: 1", "1 call multiplies, 1 activation quantization"],
     "inspect_graph": ["expose_activation_quant", "cpp_fused", "activation "],
 }
+SLOW = ("quickstart", "online", "inspect_graph")  # they compile a language model each
 
 
 def test_every_example_is_listed() -> None:
     assert {path.stem for path in EXAMPLES} == set(SAYS)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in EXAMPLES])
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=os.environ, text=True, capture_output=True,
                           timeout=300, check=False)

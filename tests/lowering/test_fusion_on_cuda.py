@@ -30,6 +30,7 @@ H100 = SimpleNamespace(multi_processor_count=132, major=9, minor=0, warp_size=32
 @pytest.fixture
 def fake_gpu() -> Iterator[None]:
     from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import scheduler
     from torch._inductor.codegen import triton as codegen
     from torch._inductor.runtime import hints
     from torch._subclasses import FakeTensorMode
@@ -47,7 +48,7 @@ def fake_gpu() -> Iterator[None]:
         (torch.cuda, "is_available", lambda: True), (torch.cuda, "current_device", lambda: 0),
         (codegen, "triton_hash_with_backend", lambda *a: "none"),
         (torch.utils._triton, "triton_hash_with_backend", lambda *a: "none"),
-        (torch.utils._triton, "has_triton", lambda: True))
+        (torch.utils._triton, "has_triton", lambda: True), (scheduler, "has_triton", lambda: True))
     with ExitStack() as stack:
         for owner, name, answer in answers:
             stack.enter_context(mock.patch.object(owner, name, answer, create=True))

@@ -69,7 +69,8 @@ def test_processes_that_start_together_build_once(tmp_path: Path, stand_in_compi
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["cut", "empty", "changed"])
+@pytest.mark.parametrize("damage", [pytest.param("cut", marks=pytest.mark.slow),
+                                    pytest.param("empty", marks=pytest.mark.slow), "changed"])  # each builds anew
 def test_a_damaged_library_is_built_anew(tmp_path: Path, stand_in_compiler: Path, damage: str) -> None:
     environment = {"QPASS_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(stand_in_compiler)}
     finished(run(LINEAR, **environment))

@@ -48,8 +48,8 @@ def test_nothing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     library = tmp_path / "sanitized.so"
     compile_library.compile_library(command, Path(torch.__file__).parent, library)
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(library), CHOSEN, *(str(ROOT / test) for test in TESTS)], cwd=tmp_path, text=True,
-        capture_output=True, check=False,
+        [sys.executable, "-c", RUN, str(library), CHOSEN, *(str(ROOT / test) for test in TESTS)], cwd=tmp_path,
+        text=True, capture_output=True, check=False,
         env={**os.environ, "LD_PRELOAD": " ".join(map(str, runtimes)), "OMP_NUM_THREADS": "2",
              "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0", "UBSAN_OPTIONS": "print_stacktrace=1"})
     told = done.stdout[-3000:] + done.stderr[-6000:]

@@ -55,7 +55,7 @@ def read_config(file: GgufFile) -> Any:
     config.__dict__.pop("quantization_config", None)
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    known = GGUF_CONFIG_MAPPING.get(architecture, {})  # where a key may mean another size of the config
+    known: Any = GGUF_CONFIG_MAPPING.get(architecture, {})  # where a key may mean another size of the config
     for key, name in (*EXPERT_SIZES.items(), *_LEFT_OUT.items()):
         size = file.metadata.get(f"{architecture}.{key}")
         if isinstance(size, int) and hasattr(config, name) and key not in known:

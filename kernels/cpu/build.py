@@ -69,7 +69,7 @@ def build() -> Path:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not whole(target):
-                _say("compiling the CPU kernels for this machine; this is done once and takes about ten seconds")
+                _say("compiling the CPU kernels for this machine; this is done once and takes ten to twenty seconds")
                 start = time.monotonic()
                 compile_library(command, _TORCH, target)
                 _say(f"compiled in {time.monotonic() - start:.1f} s, kept in {target.parent}")

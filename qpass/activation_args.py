@@ -30,6 +30,8 @@ class ActivationArgs:
     dynamic: bool | Literal["local"] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.symmetric, bool):
+            raise RecipeError(f"symmetric must be True or False, got {self.symmetric!r}")
         if self.type not in ("int", "float") or self.bits not in (4, 8):
             raise RecipeError(f"activations can be of type int or float with 4 or 8 bits, got {self.type!r} with "
                               f"{self.bits}")

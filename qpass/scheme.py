@@ -57,6 +57,8 @@ class WeightArgs:
     scales: Literal["amax", "integer"] = "amax"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.symmetric, bool):
+            raise RecipeError(f"symmetric must be True or False, got {self.symmetric!r}")
         if not 1 <= self.bits <= 8:
             raise RecipeError(f"weight bits must be 1 to 8, got {self.bits}")
         if self.type == "int" and self.bits < 2:

@@ -121,7 +121,11 @@ def empty_causal_model(config: Any, where: Path) -> nn.Module:
                               f"{type(config).__name__}")
     with _parameters_on_meta():
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model: nn.Module = model_class._from_config(config)
+        try:
+            model: nn.Module = model_class._from_config(config)
+        except Exception as error:  # sizes that no model has
+            raise CheckpointError(f"{where} describes a model that cannot be built: "
+                                  f"{type(error).__name__}: {error}") from error
     model.tie_weights()  # type: ignore[operator]
     return model
 

@@ -195,3 +195,9 @@ def test_register_scheme_with_a_codec() -> None:
         register_scheme(signs)
     with pytest.raises(DuplicateRegistration, match="has a definition already"):
         register_scheme(Scheme(name="signs2", weight=signs.weight), codec=codec)
+
+
+@pytest.mark.parametrize("kind", [WeightArgs, ActivationArgs])
+def test_symmetric_is_true_or_false(kind: type) -> None:
+    with pytest.raises(RecipeError, match="symmetric must be True or False"):
+        kind(bits=8, symmetric=[])

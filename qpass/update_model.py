@@ -96,8 +96,7 @@ class _Place:
     def _unlike(self, given: Mapping[str, Tensor]) -> list[str]:
         first, *others = self.found(given) if self.tied and self.found(given) else ("",)
         return [f"{first} and {name} are one weight in this model, and different numbers were given for them"
-                for name in others if given[name].data_ptr() != given[first].data_ptr()
-                and not torch.equal(given[name].cpu().double(), given[first].cpu().double())]
+                for name in others if not _same(given[name], given[first])]
 
     packs = True
 
@@ -107,6 +106,12 @@ class _Place:
 
     def write(self, given: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both hold the same numbers, in whatever dtype and on whatever device."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return one is other or torch.equal(one.to(wide), other.to(device=one.device, dtype=wide))
 
 
 class _Plain(_Place):

@@ -2,8 +2,8 @@
 
 `linear_round_*`, for `exact` specs: on machines that cannot multiply fp8 or fp4, the numbers of those that can, at the
 price of the rounding, which is written in plain torch. `linear_codes_*`: int8 activations with integer weights of
-widths that x86_tile64 does not pack; codes are small integers, whose sums float32 holds exactly up to 2^24, which a
-group of 128 does not reach. The product of both is that of csrc/decoded.h.
+widths that x86_tile64 does not pack; codes are integers, whose sums over a group float32 holds exactly up to 2^24,
+which groups of 512 do not reach, and beyond it rounds. The product of both is that of csrc/decoded.h.
 """
 
 from __future__ import annotations

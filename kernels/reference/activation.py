@@ -59,7 +59,7 @@ def quantize_microscaled(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     groups = x.float().unflatten(-1, (-1, GROUP))
     offset = 8 if bits == 8 else 2  # 448 = 1.75 * 2^8, 6 = 1.5 * 2^2
-    scale = power_of_two(shared_exponent(x.float(), GROUP, offset, 1)).unsqueeze(-1)
+    scale = power_of_two(shared_exponent(groups, offset, 1))
     scale = torch.where(torch.isfinite(groups).all(-1, keepdim=True), scale, torch.nan)
     q = groups / scale
     q = q.clamp(-448, 448) if bits == 8 else values(E2M1, x.device)[to_codes(q, E2M1).int()]

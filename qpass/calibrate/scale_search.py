@@ -7,7 +7,8 @@ and a negative scale turns that side to where the group's largest weight is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,13 +89,13 @@ class _Groups:
     w: Tensor
     weights: Tensor | None
 
-    def __post_init__(self) -> None:
-        weighed = self.w if self.weights is None else self.w * self.weights
-        object.__setattr__(self, "weighed", weighed)
-        object.__setattr__(self, "energy", (weighed * self.w).sum(-1).clamp_min(1e-30))
+    @cached_property
+    def weighed(self) -> Tensor:
+        return self.w if self.weights is None else self.w * self.weights
 
-    weighed: Tensor = field(init=False)
-    energy: Tensor = field(init=False)
+    @cached_property
+    def energy(self) -> Tensor:
+        return (self.weighed * self.w).sum(-1).clamp_min(1e-30)
 
     def error(self, q: Tensor, scale: Tensor) -> Tensor:
         """[n, G]: sum of e^2, and BIAS_WEIGHT times the square of what of e points along w, for e = scale * q - w.

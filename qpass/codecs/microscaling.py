@@ -44,9 +44,9 @@ def _divided(weight: Tensor, scale: Tensor) -> Tensor:
     return divided.flatten(1)
 
 
-def shared_exponent(x: Tensor, group: int, offset: int, mantissa: int) -> Tensor:
-    """E8M0 bytes of each group of x [..., K]: floor(log2(round_to_power_2(amax))) - offset + 127, within a byte."""
-    amax = x.unflatten(-1, (-1, group)).abs().amax(-1)
+def shared_exponent(x: Tensor, offset: int, mantissa: int) -> Tensor:
+    """E8M0 bytes of groups of 32 of x [..., K]: floor(log2(round_to_power_2(amax))) - offset + 127, within a byte."""
+    amax = x.unflatten(-1, (-1, GROUP)).abs().amax(-1)
     bits = amax.view(torch.int32) + (1 << 23 - mantissa - 1)
     exponent: Tensor = (bits >> 23) - offset
     return exponent.clamp(0, 254).to(torch.uint8)
@@ -69,7 +69,7 @@ class MxPacked(RowCodec):
         _must_divide(weight.shape[1], args)
         # The exponent of the largest value: 2 for E2M1's 6 and E2M3's 7.5, 4 for E3M2's 28.
         offset = torch.tensor(magnitudes(self.element)[-1]).log2().floor().int().item()
-        scale = shared_exponent(weight, GROUP, int(offset), self.element[1])
+        scale = shared_exponent(weight, int(offset), self.element[1])
         codes = to_codes(_divided(weight, scale), self.element)
         return {"packed": (pack_nibbles if self.bits == 4 else pack_sixes)(codes), "scale": scale}
 
@@ -91,8 +91,8 @@ class MxFp8(RowCodec):
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         _must_divide(weight.shape[1], args)
-        scale = shared_exponent(weight, GROUP, 8, 1)  # 448 = 1.75 * 2^8; mantissa 1 as compressed-tensors has it
-        q = (_divided(weight, scale)).clamp(-448, 448)
+        scale = shared_exponent(weight, 8, 1)  # 448 = 1.75 * 2^8; mantissa 1 as compressed-tensors has it
+        q = _divided(weight, scale).clamp(-448, 448)
         return {"weight": q.to(torch.float8_e4m3fn), "scale": scale}
 
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:

@@ -1,9 +1,6 @@
 // AVX2: exp of 8 numbers and the sum of 8, for softmax; each function says for itself which instructions it uses.
 #pragma once
-#include <immintrin.h>
-
-#define QPASS_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define QPASS_AVX2_INLINE QPASS_AVX2 __attribute__((always_inline)) static inline
+#include "avx2_target.h"
 
 namespace qpass {
 namespace {

@@ -1,12 +1,9 @@
 // AVX2: groups of a float weight to integers, 32 at a time, and 16 rows of integers to tiles. The same operations in the
 // same precision as quantize_group of quantize_weight.cpp, whose Job and number_of these are: bit for bit the same.
 #pragma once
-#include <immintrin.h>
-
 #include <cstdint>
 
-#define QPASS_AVX2 __attribute__((target("avx2,f16c")))
-#define QPASS_AVX2_INLINE QPASS_AVX2 __attribute__((always_inline)) static inline
+#include "avx2_target.h"
 
 namespace qpass {
 namespace {

@@ -6,23 +6,13 @@
 #include "decoded.h"
 #include "scratch.h"
 
-// Only what follows may use the instruction set; everything that other files share is included above.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "avx2_begin.h"
 
 #include "avx2_vector.h"
 #include "avx2_decode.h"
 #include "avx2_decoded_rows.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "avx2_end.h"
 
 namespace qpass {
 

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qpass
-from tests.source_tree import modules
+from tests.source_tree import ROOT, modules
 
 # Integrations, which import what they integrate with. Nothing else may.
 INTEGRATIONS = ("qpass.hf", "qpass.cli", "qpass.demo", "qpass.kernels.cuda.programs")
@@ -82,3 +83,36 @@ def test_public_name(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="quantise"):
         qpass.quantise  # noqa: B018
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_python_started_in_the_checkout_finds_the_installed_package_kernels(tmp_path: Path, installed: bool) -> None:
+    """The checkout's folder `kernels` has the name of a package that Transformers looks for when it loads a model."""
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("from kernels.layer import Device\n__version__ = '0.15.0'\n")
+        (tmp_path / "kernels" / "layer.py").write_text("class Device: ...\n")
+    code = f"""
+import sys; sys.path.append({str(tmp_path)!r})
+import json, qpass.kernels.registry, kernels
+assert qpass.kernels is not kernels
+try:
+    import kernels.registry
+    second = True
+except ModuleNotFoundError:
+    second = False
+print(json.dumps([getattr(kernels, "__version__", None), hasattr(kernels, "Device"), second]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["0.15.0" if installed else None, installed, False]
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="Transformers is not installed")
+def test_transformers_works_in_the_checkout() -> None:
+    code = "import transformers.modeling_utils as m; print(m.PreTrainedModel.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["PreTrainedModel"]

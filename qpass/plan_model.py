@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpass.decide.decide_sites import Decision, decide, effective_text, stored_bytes
+from qpass.decide.decide_sites import decide, effective_text, stored_bytes
+from qpass.decide.decision import Decision
 from qpass.decide.match import entries
 from qpass.errors import AlreadyQuantized
 from qpass.recipes.recipe import Recipe

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from qpass.checkpoints.publish_folder import publish_folder
 from qpass.errors import CheckpointError
 from qpass.formats import compressed_tensors_config
-from qpass.formats.layer_writer import LayerWriter, writable_layers, writers
+from qpass.formats.layer_writer import LayerWriter, writable_layers
 from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, write_file
+from qpass.formats.writer_table import writers
 from qpass.hf.model_config import save_config
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer, QuantLinear

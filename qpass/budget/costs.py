@@ -22,7 +22,7 @@ from qpass.calibrate.run import own_tensors
 from qpass.calibrate.samples import Sample
 from qpass.calibrate.watch_inputs import input_of
 from qpass.capture.as_found import in_eval_mode
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.errors import CalibrationError
 from qpass.site import Site
 from qpass.spec import LinearSpec

@@ -13,7 +13,7 @@ from qpass.budget.allocation import Budget, Choice, allocate, read_budget
 from qpass.budget.costs import costs
 from qpass.budget.times import layer_times, step_time
 from qpass.calibrate.samples import read_samples
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.errors import RecipeError
 from qpass.plan_model import make_plan
 from qpass.quantize_model import check_model

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qpass.calibrate.samples import Sample
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.errors import RecipeError
 from qpass.quantize_model import quantize
 from qpass.recipes.recipe import Recipe

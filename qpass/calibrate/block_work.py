@@ -16,7 +16,7 @@ from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.blocks import Block
 from qpass.calibrate.pairs import Pair
 from qpass.calibrate.watch_inputs import OnInput, input_of, watch_inputs
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.errors import CalibrationError
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from qpass.recipes.algorithm_table import Algorithm

@@ -19,7 +19,7 @@ from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, refit
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.scale_search import canonical_of, find_grid, grid_ends, round_to_grid
 from qpass.decide.decide_experts import blocks_of, spec_of_block
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.experts_site import ExpertsSite
 from qpass.find.experts_rows import as_stored, first_of
 from qpass.kernels.reference.experts import apply_gate

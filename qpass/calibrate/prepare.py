@@ -16,7 +16,7 @@ from qpass.calibrate.probe import drawn_samples
 from qpass.calibrate.run import Bar, Calibration, Install, Limits, aimed_at, without_data
 from qpass.calibrate.samples import Sample, read_samples
 from qpass.capture.capture_model import capture
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.errors import RecipeError
 from qpass.plan_model import Plan
 from qpass.recipes.algorithm_table import Algorithm

@@ -25,7 +25,7 @@ from qpass.calibrate.prefix import call_of, check_finite
 from qpass.calibrate.samples import Sample
 from qpass.calibrate.work_folder import WorkFolder, fingerprint_of
 from qpass.capture.as_found import in_eval_mode
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.decide.match import matching
 from qpass.experts_site import ExpertsSite
 from qpass.recipes.algorithm_table import Algorithm

@@ -17,7 +17,7 @@ from qpass.calibrate.input_range import InputRanges
 from qpass.calibrate.watch_inputs import watch_inputs
 from qpass.capture.as_found import in_eval_mode
 from qpass.capture.example_inputs import example_of
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.errors import RecipeError
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from qpass.activation_args import ActivationArgs
+from qpass.decide.decision import Decision
 from qpass.experts_site import ExpertsSite
 from qpass.experts_spec import ExpertsSpec
 from qpass.kernels.experts_choice import choose_experts
 from qpass.kernels.registry import ExpertsCall
 from qpass.spec import LinearSpec
-
-if TYPE_CHECKING:
-    from qpass.decide.decide_sites import Decision
 
 ROUNDED = (ActivationArgs(), ActivationArgs(symmetric=False))
 Parts = tuple[LinearSpec | None, LinearSpec | None]

@@ -26,14 +26,6 @@ class LayerWriter(Protocol):
     def config(self, model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Any]: ...
 
 
-def writers() -> dict[str, LayerWriter]:
-    """The writers of formats other than compressed-tensors, by name."""
-    from qpass.formats.awq_writer import AwqWriter
-    from qpass.formats.gptq_writer import GptqWriter
-
-    return {writer.name: writer for writer in (AwqWriter(), GptqWriter(1), GptqWriter(2))}
-
-
 def writable_layers(model: nn.Module, writer: LayerWriter) -> dict[str, QuantLinear]:
     """Every packed layer by path. Raises CheckpointError that lists those that the format cannot hold, and why."""
     found: dict[str, QuantLinear] = {}

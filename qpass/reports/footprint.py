@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.reports.text_table import human_bytes
 
 

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from qpass.calibrate.static_activation import static_scales
-from qpass.decide.decide_sites import Decision
+from qpass.decide.decision import Decision
 from qpass.errors import AlreadyQuantized, LayerRefused
 from qpass.layers.quant_weight import QuantWeight
 from qpass.plan_model import Plan, make_plan

@@ -20,7 +20,7 @@ from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, quantize_weight
 
 if TYPE_CHECKING:
-    from qpass.decide.decide_sites import Decision
+    from qpass.decide.decision import Decision
 
 
 def swap_experts(model: nn.Module, decisions: Sequence[Decision], device: torch.device | None = None,

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpass.decide.decide_sites import Decision, decide, effective_text, stored_bytes
+from qpass.decide.decide_sites import decide, effective_text, stored_bytes
+from qpass.decide.decision import Decision
 from qpass.errors import LayerRefused, NoKernel, NothingQuantized
 from qpass.kernels.registry import KERNELS, force_kernel
 from qpass.recipes.recipe import Recipe

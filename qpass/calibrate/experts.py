@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.block_work import BlockWork, rounded
-from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, refit
+from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, polish
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.scale_search import canonical_of, find_grid, grid_ends, round_to_grid
 from qpass.decide.decide_experts import blocks_of, spec_of_block
@@ -112,8 +112,8 @@ def _rounded(settings: Gptq, weight: Tensor, spec: LinearSpec, seen: Hessian, dt
     factor = inverse_factor(hessian, order, settings.dampening_frac)
     grid = find_grid(weight, spec, settings.scales, dtype, hessian.diagonal() / hessian.diagonal().mean())
     codes = gptq(weight, factor, order, grid, grid_ends(spec), settings.block_size)
-    if settings.refit and spec.weight.scales != "integer":
-        grid = refit(codes, grid, weight, hessian, dtype)
+    codes, grid = polish(codes, grid, weight, hessian, grid_ends(spec), dtype, sweeps=settings.sweeps,
+                         refits=settings.refit and spec.weight.scales != "integer", dampening=factor.dampening)
     return canonical_of(codes, grid, dtype)
 
 

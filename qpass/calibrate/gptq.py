@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qpass.calibrate.block_work import BlockWork, SiteWork
 from qpass.calibrate.experts import calibrate_experts, given_to
-from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, refit
+from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, polish
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.match_float import float_side, lacking
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
@@ -87,6 +87,7 @@ def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian
         for (site, weight, grid), own in zip(members, codes.split([site.spec.out_features for site, _, _ in members]),
                                              strict=True):
             free = site.spec.weight.granularity != "per_tensor" and site.spec.weight.scales != "integer"
-            if settings.refit and free:
-                grid = refit(own, grid, weight, hessian, site.scale_dtype)
+            own, grid = polish(own, grid, weight, hessian, grid_ends(site.spec), site.scale_dtype,
+                               refits=settings.refit and free, sweeps=settings.sweeps, dampening=factor.dampening)
             site.settle(canonical_of(own, grid, site.scale_dtype))
+

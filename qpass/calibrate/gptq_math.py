@@ -7,6 +7,7 @@ tr((W - Q) H (W - Q)^T) with H = X^T X, is smallest.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,38 @@ def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends:
     return found.t().contiguous()
 
 
+def descend(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, ends: tuple[int, int],
+            dampening: float, block_size: int = 64) -> Tensor:
+    """`codes` [N, K] after one sweep of coordinate descent: each integer in turn goes where tr(E H E^T) is smallest.
+
+    E = W_q - W for `target` W [N, K], H dampened as for GPTQ; all other integers stay meanwhile. GPTQ settles each
+    column before those after it are known; here each is looked at again with all of them (Behdin et al., "QuantEase",
+    2023). The error never grows.
+    """
+    k = target.shape[1]
+    group = torch.arange(k, device=codes.device) // (k // grid.scale.shape[1])
+    # Columns as rows, as in `gptq`.
+    scale, q, w = grid.scale.t()[group].contiguous(), codes.t().contiguous(), target.t().contiguous()
+    zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.t()[group].contiguous()
+    error = torch.addcmul(-w, q - zero, scale)
+    extra = dampening * float(hessian.diagonal().mean())
+    for start in range(0, k, block_size):
+        stop = min(start + block_size, k)
+        slope = torch.addmm(error[start:stop], hessian[start:stop], error, beta=extra)
+        inside = hessian[start:stop, start:stop].clone()
+        inside.diagonal().add_(extra)
+        # A column that no input reaches stays.
+        pivots = [pivot if pivot > 0 else math.inf for pivot in inside.diagonal().tolist()]
+        for i in range(stop - start):
+            j = start + i
+            moved = torch.addcdiv(q[j], slope[i], scale[j], value=-1 / pivots[i]).round_().clamp_(*ends)
+            step = (moved - q[j]).mul_(scale[j])
+            q[j] = moved
+            error[j] += step
+            slope[i + 1:].addr_(inside[i + 1:, i], step)
+    return q.t().contiguous()
+
+
 def refit(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, dtype: torch.dtype) -> Grid:
     """The scales, as stored in `dtype`, with which `codes` [N, K] come nearest to `target` [N, K] in the output.
 
@@ -117,6 +150,18 @@ def refit(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, dtype: tor
     scale, failed = torch.linalg.solve_ex(quadratic + torch.diag_embed(held), linear + held * grid.scale)
     good = torch.isfinite(scale) & (scale * grid.scale > 0) & (failed == 0)[:, None]
     return Grid(storable(torch.where(good, scale, grid.scale), dtype), grid.zero_point)
+
+
+def polish(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, ends: tuple[int, int], dtype: torch.dtype, *,
+           refits: bool, sweeps: int, dampening: float) -> tuple[Tensor, Grid]:
+    """Codes [N, K] and their grid after `sweeps` of `descend`, with a `refit` before and after each if `refits`."""
+    if refits:
+        grid = refit(codes, grid, target, hessian, dtype)
+    for _ in range(sweeps):
+        codes = descend(codes, grid, target, hessian, ends, dampening)
+        if refits:
+            grid = refit(codes, grid, target, hessian, dtype)
+    return codes, grid
 
 
 def energy_order(hessian: Tensor, actorder: str | None) -> Tensor:

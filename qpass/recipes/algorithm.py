@@ -72,6 +72,8 @@ class Gptq(Algorithm):
                     what those before it give. Needs `propagate`; False is the algorithm as published, in about half
                     the time
     refit           the scales are fitted to the integers found, by least squares on the outputs
+    sweeps          how often each integer is then looked at again with all others known, and moved where the outputs'
+                    error is smallest (coordinate descent; a refit follows each); 0 is the algorithm as published
     """
 
     name: ClassVar[str] = "gptq"
@@ -83,6 +85,7 @@ class Gptq(Algorithm):
     propagate: bool = True
     match_float: bool = True
     refit: bool = True
+    sweeps: int = 3
 
     @property
     def matches_float(self) -> bool:
@@ -100,6 +103,8 @@ class Gptq(Algorithm):
         self.check_type("refit", bool)
         self.check_type("dampening_frac", float, int)
         self.check(0 <= self.dampening_frac < 10, "dampening_frac", "from 0 to 10")
+        self.check_type("sweeps", int)
+        self.check(0 <= self.sweeps <= 100, "sweeps", "from 0 to 100")
         self.check_type("block_size", int)
         self.check(self.block_size > 0, "block_size", "positive")
         self.check(self.actorder in ("static", None), "actorder", "'static' or None")

@@ -136,6 +136,12 @@ def judged(name: str, model: Any, args: argparse.Namespace, judge: Judge, facts:
                "threads": torch.get_num_threads(), **asdict(own.get(text, floated)), "float_kl": floated.kl}
 
 
+def chosen(name: str, asked: Sequence[str]) -> bool:
+    """Whether a row is asked for: by its whole name, or by a part of it that is no row's whole name."""
+    names = {row.name for row in (*ROWS, *PEERS)}
+    return any(name == part if part in names else part in name for part in asked)
+
+
 def kept(path: Path | None) -> list[dict[str, Any]]:
     """The records of runs before."""
     return json.loads(path.read_text()) if path is not None and path.exists() else []
@@ -179,10 +185,10 @@ def main() -> None:
             args.json.write_text(json.dumps(records, indent=1) + "\n")
 
     for row in ROWS:
-        if any(part in row.name for part in args.only):
+        if chosen(row.name, args.only):
             show(row.name, measure(row, args, judge, samples))
     for peer in PEERS:
-        if any(part in peer.name for part in args.only):
+        if chosen(peer.name, args.only):
             why = peer.missing(args.peers)
             if why is not None:
                 print(f"{peer.name:<42} {why}")

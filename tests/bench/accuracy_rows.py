@@ -51,7 +51,7 @@ ROWS = (
     Row("w4a16_asym g64, scales of the weights alone", "w4a16_asym", 64, ({"scales": {"probe": 0}},)),
     Row("w4a16_asym g64, hqq", "w4a16_asym", 64, ({"scales": {"method": "hqq"}},)),
     Row("w4a16 g64, awq", "w4a16", 64, ({"awq": {"clip": True}},)),
-    Row("w4a16 g64, gptq as published", "w4a16", 64, ({"gptq": {"match_float": False}},)),
+    Row("w4a16 g64, gptq as published", "w4a16", 64, ({"gptq": {"match_float": False, "refit": False, "sweeps": 0}},)),
     Row("w4a16 g64, gptq", "w4a16", 64, ("gptq",)),
     Row("w4a16 g64, gptq, positive scales", "w4a16", 64, ({"gptq": {"scales": "absmax"}},)),
     Row("w4a16 g64, autoround", "w4a16", 64, ("autoround",)),

@@ -50,4 +50,8 @@ class AccuracyPeer:
 PEERS = (
     AccuracyPeer(name="w4a16 g64, LLM Compressor's gptq", folder="llmcompressor", script="accuracy_llmcompressor.py",
                  how="pip install llmcompressor"),
+    AccuracyPeer(name="w4a16 g64, GPTQModel's gptq", folder="gptqmodel", script="accuracy_gptqmodel.py",
+                 how="pip install gptqmodel"),
+    AccuracyPeer(name="w4a16 g64, AutoRound", folder="autoround", script="accuracy_autoround.py",
+                 how="pip install auto-round"),
 )

@@ -1,0 +1,31 @@
+"""GPTQModel in its own environment: a checkpoint and ids in, a checkpoint with symmetric groups of 64 out.
+
+    python accuracy_gptqmodel.py MODEL ids.pt OUT
+
+The last line printed is JSON: seconds of wall clock and of processor that the quantization took.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+
+def main(model_folder: str, ids_file: str, out: str) -> None:
+    ids = torch.load(ids_file, weights_only=True)
+    settings = QuantizeConfig(bits=4, group_size=64, offload_to_disk=False)
+    model = GPTQModel.load(model_folder, settings, device="cpu", dtype=torch.float32)
+    start, cpu = time.perf_counter(), time.process_time()
+    model.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids],
+                   backend=BACKEND.TORCH)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    model.save(out)
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

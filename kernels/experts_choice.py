@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qpass.experts_spec import ExpertsSpec
+from qpass.kernels.cpu import large_pages
 from qpass.kernels.layout import Packed
 from qpass.kernels.registry import ExpertsCall, LinearCall, choose, kernel
 from qpass.spec import LinearSpec
@@ -49,10 +50,15 @@ def pack_blocks(weights: Iterable[CanonicalWeight], part: LinearSpec, experts: i
             packed = layout.even(packed, part)
         for name in layout.names(part):
             if name not in blocks:
-                blocks[name] = torch.empty((experts, *packed[name].shape), dtype=packed[name].dtype,
-                                           device=packed[name].device)
+                blocks[name] = _empty((experts, *packed[name].shape), packed[name])
             blocks[name][expert] = packed[name]
     return blocks
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if like.device.type == "cpu" and type(like) is Tensor:
+        return large_pages.empty(shape, like.dtype)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def unpack_block(packed: Sequence[Tensor], part: LinearSpec, expert: int) -> CanonicalWeight:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import NoKernel
-from qpass.kernels.cpu import build, compile_library
+from qpass.kernels.cpu import build, compile_library, large_pages
 from qpass.weight import CanonicalWeight
 
 ISA_INDEX = {"x86_64": 0, "avx2": 1, "avx512_vnni": 2, "amx_int8": 3}
@@ -110,7 +110,7 @@ def pack(weight: CanonicalWeight, bits: int) -> Tensor:
     """qweight int8 [N, K] -> uint8 [Np * Kp * bits / 8] in the order of csrc/product.h."""
     q = weight.qweight.contiguous()
     n, k = q.shape
-    packed = torch.empty(padded(n, 32) * padded(k, 64) * bits // 8, dtype=torch.uint8)
+    packed = large_pages.empty((padded(n, 32) * padded(k, 64) * bits // 8,), torch.uint8)
     succeed(library().qp_pack(q.data_ptr(), q.numel(), n, k, bits, packed.data_ptr(), packed.numel(),
                                torch.get_num_threads()))
     return packed
@@ -152,7 +152,7 @@ def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool
     fits = into is not None and all(
         name in into and into[name].shape == size and into[name].dtype == dtypes[name] and into[name].is_contiguous()
         and into[name].device.type == "cpu" for name, size in sizes.items())
-    packed = {name: into[name] if fits and into is not None else torch.empty(size, dtype=dtypes[name])
+    packed = {name: into[name] if fits and into is not None else large_pages.empty(size, dtypes[name])
               for name, size in sizes.items()}
     succeed(library().qp_quantize_pack(
         weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),

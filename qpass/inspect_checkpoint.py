@@ -81,7 +81,7 @@ def inspect(where: str | os.PathLike[str]) -> Inspection:
         layers = [] if reader is None else _layers(checkpoint, reader)
     not_used: dict[str, list[str]] = {}
     for name in checkpoint.tensors if reader is not None else ():
-        if (why := reader.leftover(name)) is not None:  # type: ignore[union-attr]
+        if (why := reader.spare(name)) is not None:  # type: ignore[union-attr]
             not_used.setdefault(why, []).append(name)
     named = checkpoint.config.get("architectures") or [checkpoint.source.metadata.get("general.architecture") or
                                                        "no architecture named"]

@@ -26,6 +26,7 @@ from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipes.recipe_files import as_recipe
 from qpass.swap.graph_swap import float_graph, is_plain_graph, quantize_graph
 from qpass.swap.swap_experts import swap_experts
+from qpass.swap.shared_scales import SharedScales
 from qpass.swap.swap_site import (
     TRIM_AFTER,
     give_back_freed_memory,
@@ -239,13 +240,14 @@ class _Installer:
         self.model, self.plan, self.device, self.total, self.bar = model, plan, device, total, bar
         self.done = self.freed = 0
         self.calibrated: set[str] = set()
+        self.shared = SharedScales(model, plan)
 
     def __call__(self, decision: Decision, canonical: CanonicalWeight | None, scale: ActivationScale | None = None,
                  experts: ExpertWeights | None = None) -> None:
         if experts:
             self.calibrated.add(decision.site.name)
         if decision.site.experts is None:
-            swap_site(self.model, decision, self.device, scale, canonical)
+            swap_site(self.model, decision, self.device, scale, canonical, self.shared.largest(decision))
         elif not isinstance(self.model.get_submodule(decision.site.owner), QuantExperts):
             swap_experts(self.model, [d for d in self.plan if d.site.experts == decision.site.experts], self.device,
                          experts)

@@ -97,6 +97,7 @@ class RowCodec(ABC):
     """
 
     names: ClassVar[tuple[str, ...]]
+    one_scale: ClassVar[bool] = False  # one number scales the whole tensor: weights with one input share it
 
     @abstractmethod
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
@@ -111,6 +112,11 @@ class RowCodec(ABC):
 
         Raises RecipeError for what can only be read.
         """
+
+    def encode_within(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype, largest: Tensor
+                      ) -> dict[str, Tensor]:
+        """`encode` with the scale of a tensor whose largest magnitude is `largest`, float32 []; for `one_scale`."""
+        return self.encode(weight, args, scale_dtype)
 
     @abstractmethod
     def decode(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int], rows: slice) -> Tensor:

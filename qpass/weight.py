@@ -74,16 +74,18 @@ def check_weight(weight: Tensor, name: str, *, allow_nonfinite: bool = False) ->
                           "pass allow_nonfinite=True to quantize them as 0")
 
 
-def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype | None = None) -> CanonicalWeight:
+def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype | None = None,
+                    largest: Tensor | None = None) -> CanonicalWeight:
     """Round `weight` [N, K] to `spec.weight`; scales are stored in `scale_dtype`, by default the weight's own
     (float32 for a float64 weight, for they are computed in float32).
 
-    Non-finite values become 0 (callers refuse them first with `check_weight`). Works in blocks of rows.
+    `largest` is the largest magnitude, float32 [], of the weights that share one scale for the tensor with this one,
+    where the format has such a scale. Non-finite values become 0 (callers refuse them first with `check_weight`). Works in blocks of rows.
     """
     scale_dtype = scale_dtype or (torch.float32 if weight.dtype is torch.float64 else weight.dtype)
     codec = codec_of(spec.weight)
     if isinstance(codec, RowCodec):
-        return CanonicalWeight(_encoded(weight.detach(), spec, codec, scale_dtype))
+        return CanonicalWeight(_encoded(weight.detach(), spec, codec, scale_dtype, largest))
     if codec is not None:
         return CanonicalWeight(codec.quantize(weight.detach().float(), spec.group_size))
     n, k = weight.shape
@@ -144,15 +146,17 @@ def row_blocks(spec: LinearSpec) -> Iterator[slice]:
         yield slice(start, min(start + step, spec.out_features))
 
 
-def _encoded(weight: Tensor, spec: LinearSpec, codec: RowCodec, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+def _encoded(weight: Tensor, spec: LinearSpec, codec: RowCodec, scale_dtype: torch.dtype,
+             largest: Tensor | None = None) -> dict[str, Tensor]:
     """What the codec makes of the whole weight; some rows at a time where none of its tensors is of more than those."""
     (n, k), args = weight.shape, spec.weight
     unit = max(1, codec.unit(args, (n, k)))
     one, two = (codec.stored(args, (rows * unit, k)) for rows in (1, 2))
     apart = codec.unit(args, (n, k)) > 0 and all(two[name][1][0] == 2 * one[name][1][0] for name in one)
     step = max(unit, _ROWS_AT_ONCE_ELEMENTS // max(k, 1) // unit * unit) if apart else max(n, 1)
-    parts = [codec.encode(weight[row:row + step].float().nan_to_num(0.0, 0.0, 0.0), args, scale_dtype)
-             for row in range(0, max(n, 1), step)]
+    rows = (weight[row:row + step].float().nan_to_num(0.0, 0.0, 0.0) for row in range(0, max(n, 1), step))
+    parts = [codec.encode(part, args, scale_dtype) if largest is None else
+             codec.encode_within(part, args, scale_dtype, largest.to(part.device)) for part in rows]
     return parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
 

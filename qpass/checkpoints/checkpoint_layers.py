@@ -13,12 +13,13 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from qpass.checkpoints.assemble_reads import Found, assemble
-from qpass.checkpoints.checkpoint_names import find_assemblies
+from qpass.checkpoints.checkpoint_names import Assembly, find_assemblies
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint, Stored
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 
 _SHOWN = 10
+Storage = Mapping[str, Mapping[str, object]]  # as Reader.storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +95,17 @@ def match_contents(model: nn.Module, checkpoint: Checkpoint, reader: Reader | No
     floats: list[Float] = []
     wrong: list[str] = []
     taken = {name for other in elsewhere for name in other.parameters}
+    storage = {} if reader is None else {**_transposed(model, reader, assemblies), **reader.storage}
     for tensor, held in _tensors(model, reader.tied if reader is not None else {}):
         if held[0].full in taken:
             continue
         found: Found = None
         if reader is not None and isinstance(tensor, nn.Parameter):
-            found = _ask(tensor, held, checkpoint, reader, assemblies)
+            found = _ask(tensor, held, checkpoint, reader, assemblies, storage)
         elif held[0].full in assemblies:
             found = assemble(assemblies[held[0].full], tuple(tensor.shape), checkpoint, None, str(checkpoint.path))
         if isinstance(found, WeightRead):
-            layers.append(_layer(held, found, reader.storage if reader else {}))
+            layers.append(_layer(held, found, storage))
             continue
         if found is None:
             found, disagreements = _plain(model, tensor, held, checkpoint.tensors)
@@ -136,15 +138,15 @@ def _tensors(model: nn.Module, tied: Mapping[str, str]) -> list[tuple[Tensor, li
     return list(places.values())
 
 
-def _ask(tensor: Tensor, held: Sequence[_Held], checkpoint: Checkpoint, reader: Reader, assemblies: Mapping[str, object]
-         ) -> Found:
+def _ask(tensor: Tensor, held: Sequence[_Held], checkpoint: Checkpoint, reader: Reader,
+         assemblies: Mapping[str, Assembly], storage: Storage) -> Found:
     """The first of the tensor's places under which the checkpoint has numbers that are not plain."""
-    linear = all(_is_linear(h, reader.storage) for h in held)
+    linear = all(_is_linear(h, storage) for h in held)
     for h in held:
-        path, storage = _path_of(h, reader.storage)
-        shape = tuple(tensor.shape[::-1]) if storage.get("transposed") else tuple(tensor.shape)
+        path, said = _path_of(h, storage)
+        shape = tuple(tensor.shape[::-1]) if said.get("transposed") else tuple(tensor.shape)
         if (assembly := assemblies.get(h.full)) is not None and h.full not in checkpoint.tensors:
-            found = assemble(assembly, shape, checkpoint, reader, h.full, linear=linear)  # type: ignore[arg-type]
+            found = assemble(assembly, shape, checkpoint, reader, h.full, linear=linear)
         else:
             classes = tuple(cls.__name__ for cls in type(h.module).__mro__)
             found = reader.weight(Place(path=path, name=h.full, shape=shape, classes=classes, linear=linear))
@@ -157,7 +159,27 @@ def _ask(tensor: Tensor, held: Sequence[_Held], checkpoint: Checkpoint, reader: 
     return None
 
 
-def _path_of(held: _Held, storage: Mapping[str, Mapping[str, object]]) -> tuple[str, Mapping[str, object]]:
+def _transposed(model: nn.Module, reader: Reader, assemblies: Mapping[str, Assembly]) -> Storage:
+    """Quantized layers whose module stores [K, N], as the model's graph tells; files have [N, K] of every layer."""
+    odd = []
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 2 or isinstance(module, nn.Linear | nn.Embedding) or path in reader.storage:
+            continue
+        found = assemblies.get(f"{path}.weight")
+        names = [path] if found is None else [name.removesuffix(".weight") for name in found.names]
+        odd += [path] if any(reader.shape_of(name) is not None for name in names) else []
+    if not odd:
+        return {}
+    from qpass.capture.capture_model import capture
+    from qpass.find.find_sites import find
+
+    sites = {site.name: site for site in find(model, capture(model)) if site.experts is None}
+    return {path: {"weight": "weight", "bias": "bias", "transposed": True} for path in odd
+            if (site := sites.get(f"{path}.weight")) is not None and site.transposed and site.swap == "module"}
+
+
+def _path_of(held: _Held, storage: Storage) -> tuple[str, Mapping[str, object]]:
     """Under which path the checkpoint knows the weight, and how it is stored if that is said."""
     if (said := storage.get(held.full)) is not None and said["weight"] is None:
         return held.full, said
@@ -165,12 +187,12 @@ def _path_of(held: _Held, storage: Mapping[str, Mapping[str, object]]) -> tuple[
     return (held.path, said) if held.leaf in ("weight", said.get("weight")) else (held.full, {})
 
 
-def _is_linear(held: _Held, storage: Mapping[str, Mapping[str, object]]) -> bool:
+def _is_linear(held: _Held, storage: Storage) -> bool:
     _, said = _path_of(held, storage)
     return bool(said) or (isinstance(held.module, nn.Linear) and held.leaf == "weight")
 
 
-def _layer(held: Sequence[_Held], read: WeightRead, storage: Mapping[str, Mapping[str, object]]) -> Layer:
+def _layer(held: Sequence[_Held], read: WeightRead, storage: Storage) -> Layer:
     path, said = _path_of(held[0], storage)
     bias = said.get("bias") if said else "bias"
     return Layer(paths=tuple(_path_of(h, storage)[0] for h in held), leaf=held[0].leaf, read=read,
@@ -200,18 +222,29 @@ def _differs(there: Stored, tensor: Tensor) -> str | None:
             f"{list(tensor.shape)}")
 
 
+def _no_bias(name: str, owners: set[str], checkpoint: Checkpoint) -> bool:
+    """Whether this is a bias of zeros: older tools gave every layer that they quantized one."""
+    path, _, leaf = name.rpartition(".")
+    stored = checkpoint.tensors[name]
+    return (leaf == "bias" and path in owners and len(stored.shape) == 1 and stored.dtype.is_floating_point
+            and not bool(checkpoint.source.read([name])[name].any()))
+
+
 def _unread(model: nn.Module, checkpoint: Checkpoint, reader: Reader | None, layers: Sequence[Layer],
             floats: Sequence[Float], wrong: list[str], others: set[str]) -> list[str]:
     """Lines on tensors that are left, and on layers about which there is something to say; errors go into `wrong`."""
     reads: list[tuple[str, WeightRead | FloatRead]] = [(layer.paths[0], layer.read) for layer in layers]
     reads += [(item.name, item.read) for item in floats if item.read is not None]
     used = others | {name for _, read in reads for name in read.tensors.values()}
+    owners = {name.rpartition(".")[0] for name in used}
     unneeded = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     said: dict[str, list[str]] = {}
     for name, stored in checkpoint.tensors.items():
         if name in used or any(re.search(pattern, name) for pattern in unneeded):
             continue
-        why = reader.leftover(name) if reader is not None else None
+        why = reader.spare(name) if reader is not None else None
+        if why is None and reader is not None and _no_bias(name, owners, checkpoint):
+            why = "zeros, a bias that the model does not have"
         if why is None:
             wrong.append(f"{name} in {stored.file.name} has no place in the model")
         else:

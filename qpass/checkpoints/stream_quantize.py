@@ -19,6 +19,7 @@ from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.plan_model import Decision, Plan
+from qpass.swap.shared_scales import SharedScales
 from qpass.swap.swap_experts import put_experts, swap_experts
 from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, known_finite, swap_site
 from qpass.weight import check_weight
@@ -28,7 +29,7 @@ class StreamQuantizer:
     """Takes the weights that `plan` quantizes, in any order; the others are the loader's to set.
 
     Tied weights wait for `finish`, when the loader has tied them. Peak memory beyond the packed model is the largest
-    weight; of experts, the weights of one module.
+    weight; of experts, the weights of one module; of layers that share a scale for the tensor, their weights.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -36,6 +37,7 @@ class StreamQuantizer:
         self._targets = [d for d in plan.decisions if d.status == "quantize" and d.site.kind != "embedding"]
         self._waiting = {d.site.name: d for d in self._targets if not d.site.aliases}
         self._hidden: list[tuple[Decision, nn.Module, PackedLayer]] = []
+        self._shared = SharedScales(model, plan.decisions)
         self._freed = 0
         self._ready = False
 
@@ -49,7 +51,10 @@ class StreamQuantizer:
         owner, leaf = self.model.get_submodule(decision.site.owner), name.rpartition(".")[2]
         owner._parameters[leaf] = nn.Parameter(weight.detach(), requires_grad=False)
         if decision.site.experts is None:
-            self._hide(decision, owner, self._swap(decision))
+            group = self._shared.groups.get(name, (decision,))
+            if not any(other.site.name in self._waiting for other in group):
+                for other in group:
+                    self._hide(other, self.model.get_submodule(other.site.owner), self._swap(other))
         elif not any(leaf.is_meta for leaf in self._parameters_of(decision)):
             self._hide(decision, owner, self._swap(decision))
         self._freed += weight.nbytes
@@ -90,7 +95,7 @@ class StreamQuantizer:
         decision = _here(decision, weight)
         assert decision.spec is not None
         check_weight(weight, site.name, allow_nonfinite=known_finite(weight, decision.spec))
-        return swap_site(self.model, decision)
+        return swap_site(self.model, decision, largest=self._shared.largest(decision))
 
     def _prepare(self) -> None:
         """Build what the kernels need once on this machine, before the first weight is read."""

@@ -29,6 +29,7 @@ class NvFp4(RowCodec):
 
     rows: bool = False
     names = ("packed", "scale", "global_scale")
+    one_scale = True
 
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
         n, k = shape
@@ -38,8 +39,12 @@ class NvFp4(RowCodec):
                 self.names[2]: ((torch.float32,), (n, 1) if self.rows else (1,))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        return self.encode_within(weight, args, scale_dtype, weight.abs().amax())
+
+    def encode_within(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype, largest: Tensor
+                      ) -> dict[str, Tensor]:
         self.stored(args, (weight.shape[0], weight.shape[1]))
-        amax = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        amax = largest.clamp_min(torch.finfo(torch.float32).tiny)
         global_scale = (448.0 * 6.0 / amax).clamp_max(torch.finfo(torch.float32).max).reshape(1)
         scale = global_scale * (weight.unflatten(1, (-1, GROUP)).abs().amax(-1) / 6.0)
         scale = scale.clamp(max=448.0).to(torch.float8_e4m3fn)
@@ -78,8 +83,9 @@ class NvFp4Multiplied(NvFp4):
 
     names = ("packed", "scale", "scale_2")
 
-    def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-        divided = NvFp4(self.rows).encode(weight, args, scale_dtype)
+    def encode_within(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype, largest: Tensor
+                      ) -> dict[str, Tensor]:
+        divided = NvFp4(self.rows).encode_within(weight, args, scale_dtype, largest)
         tensors = {"packed": torch.empty(0), "scale": divided["scale"], "scale_2": 1 / divided["global_scale"]}
         tensors["packed"] = self._packed(weight, tensors)
         return tensors

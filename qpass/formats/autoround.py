@@ -32,7 +32,7 @@ class AutoRoundReader(Reader):
         if not isinstance(extra, Mapping) or not all(isinstance(said, Mapping) for said in extra.values()):
             raise CheckpointError(f"{checkpoint.path}: extra_config does not map layers to their settings")
         self._extra = extra
-        self._packing = str(config.get("packing_format") or "auto_round:auto_gptq")
+        self._packing = str(config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq")
         # Whether activations are rounded too: by one scale (fp8), or group by group below one of the layer (nv_fp4).
         static = config.get("act_dynamic") is False and config.get("act_bits") == 8
         self._activation = FP8_STATIC if static else FP4_LOCAL if config.get("act_bits") == 4 else None
@@ -52,7 +52,9 @@ class AutoRoundReader(Reader):
         if self._is_awq(place.path):
             return awq_weight(self.checkpoint, place, bits=said["bits"], group_size=said["group_size"],
                               symmetric=bool(said["sym"]))
-        version = 1 if self._packing.endswith("auto_gptq") else None
+        # Only its "gptq" packing stores zero points less one; symmetric weights of either kind were given both names.
+        less = "gptq" in self._packing and "gptqmodel" not in self._packing
+        version = 1 if self._packing.endswith("auto_gptq") else None if said["sym"] else 1 if less else 2
         return gptq_weight(self.checkpoint, place, Settings(bits=said["bits"], group_size=said["group_size"],
                                                             sym=said["sym"], version=version))
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.codecs.fp8 import FLOATS
 from qpass.errors import CheckpointError
 from qpass.formats.codec_reads import check_scale, codec_read, spec_of
 from qpass.formats.format_registry import Format, register_format
@@ -60,7 +61,7 @@ class BitsAndBytesReader(Reader):
                                   f"which does not make up {list(place.shape)}")
         if stored["absmax"].dtype == torch.uint8:
             for short in ("nested_absmax", "nested_quant_map"):
-                names[short] = need(f"{prefix}.{short}", of=place.path, dtype=torch.float32)
+                names[short] = need(f"{prefix}.{short}", of=place.path, dtype=FLOATS)
             need(names["nested_quant_map"], of=place.path, shape=(256,))
         if stored["state"].nbytes > _LARGEST_STATE:
             raise CheckpointError(f"{names['state']} in {stored['state'].file} has {stored['state'].nbytes} bytes")
@@ -102,7 +103,7 @@ def _read_four_bits(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWe
             raise ValueError(f"quant_state has nested_blocksize {size} and nested_offset {offset} for {absmax.numel()} "
                              f"scales and {nested.numel()} scales of scales")
         block = torch.arange(absmax.numel(), device=absmax.device) // size
-        absmax = tensors["nested_quant_map"][absmax.int()] * nested.reshape(-1)[block] + offset
+        absmax = tensors["nested_quant_map"].float()[absmax.int()] * nested.float().reshape(-1)[block] + offset
     absmax = absmax.float()
     for name, tensor in (("absmax", absmax), ("quant_map", tensors["code"])):
         check_scale(tensor, name)

@@ -94,26 +94,32 @@ def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight
         if isinstance(codec, RowCodec):
             codec.check(named, spec.weight, spec.shape)
         return CanonicalWeight(named)
-    groups, packed = (spec.out_features, spec.groups), "weight_packed" in tensors
     found = {"qweight": _read_codes(tensors, spec), "scale": _read_scale(tensors["weight_scale"], spec)}
-    if not spec.weight.symmetric:
-        zero_point = tensors["weight_zero_point"]
-        if packed:
-            try:
-                zero_point = _unpack(zero_point.t().contiguous(), spec.weight.bits, spec.out_features).t().contiguous()
-            except ValueError as error:
-                raise ValueError(f"weight_zero_point, packed along rows: {error}") from error
-        if zero_point.dtype != torch.int8 or zero_point.numel() not in (1, spec.out_features * spec.groups):
-            raise ValueError(f"weight_zero_point is {zero_point.dtype} {tuple(zero_point.shape)}, expected int8 "
-                             f"{groups}")
-        _check_range(zero_point, spec, "weight_zero_point")
-        found["zero_point"] = zero_point.expand(groups).contiguous() if zero_point.numel() == 1 else (
-            zero_point.reshape(groups))
+    if "weight_zero_point" in tensors or not spec.weight.symmetric:
+        zero_point = _read_zero_point(tensors["weight_zero_point"], spec)
+        if not spec.weight.symmetric:
+            found["zero_point"] = zero_point
+        elif bool(zero_point.any()):
+            raise ValueError("weight_zero_point is not 0 everywhere, and the config calls the weight symmetric")
     if "weight_g_idx" in tensors and (order := group_order(tensors["weight_g_idx"], spec)) is not None:
         found["qweight"], found["input_order"] = found["qweight"][:, order.long()].contiguous(), order
     if "pre_quant_scale" in tensors:
         found["pre_scale"] = tensors["pre_quant_scale"]
     return CanonicalWeight(found)
+
+
+def _read_zero_point(zero_point: Tensor, spec: LinearSpec) -> Tensor:
+    """int8 [N, G], from words packed along N or, as int-quantized and versions before 0.9 have it, from itself."""
+    groups = (spec.out_features, spec.groups)
+    if zero_point.dtype == torch.int32:
+        try:
+            zero_point = _unpack(zero_point.t().contiguous(), spec.weight.bits, spec.out_features).t().contiguous()
+        except ValueError as error:
+            raise ValueError(f"weight_zero_point, packed along rows: {error}") from error
+    if zero_point.dtype != torch.int8 or zero_point.numel() not in (1, spec.out_features * spec.groups):
+        raise ValueError(f"weight_zero_point is {zero_point.dtype} {tuple(zero_point.shape)}, expected int8 {groups}")
+    _check_range(zero_point, spec, "weight_zero_point")
+    return zero_point.expand(groups).contiguous() if zero_point.numel() == 1 else zero_point.reshape(groups)
 
 
 def _read_codes(tensors: dict[str, Tensor], spec: LinearSpec) -> Tensor:

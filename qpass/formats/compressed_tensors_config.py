@@ -26,6 +26,8 @@ from qpass.spec import LinearSpec
 
 METHOD = "compressed-tensors"
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "qpass", *FLOAT_FORMATS.values())
+_DECOMPRESS = ("decompress it with the compressed-tensors package (from_pretrained, then save_pretrained), and "
+               "quantize the float model")
 _STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
 _GRANULARITY = {strategy: granularity for granularity, strategy in _STRATEGY.items()}
 
@@ -152,10 +154,10 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
                               "the float model")
     if layout not in (*_FORMATS, None):
         raise CheckpointError(f"{where}: compressed-tensors format {layout!r} is not read by this version; it reads "
-                              f"{', '.join(_FORMATS[:3])}")
+                              f"{', '.join(_FORMATS[:3])} and the formats of floats; {_DECOMPRESS}")
     for key in ("sparsity_config", "transform_config"):
         if (value := config.get(key)) and (key != "sparsity_config" or value.get("format", "dense") != "dense"):
-            raise CheckpointError(f"{where}: {key} is set, and this version cannot honour it: {value}")
+            raise CheckpointError(f"{where}: {key} is set, and this version cannot honour it: {value}; {_DECOMPRESS}")
     raw = config.get("config_groups")
     if not isinstance(raw, Mapping) or not raw:
         raise CheckpointError(f"{where}: quantization_config has no config_groups, so nothing says which layers are "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from qpass.codecs.fp8 import FLOATS
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.codec_reads import codec_read
@@ -16,7 +18,7 @@ from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
 
-_CACHE_SCALES = frozenset({"k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point"})
+_BESIDE = ("weight_g_idx", "pre_quant_scale", "weight_zero_point")  # of zeros, where symmetric; older versions wrote it
 
 
 class CompressedTensorsReader(Reader):
@@ -35,7 +37,7 @@ class CompressedTensorsReader(Reader):
         if group is None or len(place.shape) != 2:
             return None
         tensors = self.checkpoint.tensors
-        if not place.linear and f"{place.path}.weight_scale" not in tensors:
+        if f"{place.path}.weight_scale" not in tensors and (not place.linear or self._is_float(place.path)):
             return None
         n, k = place.shape
         if isinstance(codec := codec_of(group.weight), RowCodec):
@@ -48,16 +50,17 @@ class CompressedTensorsReader(Reader):
                                   ) from error
         names = names_found(spec, lambda name: f"{place.path}.{name}" in tensors)
         self._check(place.path, spec, names, group.name)
-        names += tuple(name for name in ("weight_g_idx", "pre_quant_scale") if f"{place.path}.{name}" in tensors)
+        names += tuple(name for name in _BESIDE if name not in names and f"{place.path}.{name}" in tensors)
         return WeightRead(spec=spec, tensors={name: f"{place.path}.{name}" for name in names}, read=read_weight)
 
+    def _is_float(self, path: str) -> bool:
+        """Whether the files have it in float though a target means it: `ignore` may name it as its tool called it."""
+        stored = self.checkpoint.tensors.get(f"{path}.weight")
+        return stored is not None and stored.dtype in FLOATS
+
     def leftover(self, name: str) -> str | None:
-        leaf = name.rpartition(".")[2]
-        if leaf == "input_global_scale":
-            return "a static activation scale, which this machine does not need"
-        if leaf in _CACHE_SCALES:
-            return "a scale of the KV cache, which is kept in the model's dtype"
-        return None
+        unused = name.endswith(".input_global_scale")
+        return "a static activation scale, which this machine does not need" if unused else None
 
     def shape_of(self, path: str) -> tuple[int, int] | None:
         group, tensors = self.config.group_of(path, ("Linear",)), self.checkpoint.tensors
@@ -87,8 +90,9 @@ class CompressedTensorsReader(Reader):
 
     def _check(self, path: str, spec: LinearSpec, names: tuple[str, ...], group: str) -> None:
         n, k, bits = spec.out_features, spec.in_features, spec.weight.bits
-        expected = {"weight_packed": (torch.int32, (n, -(-k * bits // 32))), "weight": (torch.int8, (n, k)),
-                    "weight_shape": (torch.int64, (2,))}
+        expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "weight_packed": (torch.int32, (n, -(-k * bits // 32))), "weight": (torch.int8, (n, k)),
+            "weight_shape": ((torch.int64, torch.int32), (2,))}
         stored = self.checkpoint.tensors.get(f"{path}.weight_packed")
         if stored is not None and stored.shape == (n, words_of(bits, k)[1]):
             expected["weight_packed"] = torch.int32, stored.shape

@@ -19,6 +19,7 @@ from torch import nn
 from qpass.errors import CheckpointError, DuplicateRegistration
 from qpass.formats.checkpoint import Checkpoint, Source, read_json
 from qpass.formats.reader import Reader
+from qpass.formats.safetensors_file import is_transformers_folder
 from qpass.formats.safetensors_folder import SafetensorsFolder
 
 GROUP = "qpass.formats"
@@ -88,10 +89,13 @@ def open_checkpoint(where: str | os.PathLike[str], *, allow_pickle: bool = False
     """
     path = Path(where).expanduser()
     config = _config(path)
-    raw = config.get("quantization_config") or config.get("compression_config") or {}
+    raw = _quantization(config)
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is {type(raw).__name__}, not its fields")
     chosen = _format_of(path, config, raw)
+    several = sorted(path.glob("*.gguf")) if path.is_dir() and not is_transformers_folder(path) else []
+    if chosen is None and several:
+        raise CheckpointError(f"{path} holds {len(several)} GGUF files; name the one to load, such as {several[0]}")
     if chosen is None and path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json, so nothing says what model it holds")
     if chosen is None and not path.is_dir():
@@ -109,6 +113,18 @@ def _config(path: Path) -> dict[str, Any]:
     return read_json(file) if path.is_dir() and file.exists() else {}
 
 
+def _quantization(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of quantization, where the tools put it: for a model of several parts, also in the part
+    that reads text; in older files of compressed-tensors under another name, beside what they say of sparsity."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        if found := part.get("quantization_config") or part.get("compression_config") or part.get("quantization"):
+            nested = found.get("quantization_config") if isinstance(found, Mapping) else None
+            return found if not isinstance(nested, Mapping) else {
+                **nested, **({"sparsity_config": found["sparsity_config"]} if found.get("sparsity_config") else {})}
+    return {}
+
+
 def _format_of(path: Path, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Format | None:
     known = formats()
     method = quantization.get("quant_method")
@@ -121,7 +137,9 @@ def _format_of(path: Path, config: Mapping[str, Any], quantization: Mapping[str,
             return made
     if quantization:
         methods = sorted(m for made in known.values() for m in made.methods)
-        raise CheckpointError(f"{path / 'config.json'}: the checkpoint is in format {method!r}, and this version reads "
+        what = f"in format {method!r}" if method is not None else (
+            f"quantized and names no quant_method, only {', '.join(map(str, list(quantization)[:6]))} (as MLX does)")
+        raise CheckpointError(f"{path / 'config.json'}: the checkpoint is {what}, and this version reads "
                               f"{', '.join(methods)}; load it with the tool that made it, quantize the float model, or "
                               "install a package that registers the format")
     return None

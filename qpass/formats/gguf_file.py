@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     spans: Mapping[str, tuple[int, int]]  # key -> where its name, type and value stand
+    holders: Mapping[str, GgufFile] = field(default_factory=dict)  # tensor -> its file, where that is not this one
+
+    def holder(self, name: str) -> GgufFile:
+        """The file in which a tensor stands: this one, or another part of the same model."""
+        return self.holders.get(name, self)
 
     def raw_metadata(self, keys: Iterable[str]) -> bytes:
         """Those keys and their values as the file has them, one after the other."""
@@ -107,6 +112,8 @@ class GgufFile:
 
         Raises CheckpointError if the file changed since its header was read.
         """
+        if (holder := self.holder(name)) is not self:
+            return holder.read(name, at)
         info = self.tensors[name]
         shape, start, nbytes = info.shape, info.start, info.nbytes
         if at is not None:

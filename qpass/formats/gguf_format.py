@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError, QPassError
-from qpass.formats.checkpoint import Checkpoint, Stored
+from qpass.formats.checkpoint import Checkpoint, Stored, check_inside
 from qpass.formats.codec_reads import spec_of
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.gguf_config import architecture_of, empty_model, read_config
-from qpass.formats.gguf_file import MAGIC, PLAIN, GgufFile, read_gguf
+from qpass.formats.gguf_file import MAGIC, PLAIN, GgufFile
 from qpass.formats.gguf_names import GgufNames
+from qpass.formats.gguf_split import first_of, read_whole
 from qpass.formats.gguf_types import args_of, unpack_blocks
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
+from qpass.formats.safetensors_file import is_transformers_folder
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
 
@@ -28,10 +30,11 @@ class GgufSource:
     """The tensors of a GGUF file under its own names; quantized ones are uint8, one row of blocks a row."""
 
     def __init__(self, path: Path) -> None:
-        self.file: GgufFile = read_gguf(path)
+        self.file: GgufFile = read_whole(path)
         self.metadata: Mapping[str, Any] = self.file.metadata
         self.tensors: Mapping[str, Stored] = {
-            name: Stored(file=path, version=self.file.version, dtype=PLAIN.get(info.kind, torch.uint8),
+            name: Stored(file=self.file.holder(name).path, version=self.file.holder(name).version,
+                         dtype=PLAIN.get(info.kind, torch.uint8),
                          shape=info.shape if info.kind in PLAIN else (*info.shape[:-1], info.row_bytes))
             for name, info in self.file.tensors.items()}
 
@@ -175,10 +178,9 @@ class GgufReader(Reader):
 
 
 def _file_of(path: Path) -> Path | None:
-    """The file itself, or the only GGUF file of a folder that holds no other model; None if there is none."""
+    """The file itself, or the only GGUF model of a folder that holds no other; None if there is none."""
     if path.is_dir():
-        files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-        return files[0] if len(files) == 1 and not files[0].is_symlink() else None
+        return None if is_transformers_folder(path) else first_of(sorted(path.glob("*.gguf")))
     if not path.is_file():  # a pipe would never end
         return None
     with open(path, "rb") as file:
@@ -189,6 +191,13 @@ def _claims(path: Path, config: Mapping[str, Any]) -> bool:
     return path.exists() and _file_of(path) is not None
 
 
+def _source(path: Path, allow_pickle: bool) -> GgufSource:
+    file = _file_of(path) or path
+    if path.is_dir():
+        check_inside(file)
+    return GgufSource(file)
+
+
 def _empty(checkpoint: Checkpoint) -> nn.Module:
     assert isinstance(checkpoint.source, GgufSource)
     file = checkpoint.source.file
@@ -197,6 +206,6 @@ def _empty(checkpoint: Checkpoint) -> nn.Module:
 
 register_format(Format(
     name="gguf", title="GGUF", methods=("gguf",), reader=GgufReader, claims=_claims,
-    source=lambda path, allow_pickle: GgufSource(_file_of(path) or path), empty_model=_empty,
+    source=_source, empty_model=_empty,
     reads="Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ1 to IQ4, TQ1_0, TQ2_0, MXFP4, NVFP4, F16, BF16, F32",
     runs="Q4_0, Q5_0, Q8_0, Q6_K as int4, int5, int8, int6; the others as stored"))

@@ -34,12 +34,14 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of one layer: bits, group_size, sym as the config says them; `version` 1 or 2, None to tell by the zeros."""
+    """Of one layer: bits, group_size, sym as the config says them; `version` 1 or 2, None to tell by the zeros;
+    `ordered` unless the config says that groups run in order (desc_act)."""
 
     bits: Any
     group_size: Any
     sym: Any
     version: int | None
+    ordered: bool = True
 
 
 def gptq_weight(checkpoint: Checkpoint, place: Place, settings: Settings) -> WeightRead:
@@ -56,7 +58,8 @@ def gptq_weight(checkpoint: Checkpoint, place: Place, settings: Settings) -> Wei
                "qzeros": need(f"{path}.qzeros", of=of, dtype=torch.int32, shape=(spec.groups, n * bits // 32)),
                "scales": need(f"{path}.scales", of=of, dtype=FLOATS, shape=(spec.groups, n))}
     if f"{path}.g_idx" in checkpoint.tensors:
-        tensors["g_idx"] = need(f"{path}.g_idx", of=of, dtype=(torch.int32, torch.int64), shape=(k,))
+        short = "g_idx" if settings.ordered else "g_idx_in_order"
+        tensors[short] = need(f"{path}.g_idx", of=of, dtype=(torch.int32, torch.int64), shape=(k,))
 
     def read(found: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
         return read_gptq(found, spec, settings.version)
@@ -75,9 +78,10 @@ def read_gptq(tensors: Mapping[str, Tensor], spec: LinearSpec, version: int | No
         raise ValueError(f"qzeros hold {int(zeros.flatten()[0]) + (1 << bits - 1)} everywhere, and a symmetric weight "
                          f"has {1 << bits - 1}; the file may be of another version of GPTQ than its config says")
     scale = checked_scale(tensors["scales"]).t().contiguous()
+    g_idx = tensors.get("g_idx", tensors.get("g_idx_in_order"))
     if spec.weight.type == "int_columns":
-        return CanonicalWeight(uneven_columns(codes, scale, zeros.t().contiguous(), tensors.get("g_idx"), spec))
-    order = group_order(tensors["g_idx"], spec) if "g_idx" in tensors else None
+        return CanonicalWeight(uneven_columns(codes, scale, zeros.t().contiguous(), g_idx, spec))
+    order = group_order(g_idx, spec) if g_idx is not None else None
     return CanonicalWeight(as_canonical(codes, scale, zeros.t().contiguous(), order))
 
 
@@ -100,9 +104,14 @@ class GptqReader(Reader):
         super().__init__(checkpoint)
         config = {**checkpoint.side("quantize_config.json"), **checkpoint.quantization}
         layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+        layout = "marlin" if config.get("is_marlin_format") else layout
         if layout not in ("gptq", "gptq_v2"):
             raise CheckpointError(f"{checkpoint.path}: GPTQ checkpoint_format {layout!r} is packed for one kernel; the "
                                   "formats read are 'gptq' and 'gptq_v2'. GPTQModel converts it back")
+        if any(name.endswith(".workspace") and name.removesuffix("workspace") + "B" in checkpoint.tensors
+               for name in checkpoint.tensors):
+            raise CheckpointError(f"{checkpoint.path}: its tensors (B, s, workspace) are packed for the Marlin kernel; "
+                                  "take the checkpoint that they were made from, or convert it back with GPTQModel")
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
             raise CheckpointError(f"{checkpoint.path}: dynamic is {type(dynamic).__name__}, not layers' settings")
@@ -129,7 +138,8 @@ class GptqReader(Reader):
                     break
             except (TypeError, ValueError) as error:
                 raise CheckpointError(f"{self.checkpoint.path}: dynamic {pattern!r}: {error}") from error
-        return Settings(bits=config["bits"], group_size=config["group_size"], sym=config["sym"], version=self._version)
+        return Settings(bits=config["bits"], group_size=config["group_size"], sym=config["sym"], version=self._version,
+                        ordered=config.get("desc_act") is not False)
 
 
 def _claims(path: Any, config: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from qpass.formats.checkpoint import Source, Stored, check_inside
 from qpass.formats.codec_reads import check_scale, spec_of
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
-from qpass.formats.safetensors_file import INDEX, SINGLE
+from qpass.formats.safetensors_file import weights_file
 from qpass.formats.safetensors_folder import SafetensorsFolder
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
@@ -131,7 +131,7 @@ class HqqPickle:
 
 
 def _source(path: Path, allow_pickle: bool) -> Source:
-    if any((path / name).exists() for name in (SINGLE, INDEX)):
+    if weights_file(path) is not None:
         return SafetensorsFolder(path)
     if not allow_pickle:
         raise CheckpointError(f"{path / 'qmodel.pt'} is a pickle, which may do more than hold numbers; if you trust "

@@ -14,12 +14,14 @@ time, and not to the weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qpass.codecs.fp8 import FLOATS
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.codec_reads import (
@@ -40,8 +42,6 @@ from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
 _UNUSED = {
-    "k_scale": "a scale of the KV cache, which is kept in the model's dtype",
-    "v_scale": "a scale of the KV cache, which is kept in the model's dtype",
     "k_bias": "an offset of the KV cache, which is kept in the model's dtype",
     "v_bias": "an offset of the KV cache, which is kept in the model's dtype",
     "input_scale": "a static activation scale, which this machine does not need",
@@ -68,14 +68,29 @@ class ModelOptReader(Reader):
             return self._integers(place, 8, INT8_STATIC if static else None)
         if codes.dtype == torch.uint8 and scale.dtype in (torch.float32, torch.bfloat16, torch.float16):
             return self._integers(place, 4, FP8_STATIC if static else None)
-        activation = None if not static else FP8_STATIC if codes.dtype in FLOAT8 else FP4_LOCAL
+        eight = codes.dtype in FLOAT8 or self.algorithm.startswith("w4a8")
+        activation = None if not static else FP8_STATIC if eight else FP4_LOCAL
         if "per_token" in self.algorithm:
             activation = FP8_TOKEN
         found = float_layer(self.checkpoint, path, place.shape, factor="weight_scale_2", activation=activation)
         if found is None:
             raise CheckpointError(f"{path}.weight in {codes.file} is {codes}, with scales {scale}: no form of ModelOpt "
                                   "that this version knows")
-        return found
+        return self._scaled(found, place)
+
+    def _scaled(self, found: WeightRead, place: Place) -> WeightRead:
+        """The same read, of a layer whose input is multiplied by `pre_quant_scale` first, if the files have one."""
+        name, one = f"{place.path}.pre_quant_scale", found.read
+        if name not in self.checkpoint.tensors:
+            return found
+        self.checkpoint.need(name, of=place.path, dtype=FLOATS, shape=(place.shape[1],))
+
+        def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
+            made = one(tensors, spec)
+            check_scale(tensors["pre_quant_scale"], "pre_quant_scale")
+            return CanonicalWeight({**made.tensors, "pre_scale": tensors["pre_quant_scale"]})
+
+        return replace(found, read=read, tensors={**found.tensors, "pre_quant_scale": name})
 
     def _integers(self, place: Place, bits: int, activation: ActivationArgs | None) -> WeightRead:
         path, (n, k) = place.path, place.shape

@@ -17,6 +17,9 @@ from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
 
+_OF_CACHE = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """One weight of a model for which a checkpoint may have numbers, in the checkpoint's own naming.
@@ -120,6 +123,12 @@ class Reader:
     def leftover(self, name: str) -> str | None:
         """Why a tensor that no weight was read from does no harm, as a phrase for the report; None if it does."""
         return None
+
+    def spare(self, name: str) -> str | None:
+        """`leftover`, or what any format may have beside its weights: scales of the cache, read by QuantizedCache."""
+        if (why := self.leftover(name)) is None and name.rpartition(".")[2] in _OF_CACHE:
+            return "a scale of the KV cache, which is kept in the model's dtype unless it is a QuantizedCache"
+        return why
 
     def unmatched(self, paths: Iterable[str]) -> str | None:
         """A sentence if the checkpoint calls layers quantized that are not among `paths`, those that were read."""

@@ -86,20 +86,37 @@ def split_shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
     return shards
 
 
+def is_transformers_folder(folder: Path) -> bool:
+    """Whether safetensors weights stand there under the names that Transformers gives them."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The safetensors file of a folder, or the index of several: under Transformers' name, or the only one there is,
+    for older tools named files after the quantization. None if there is none, or several that nothing tells apart."""
+    for name in (SINGLE, INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    for pattern in ("*.safetensors.index.json", "*.safetensors"):
+        if found := [file for file in folder.glob(pattern) if file.is_file()]:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
 def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Name -> where and what, of every tensor in the folder's safetensors files, and what their headers say beside
     the tensors; reads headers only.
 
     Raises CheckpointError, naming the file, if one is missing, truncated or damaged, or if the index disagrees.
     """
-    index = folder / INDEX
-    if (folder / SINGLE).is_file():
-        files, listed = [folder / SINGLE], None
-    elif index.is_file():
-        listed = _read_index(index)
-        files = [folder / name for name in sorted(set(listed.values()))]
-    else:
-        raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
+    first = weights_file(folder)
+    if first is None:
+        pickled = sorted(file.name for end in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{end}"))
+        found = f"; {pickled[0]} is a pickle, which may do more than hold numbers" if pickled else ""
+        raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}{found}; only safetensors checkpoints are "
+                              "read: load this one with the tool that made it, and save it as safetensors")
+    listed = _read_index(first) if first.suffix == ".json" else None
+    files = [first] if listed is None else [folder / name for name in sorted(set(listed.values()))]
     found: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -111,7 +128,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             found[name] = stored
     for name, where in (listed or {}).items():
         if name not in found or found[name].file.name != where:
-            raise CheckpointError(f"{index} says that {name} is in {where}, and it is not")
+            raise CheckpointError(f"{first} says that {name} is in {where}, and it is not")
     return found, metadata
 
 

@@ -25,11 +25,13 @@ TRIM_AFTER = 4 << 20  # bytes freed; for less, give_back_freed_memory is not wor
 
 
 def swap_site(model: nn.Module, decision: Decision, device: torch.device | None = None,
-              scale: ActivationScale | None = None, canonical: CanonicalWeight | None = None) -> PackedWeight:
+              scale: ActivationScale | None = None, canonical: CanonicalWeight | None = None,
+              largest: Tensor | None = None) -> PackedWeight:
     """Quantize, pack and replace the parameter of one site, on `device` (by default where it is).
 
     `scale` is the static scale of its activation, where the decision's spec has one; `canonical` is the weight's
-    integers where calibration has found them, by default it is rounded to nearest.
+    integers where calibration has found them, by default it is rounded to nearest, within `largest` (as of
+    quantize_weight) if that is given.
 
     Until the packed layer is whole the model is untouched; then one assignment per place puts it in. Peak memory
     beyond the model is one layer of int8 codes and one packed layer.
@@ -45,7 +47,7 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     found: CanonicalWeight | Packed
     if canonical is None:
         weight = parameter.detach() if device is None else parameter.detach().to(device)
-        found = quantized(weight.t() if site.transposed else weight, spec)
+        found = quantized(weight.t() if site.transposed else weight, spec, None, largest)
         del weight
     elif device is not None:
         found = CanonicalWeight({name: tensor.to(device) for name, tensor in canonical.tensors.items()})
@@ -54,11 +56,12 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     return _replace(model, owner, leaf, parameter, site, spec, found, device, scale)
 
 
-def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> CanonicalWeight | Packed:
+def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
+              ) -> CanonicalWeight | Packed:
     """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can: then, where they fit, in the
     tensors of `into` instead of new ones."""
-    faster = kernel(spec.kernel).layout.quantize
-    return (None if faster is None else faster(weight, spec, into)) or quantize_weight(weight, spec)
+    faster = kernel(spec.kernel).layout.quantize if largest is None else None
+    return (None if faster is None else faster(weight, spec, into)) or quantize_weight(weight, spec, largest=largest)
 
 
 def known_finite(weight: Tensor, spec: LinearSpec) -> bool:

@@ -16,7 +16,6 @@ from qpass.formats.checkpoint import Checkpoint
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
-
 _OF_CACHE = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point"})
 
 

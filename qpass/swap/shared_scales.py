@@ -1,4 +1,4 @@
-"""Shared scales: the decisions of a plan in; how large the weights are that take one scale for the tensor together, out.
+"""Shared scales: the decisions of a plan in; how large the weights are that take one scale together, out.
 
 Weights with one input (q, k and v; gate and up) are put below each other by runtimes that then have one such scale for
 all of them: vLLM takes one of several and says that accuracy may suffer, LLM Compressor gives them the same.
@@ -37,7 +37,7 @@ class SharedScales:
         self._known: dict[str, Tensor] = {}
 
     def largest(self, decision: Decision) -> Tensor | None:
-        """The largest magnitude, float32 [], in the weights that share with this one; None if it has its scale alone."""
+        """The largest magnitude, float32 [], in the weights that share with this one; None if it shares with none."""
         group = self.groups.get(decision.site.name)
         if group is None:
             return None

@@ -6,8 +6,8 @@ matched by its exact name, then by `re:` regex, then by class name; `ignore` com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -84,8 +84,10 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
     `asked` says, by a weight's name, what its activations should be rounded to where this machine leaves them in float:
     another one, which reads the file, may not.
 
-    Under the key `qpass`, which other readers pass over, stand the recipe and how layers that are no nn.Linear store
-    their weight.
+    Packed integers of experts are said to have float activations: vLLM reads W4A8 experts only as one integer a byte.
+
+    Under the key `qpass`, which other readers pass over, stand the recipe, how layers that are no nn.Linear store their
+    weight, and what the activations of experts are rounded to.
     """
     layers = [(name, module) for name, module in model.named_modules(remove_duplicate=False)
               if isinstance(module, PackedWeight) and not isinstance(module, TiedTable)]
@@ -99,9 +101,12 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
         activation = layer.spec.activation or asked.get(f"{name}{leaf}")
         members.setdefault((layer.spec.weight, activation, ordered), []).append(
             Member(target=name, spec=layer.spec, linear=_was_linear(layer)))
+    rounded: dict[str, dict[str, Any]] = {}
     for name, module in experts:
         for member in members_of_experts(name, module):
             activation = member.spec.activation or asked.get(f"{name}.{member.leaf}")
+            if activation is not None and is_packed(member.spec) and codec_of(member.spec.weight) is None:
+                rounded[member.target], activation = _activations(activation), None
             members.setdefault((member.spec.weight, activation, False), []).append(member)
     groups: dict[str, Any] = {}
     ignore: list[str] = []
@@ -119,7 +124,7 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
             "weights": {**_weights(weight), "actorder": "group" if ordered else None},
             "input_activations": None if activation is None else _activations(activation), "output_activations": None}
     formats = {group["format"] for group in groups.values()}
-    own = {"recipe": None if recipe is None else dict(recipe),
+    own = {"experts": rounded, "recipe": None if recipe is None else dict(recipe),
            "layers": {name: _storage(layer) for name, layer in layers if not _was_linear(layer)},
            "tied": _tied(model, layers)}
     return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -164,8 +169,19 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
                               "quantized")
     groups = tuple(_group(name, group, f"{where}: {name}") for name, group in raw.items())
     own = config.get("qpass") or {}
+    groups = (*_experts(groups, own.get("experts") or {}, where), *groups)
     return LayerConfig(groups=groups, ignore=tuple(config.get("ignore") or ()), storage=own.get("layers") or {},
                        recipe=own.get("recipe"), tied=own.get("tied") or {})
+
+
+def _experts(groups: tuple[Group, ...], said: Mapping[str, Any], where: str) -> Iterator[Group]:
+    """Groups that come before the others: experts by their targets, with the activations that qpass gave them."""
+    for target, fields in said.items():
+        named = [group for one in (target, "Linear") for group in groups if one in group.targets]
+        group = named[0] if named else None
+        if group is None or not isinstance(fields, Mapping):
+            raise CheckpointError(f"{where}: qpass says of {target!r} what its activations are, and no group has it")
+        yield replace(group, targets=(target,), activation=_activation_args(fields, where))
 
 
 def _group(name: str, raw: Any, where: str) -> Group:

@@ -112,8 +112,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     first = weights_file(folder)
     if first is None:
         pickled = sorted(file.name for end in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{end}"))
-        found = f"; {pickled[0]} is a pickle, which may do more than hold numbers" if pickled else ""
-        raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}{found}; only safetensors checkpoints are "
+        instead = f"; {pickled[0]} is a pickle, which may do more than hold numbers" if pickled else ""
+        raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}{instead}; only safetensors checkpoints are "
                               "read: load this one with the tool that made it, and save it as safetensors")
     listed = _read_index(first) if first.suffix == ".json" else None
     files = [first] if listed is None else [folder / name for name in sorted(set(listed.values()))]

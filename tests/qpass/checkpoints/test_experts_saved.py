@@ -80,6 +80,24 @@ def test_what_this_machine_leaves_in_float_others_may_round(tmp_path: Path) -> N
         assert (group["input_activations"]["type"], group["input_activations"]["num_bits"]) == ("float", 8)
 
 
+@pytest.mark.parametrize("only", [False, True], ids=["all layers", "experts alone"])
+def test_experts_of_w4a8_are_said_to_be_w4a16(tmp_path: Path, only: bool) -> None:
+    """vLLM reads W4A8 experts only from one integer a byte; as W4A16 it reads ours, and here they stay W4A8."""
+    chosen = PRESETS["w4a8"].with_group_size(32)
+    recipe = qpass.Recipe(None, ignore=(), overrides={f"{EXPERTS}.*": chosen}) if only else chosen
+    model = qpass.quantize(small(), recipe, progress=False)
+    qpass.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    of_experts = [group for group in config["config_groups"].values()
+                  if only or any("experts" in target for target in group["targets"])]
+    assert of_experts and all(group["input_activations"] is None for group in of_experts)
+    loaded: Any = qpass.load(tmp_path)
+    before, after = (one.model.layers[0].mlp.experts for one in (model, loaded))
+    assert [block.spec for block in before.blocks] == [block.spec for block in after.blocks]
+    with torch.inference_mode():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "nvfp4a16"])
 def test_a_state_dict_brings_back_what_gate_and_up_share(scheme: str) -> None:
     model, other = quantized(scheme), quantized(scheme)

@@ -110,7 +110,7 @@ def _rounded(settings: Gptq, weight: Tensor, spec: LinearSpec, seen: Hessian, dt
     hessian = seen.value
     order = energy_order(hessian, settings.actorder)
     factor = inverse_factor(hessian, order, settings.dampening_frac)
-    grid = find_grid(weight, spec, settings.scales, dtype, hessian.diagonal() / hessian.diagonal().mean())
+    grid = find_grid(weight, spec, settings.scales, dtype, factor.importance(order), compensated=True)
     codes = gptq(weight, factor, order, grid, grid_ends(spec), settings.block_size)
     codes, grid = polish(codes, grid, weight, hessian, grid_ends(spec), dtype, sweeps=settings.sweeps,
                          refits=settings.refit and spec.weight.scales != "integer", dampening=factor.dampening)

@@ -71,13 +71,13 @@ def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian
     if factor.dampening != settings.dampening_frac:
         work.notes.append(f"gptq: the Hessian of {', '.join(site.name for site in group)} was not positive definite; "
                           f"dampening raised from {settings.dampening_frac:g} to {factor.dampening:g}")
-    importance = hessian.diagonal() / hessian.diagonal().mean().clamp_min(1e-30)
+    importance = factor.importance(order)
     alike: dict[object, list[tuple[SiteWork, Tensor, Grid]]] = {}
     for index, site in enumerate(group):
         weight = site.weight.float()
         if changes is not None:
             weight = weight + changes[index]
-        grid = find_grid(weight, site.spec, settings.scales, site.scale_dtype, importance)
+        grid = find_grid(weight, site.spec, settings.scales, site.scale_dtype, importance, compensated=True)
         alike.setdefault(site.spec.weight, []).append((site, weight, grid))
     for members in alike.values():  # one grid kind: their rows are rounded together
         zeros = [grid.zero_point for _, _, grid in members if grid.zero_point is not None]

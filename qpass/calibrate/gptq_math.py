@@ -26,6 +26,16 @@ class InverseFactor:
     upper: Tensor
     dampening: float
 
+    def importance(self, order: Tensor) -> Tensor:
+        """How much an error of each column costs [K], mean 1, once the columns rounded after it make up for it: U^-2.
+
+        GPTQ's whole error is the sum over columns of (w - q)^2 / U_jj^2, w with what the columns before added to it.
+        """
+        costs = self.upper.diagonal().pow(-2)
+        found = torch.empty_like(costs)
+        found[order] = costs / costs.mean()
+        return found
+
 
 def inverse_factor(hessian: Tensor, order: Tensor, dampening_frac: float) -> InverseFactor:
     """Factor the inverse of the dampened Hessian [K, K], columns taken in `order` [K].

@@ -30,27 +30,33 @@ class Grid:
 
 
 def find_grid(weight: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype,
-              importance: Tensor | None = None) -> Grid:
-    """The grid of `weight` float32 [N, K]; `importance` [K] weighs the error of each column in the searches."""
+              importance: Tensor | None = None, *, compensated: bool = False) -> Grid:
+    """The grid of `weight` float32 [N, K]; `importance` [K] weighs the error of each column in the searches.
+
+    `compensated` says that whoever rounds on the grid makes up for the errors, as GPTQ does: then what they have in
+    common with the weight does not count more than the rest, and more ranges are tried.
+    """
     if method == "absmax" or spec.weight.granularity == "per_tensor" or spec.weight.scales == "integer":
         plain = quantize_weight(weight, spec, dtype)
         zero = plain.zero_point
         return Grid(plain.scale.float(), None if zero is None else zero.float())
     grouped = weight.view(spec.out_features, spec.groups, -1)
     weights = None if importance is None else importance.view(1, spec.groups, -1)
-    parts = [_find(rows, spec, method, dtype, weights) for rows in grouped.split(
+    parts = [_find(rows, spec, method, dtype, weights, compensated) for rows in grouped.split(
         max(1, _ELEMENTS_AT_ONCE // spec.in_features))]
     zeros = [part.zero_point for part in parts if part.zero_point is not None]
     return Grid(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
 
 
-def _find(grouped: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype, weights: Tensor | None) -> Grid:
+def _find(grouped: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype, weights: Tensor | None,
+          compensated: bool) -> Grid:
     qmin, qmax = grid_ends(spec)
     if method == "hqq":
         return _hqq(grouped, qmin, qmax, dtype, symmetric=spec.weight.symmetric)
+    groups = _Groups(grouped, weights, compensated)
     if spec.weight.symmetric:
-        return _search_symmetric(grouped, qmin, qmax, dtype, weights, signed=method == "signed")
-    return _search_asymmetric(grouped, qmin, qmax, dtype, weights)
+        return _search_symmetric(groups, qmin, qmax, dtype, signed=method == "signed")
+    return _search_asymmetric(groups, qmin, qmax, dtype)
 
 
 def round_to_grid(weight: Tensor, grid: Grid, spec: LinearSpec, dtype: torch.dtype) -> CanonicalWeight:
@@ -88,6 +94,7 @@ class _Groups:
 
     w: Tensor
     weights: Tensor | None
+    compensated: bool
 
     @cached_property
     def weighed(self) -> Tensor:
@@ -101,25 +108,27 @@ class _Groups:
         """[n, G]: sum of e^2, and BIAS_WEIGHT times the square of what of e points along w, for e = scale * q - w.
 
         Without the second term a search prefers ranges that shrink every weight a little, which costs a model more than
-        errors that point anywhere; `qpass/integer_scales.py` has the numbers.
+        errors that point anywhere; `qpass/integer_scales.py` has the numbers. Compensated errors need no such term.
         """
         along = scale * (q * self.weighed).sum(-1)
         square = q.square() if self.weights is None else q.square().mul_(self.weights)
         plain = scale.square() * square.sum(-1) - 2 * along + self.energy
+        if self.compensated:
+            return plain
         return plain + BIAS_WEIGHT * (along - self.energy).square() / self.energy
 
 
-def _search_symmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weights: Tensor | None, *,
-                      signed: bool) -> Grid:
+def _search_symmetric(groups: _Groups, qmin: int, qmax: int, dtype: torch.dtype, *, signed: bool) -> Grid:
     """Try ranges around the one in which the largest weight meets the end of the grid, the longer end if `signed`."""
+    w = groups.w
     amax = w.abs().amax(-1)
     top = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
     toward = torch.where(top > 0, -1.0, 1.0)
     best = torch.full_like(amax, torch.inf)
     found = torch.ones_like(amax)
-    groups = _Groups(w, weights)
     end = -qmin if signed else (qmax - qmin) / 2
-    for steps in torch.linspace(end - 1, end + 0.75, 8).tolist():
+    tried = torch.linspace(end - 2, end + 1.75, 16) if groups.compensated else torch.linspace(end - 1, end + 0.75, 8)
+    for steps in tried.tolist():
         for sign in (toward, -toward) if signed else (torch.ones_like(amax),):
             scale = storable(sign * amax / steps, dtype)
             error = groups.error((w / scale.unsqueeze(-1)).round_().clamp_(qmin, qmax), scale)
@@ -128,14 +137,14 @@ def _search_symmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weigh
     return Grid(storable(torch.where(amax == 0, torch.finfo(dtype).eps, found), dtype), None)
 
 
-def _search_asymmetric(w: Tensor, qmin: int, qmax: int, dtype: torch.dtype, weights: Tensor | None) -> Grid:
+def _search_asymmetric(groups: _Groups, qmin: int, qmax: int, dtype: torch.dtype) -> Grid:
     """Try ranges scaled about their middle, each with the zero points next to the exact one."""
+    w = groups.w
     low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
     span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
-    groups = _Groups(w, weights)
-    for part in torch.linspace(0.80, 1.04, 13).tolist():
+    for part in (torch.linspace(0.70, 1.06, 19) if groups.compensated else torch.linspace(0.80, 1.04, 13)).tolist():
         scale = storable(span * part / (qmax - qmin), dtype)
         middle = (qmin + qmax) / 2 - (low + high) / 2 / scale
         nearest = (w / scale.unsqueeze(-1)).round_()

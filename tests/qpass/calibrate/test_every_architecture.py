@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qpass
-from qpass.recipes.algorithm_table import ALGORITHMS
+from qpass.recipes.algorithm import ALGORITHMS
 from qpass.scheme import PRESETS
 from tests.qpass.calibrate.small_models import ARCHITECTURES, output_of, small_model, tokens
 

@@ -29,6 +29,11 @@ from qpass.demo.measurements import compile_decoding
 
 CONTEXT, LONGEST = 128, 704
 """Tokens that a sequence has when decoding is timed, and at most."""
+COMPILE: dict[str, Any] = {
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # nobody changes the modules meanwhile
+    "size_asserts": False, "alignment_asserts": False,
+    "cpp.min_chunk_size": 16384}  # numbers that are worth a thread in Inductor's own loops; 512 of them are not
+"""Of torch.compile, float and quantized: what anybody may ask for whose model stays as it is."""
 
 
 class Model:
@@ -54,7 +59,7 @@ class Model:
     @lru_cache(maxsize=4)  # noqa: B019
     def step(self, batch: int, tokens: int) -> Any:
         """Compiled for one shape."""
-        return torch.compile(self.model, dynamic=False)
+        return torch.compile(self.model, dynamic=False, options=COMPILE)
 
     def run(self, step: Any, ids: torch.Tensor, at: int) -> tuple[torch.Tensor, float]:
         """The next tokens [B, 1] of sequences that hold `at` tokens, and microseconds. What they hold is zeros."""

@@ -95,6 +95,20 @@ def test_turns_alternate_and_busy_stretches_are_taken_again(monkeypatch: pytest.
     assert others == 0.05 and len(order) == 3
 
 
+def test_a_turn_ends_when_the_library_has_stopped_looking_for_work() -> None:
+    spins = ("import sys, time\n"
+             "for line in sys.stdin:\n"
+             "    print('{}', flush=True)\n"
+             "    end = time.process_time() + 0.1\n"
+             "    while time.process_time() < end: pass\n")
+    worker = Worker([sys.executable, "-c", spins], dict(os.environ))
+    try:
+        assert worker.ask() == {}
+        assert worker.cpu_seconds() >= 0.1
+    finally:
+        worker.close()
+
+
 def test_own_time_is_not_that_of_others() -> None:
     others, result = others_busy([], lambda: sum(range(10)))
     assert result == 45 and others >= 0.0

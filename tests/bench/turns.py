@@ -14,11 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 BUSY_LIMIT = 0.2
 """Cores that other processes may use during a cell; above, the cell is taken again."""
 TRIES = 3
+SETTLE_S = 0.5
+"""How long a library's threads may go on looking for work after its turn, at most; libiomp5's do for 0.2 s."""
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -35,7 +38,10 @@ class Worker:
                                         text=True, env=dict(environment))
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer. Raises WorkerDied."""
+        """Send a request, wait for the answer, and until the process is idle: the next one to run needs its cores.
+
+        Raises WorkerDied.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -45,7 +51,21 @@ class Worker:
             self.log.seek(0)
             raise WorkerDied(f"exit code {self.process.wait()}: " + " / ".join(self.log.read().splitlines()[-3:]))
         answer: dict[str, Any] = json.loads(line)
+        self._settle()
         return answer
+
+    def _settle(self) -> None:
+        end = time.perf_counter() + SETTLE_S
+        while self._runs() and time.perf_counter() < end:
+            time.sleep(0.005)
+
+    def _runs(self) -> bool:
+        """Whether a thread of the process has or waits for a processor."""
+        for stat in Path(f"/proc/{self.process.pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                if stat.read_text().rpartition(")")[2].split()[0] == "R":
+                    return True
+        return False
 
     def cpu_seconds(self) -> float:
         """CPU time of the process and its ended children, 0 once it is gone."""

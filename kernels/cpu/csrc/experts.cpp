@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t kWorkspace = 256 << 20, kMinTokens = 64;
 constexpr int64_t kMinWork = 1 << 15;  // multiply-adds that are worth a thread
+constexpr int64_t kColumns = 512;      // whose sum over a token's experts is worth one
 
 // Rows of a product's activation in the work space: codes with what belongs to them, or floats.
 struct Rows {
@@ -57,9 +58,9 @@ struct Arena {
   }
 };
 
-// One expert's rows [begin, begin + count) of the sorted pairs, and a run of its 16-column blocks.
+// One expert's rows [begin, begin + count) of the sorted pairs, where its input begins, and a run of 16-column blocks.
 struct Task {
-  int64_t expert, begin, count, block_begin, block_end;
+  int64_t expert, begin, count, from, block_begin, block_end;
 };
 
 struct Call {
@@ -149,29 +150,47 @@ void multiply(const Call& c, const Blocks& blocks, int32_t activation, int parts
   out.data = y + task.begin * w.N;
   if (out.bias) out.bias = (const char*)out.bias + task.expert * blocks.bias_bytes;
   if (activation == 0) {
-    const FloatRows x = {rows.x + task.begin * w.Kp, task.count, w.Kp, parts};
+    const FloatRows x = {rows.x + task.from * w.Kp, task.count, w.Kp, parts};
     return c.isa.product_f(w, x, out, task.block_begin, task.block_end);
   }
-  const QuantRows x = {rows.q + task.begin * w.Kp, rows.scale + task.begin,
-                       activation == 2 ? rows.zero_point + task.begin : nullptr, rows.sums + task.begin * (w.Kp / 32),
+  const QuantRows x = {rows.q + task.from * w.Kp, rows.scale + task.from,
+                       activation == 2 ? rows.zero_point + task.from : nullptr, rows.sums + task.from * (w.Kp / 32),
                        task.count, w.Kp};
   c.isa.product_q(w, x, out, task.block_begin, task.block_end);
 }
 
-// (expert, columns) pieces: about eight a thread, so that uneven experts even out, each at least 64 columns.
-std::vector<Task> tasks_of(const std::vector<int64_t>& starts, const Weight& w, int64_t E, int64_t threads) {
+// (expert, columns) pieces in the order in which threads take them: each a quarter of what two threads would have left to
+// do, so that long runs of weights are read without a break, and the last pieces, on which threads wait, are short. Many
+// rows are prepared anew for each piece, which then must be worth it.
+std::vector<Task> tasks_of(const std::vector<int64_t>& starts, const Weight& w, int64_t E, int64_t threads, bool one_row) {
   std::vector<Task> tasks;
-  int64_t chosen = 0;
-  for (int64_t e = 0; e < E; e++) chosen += starts[e + 1] > starts[e];
-  const int64_t units = w.Np / 32, pieces = (8 * threads + chosen - 1) / (chosen ? chosen : 1);
-  int64_t step = (units + pieces - 1) / pieces;
-  if (step < 2) step = 2;
+  const int64_t units = w.Np / 32;
+  int64_t left = starts[E] * units;
   for (int64_t e = 0; e < E; e++) {
-    const int64_t count = starts[e + 1] - starts[e];
-    for (int64_t u = 0; count > 0 && u < units; u += step)
-      tasks.push_back({e, starts[e], count, u * 2, (u + step < units ? u + step : units) * 2});
+    const int64_t count = starts[e + 1] - starts[e], least = count <= 8 ? 2 : 8;
+    for (int64_t u = 0; count > 0 && u < units;) {
+      int64_t step = left / (2 * threads) / count;
+      if (step < least) step = least;
+      if (step > units - u) step = units - u;
+      tasks.push_back({e, starts[e], count, one_row ? 0 : starts[e], u * 2, (u + step) * 2});
+      u += step, left -= step * count;
+    }
   }
   return tasks;
+}
+
+// out = the weighted sum of token t's experts, in the order of its places, for kColumns columns from n0 on.
+void add_places(const Call& c, const Space& s, int64_t t0, int64_t t, const int64_t* at, int64_t n0) {
+  const int64_t places = c.tokens.places, H = c.H, n1 = n0 + kColumns < H ? n0 + kColumns : H;
+  float* total = s.total + t * H;
+  for (int64_t n = n0; n < n1; n++) total[n] = 0;
+  for (int64_t j = 0; j < places; j++) {
+    if (at[j] < 0) continue;
+    const float* z = s.z + at[j] * H;
+    const float weight = c.tokens.weight[(t0 + t) * places + j];
+    for (int64_t n = n0; n < n1; n++) total[n] = total[n] + z[n] * weight;
+  }
+  for (int64_t n = n0; n < n1; n++) store_float(c.tokens.out, (DType)c.tokens.out_dtype, (t0 + t) * H + n, total[n]);
 }
 
 void mix_tokens(const Call& c, const Space& s, int64_t t0, int64_t T) {
@@ -190,7 +209,10 @@ void mix_tokens(const Call& c, const Space& s, int64_t t0, int64_t T) {
   const int64_t P = starts[c.E], work = P * (c.up.first.Np + c.down.first.Np) * Kp;
   const int64_t worth = work / kMinWork + 1;
   const int64_t team = team_size(c.threads, worth);
-  const std::vector<Task> first = tasks_of(starts, c.up.first, c.E, team), second = tasks_of(starts, c.down.first, c.E, team);
+  bool one_row = T == 1;  // of which every expert takes the same one, in place
+  for (int64_t e = 0; e < c.E; e++) one_row = one_row && starts[e + 1] - starts[e] <= 1;
+  const std::vector<Task> first = tasks_of(starts, c.up.first, c.E, team, one_row);
+  const std::vector<Task> second = tasks_of(starts, c.down.first, c.E, team, false);
   const int parts = c.tokens.x_dtype == (int)DType::bf16 ? 1 : c.tokens.x_dtype == (int)DType::f16 ? 2 : 3;
   bool no_memory = false;  // an exception must not leave a parallel region
   const auto guarded = [&](const auto& body) {
@@ -201,32 +223,26 @@ void mix_tokens(const Call& c, const Space& s, int64_t t0, int64_t T) {
       no_memory = true;
     }
   };
+  if (one_row) read_token(c, t0, s.token, 0);
 #pragma omp parallel num_threads((int)team) if (team > 1)
   {
+    if (!one_row) {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) read_token(c, t0 + t, s.token, t);
+      for (int64_t t = 0; t < T; t++) read_token(c, t0 + t, s.token, t);
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < P; p++) copy_row(s.token, token[p], s.sorted, p, Kp);
+      for (int64_t p = 0; p < P; p++) copy_row(s.token, token[p], s.sorted, p, Kp);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < (int64_t)first.size(); i++)
-      guarded([&] { multiply(c, c.up, c.activation, parts, s.sorted, s.y, first[i]); });
+      guarded([&] { multiply(c, c.up, c.activation, parts, one_row ? s.token : s.sorted, s.y, first[i]); });
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < P; p++) make_hidden(c, s.y + p * c.up.first.N, p, s.hidden);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < (int64_t)second.size(); i++)
       guarded([&] { multiply(c, c.down, c.down_activation, 3, s.hidden, s.z, second[i]); });
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
-      float* total = s.total + t * H;
-      for (int64_t n = 0; n < H; n++) total[n] = 0;
-      for (int64_t j = 0; j < places; j++) {
-        if (at[t * places + j] < 0) continue;
-        const float* z = s.z + at[t * places + j] * H;
-        const float weight = c.tokens.weight[(t0 + t) * places + j];
-        for (int64_t n = 0; n < H; n++) total[n] = total[n] + z[n] * weight;
-      }
-      for (int64_t n = 0; n < H; n++) store_float(c.tokens.out, (DType)c.tokens.out_dtype, (t0 + t) * H + n, total[n]);
-    }
+    const int64_t runs = padded(H, kColumns) / kColumns;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < T * runs; i++) add_places(c, s, t0, i / runs, at.data() + i / runs * places, i % runs * kColumns);
   }
   if (no_memory) throw std::bad_alloc();
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -26,7 +25,11 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_pack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
     "qp_unpack": (_POINTER, _I64, _I64, _I64, _I32, _POINTER, _I64, _I32),
     "qp_quantize_weight": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _POINTER, _POINTER, _I32),
-    "qp_quantize_pack": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I32),
+    "qp_quantize_pack": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _I32, _POINTER, _I64, _POINTER, _POINTER,
+                         _POINTER, _I32),
+    "qp_encode_pack": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _I64, _POINTER, _I64, _POINTER, _I64,
+                       _I32),
+    "qp_amax": (_POINTER, _I32, _I64, _I64, _I64, _I64, _POINTER, _I32),
     "qp_all_finite": (_POINTER, _I32, _I64, _I32),
     "qp_attention": (_POINTER, _I32, _POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER, _I64, _I32,
                      ctypes.c_float, ctypes.c_float, _POINTER, _I32),
@@ -123,51 +126,6 @@ def unpack(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
     succeed(library().qp_unpack(packed.data_ptr(), packed.numel(), n, k, bits, q.data_ptr(), q.numel(),
                                  torch.get_num_threads()))
     return q
-
-
-def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bool) -> CanonicalWeight:
-    """weight [N, K] -> what qpass.weight.quantize_weight gives for it, bit for bit; groups of `group_size` along K."""
-    weight = weight.detach().contiguous()
-    n, k = weight.shape
-    tensors = {"qweight": torch.empty(n, k, dtype=torch.int8),
-               "scale": torch.empty(n, k // group_size, dtype=weight.dtype)}
-    if not symmetric:
-        tensors["zero_point"] = torch.empty(n, k // group_size, dtype=torch.int8)
-    succeed(library().qp_quantize_weight(
-        weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
-        tensors["qweight"].data_ptr(), tensors["scale"].data_ptr(),
-        None if symmetric else tensors["zero_point"].data_ptr(), torch.get_num_threads()))
-    return CanonicalWeight(tensors)
-
-
-def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool,
-                  into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """weight [N, K] contiguous -> `pack` of quantize_weight, with scale and zero_point [Np / 16, G, 16], in one go; in
-    the tensors of `into` if they have the shapes and dtypes for it."""
-    n, k = weight.shape
-    blocks, groups = padded(n, 32) // 16, k // group_size
-    sizes = {"qweight": (blocks * 16 * padded(k, 64) * bits // 8,), "scale": (blocks, groups, 16)}
-    sizes |= {} if symmetric else {"zero_point": (blocks, groups, 16)}
-    dtypes = {"qweight": torch.uint8, "scale": weight.dtype, "zero_point": torch.int8}
-    fits = into is not None and all(
-        name in into and into[name].shape == size and into[name].dtype == dtypes[name] and into[name].is_contiguous()
-        and into[name].device.type == "cpu" for name, size in sizes.items())
-    packed = {name: into[name] if fits and into is not None else large_pages.empty(size, dtypes[name])
-              for name, size in sizes.items()}
-    succeed(library().qp_quantize_pack(
-        weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k, group_size, bits, int(symmetric),
-        packed["qweight"].data_ptr(), packed["qweight"].numel(), packed["scale"].data_ptr(),
-        None if symmetric else packed["zero_point"].data_ptr(), torch.get_num_threads()))
-    return packed
-
-
-def all_finite(weight: Tensor) -> bool:
-    """Whether a contiguous weight of float32, bfloat16 or float16 holds neither NaN nor Inf."""
-    dtype = DTYPE_INDEX[weight.dtype]
-    code = library().qp_all_finite(weight.data_ptr(), dtype, weight.numel(), torch.get_num_threads())
-    if code < 0:
-        succeed(code)
-    return bool(code == 0)
 
 
 def quantize(x: Tensor, isa: str, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from qpass.integer_scales import factor
-from qpass.kernels.cpu import native
+from qpass.kernels.cpu import native, native_weights
+from qpass.kernels.cpu.x86_encode import finite, integers_known
 from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
 from qpass.kernels.registry import LinearCall, register_kernel
-from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
@@ -111,27 +111,16 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(tensors)
 
 
-def _takes_weight(weight: Tensor) -> bool:
-    # A transposed weight would be copied whole first; plain torch reads it some rows at a time.
-    return (weight.device.type == "cpu" and weight.dtype in native.DTYPE_INDEX and weight.is_contiguous()
-            and weight.numel() > 0)
-
-
-def _finite(weight: Tensor) -> bool | None:
-    return native.all_finite(weight) if _takes_weight(weight) and native.prepare() is None else None
-
-
 def _quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> Packed | None:
-    numbers = spec.weight
-    # Whatever else a scheme may say of its weights one day, such as how scales are chosen, is for plain torch to do.
-    known = WeightArgs(bits=numbers.bits, granularity=numbers.granularity, group_size=numbers.group_size,
-                       symmetric=numbers.symmetric)
-    if not _takes_weight(weight) or numbers != known or numbers.granularity == "per_tensor":
+    numbers, weight = spec.weight, weight.detach()
+    if not native_weights.takes(weight) or not integers_known(numbers):
         return None
-    weight = weight.detach()
-    if "colsum" in _names(spec):
-        return _pack(native.quantize_weight(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric), spec)
-    return native.quantize_pack(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric, into=into)
+    sums = "colsum" in _names(spec)
+    if sums and spec.groups > 1:
+        return _pack(native_weights.quantize_weight(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric),
+                     spec)
+    return native_weights.quantize_pack(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric, colsum=sums,
+                                        into=into)
 
 
 def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
@@ -154,7 +143,7 @@ def _even(packed: Packed, spec: LinearSpec) -> Packed:
 
 
 X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize,
-                    finite=_finite, even=_even)
+                    finite=finite, even=_even)
 """Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.kernels.cpu import native
-from qpass.kernels.cpu.x86 import X86_TILE64, blocked, unblocked
+from qpass.kernels.cpu import native, x86_encode
+from qpass.kernels.cpu.x86 import blocked, unblocked
 from qpass.kernels.cpu.x86_codes import FAMILIES, Parts, coding_of
 from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
@@ -67,7 +67,8 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(coding.give(parts, spec))
 
 
-X86_DECODED = Layout(name="x86_decoded", names=_names, pack=_pack, unpack=_unpack, finite=X86_TILE64.finite)
+X86_DECODED = Layout(name="x86_decoded", names=_names, pack=_pack, unpack=_unpack, quantize=x86_encode.quantize,
+                     finite=x86_encode.finite)
 """Tiles of 16 outputs x 64 inputs as in x86_tile64, with the scales, offsets and tables of csrc/decoded.h."""
 
 

@@ -27,9 +27,7 @@ class Fp8(RowCodec):
         return {"weight": (ELEMENTS, shape), "scale": (FLOATS, scale_shape(args, shape))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-        info = torch.finfo(scale_dtype)
-        scale = (largest(weight, args) / LARGEST).clamp(max=info.max).to(scale_dtype).float()
-        scale = torch.where(scale == 0, info.eps, scale)
+        scale = stored_scale(largest(weight, args) / LARGEST, scale_dtype)
         q = (weight / spread(scale, args, slice(0, weight.shape[0]), weight.shape[1])).clamp(-LARGEST, LARGEST)
         return {"weight": q.to(torch.float8_e4m3fn), "scale": scale.to(scale_dtype)}
 
@@ -49,6 +47,13 @@ class Fp8(RowCodec):
         if args.granularity in ("per_tensor", "per_block"):
             scale = scale[torch.arange(shape[0], device=scale.device) // (args.group_size or shape[0])]
         return {"weight": tensors["weight"], "scale": scale}
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales float32 as they are read back from `dtype`: finite, and its eps in place of zero."""
+    info = torch.finfo(dtype)
+    stored = scale.clamp(max=info.max).to(dtype).float()
+    return torch.where(stored == 0, info.eps, stored)
 
 
 def scale_shape(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, ...]:

@@ -20,6 +20,12 @@ GROUP = 16
 _ROWS_AT_ONCE = 64  # so that what they need on the way stays in a cache
 
 
+def global_scale_of(amax: Tensor) -> Tensor:
+    """The scale, a divisor, of a tensor whose largest magnitude is `amax`: float32 [1]."""
+    info = torch.finfo(torch.float32)
+    return (448.0 * 6.0 / amax.clamp_min(info.tiny)).clamp_max(info.max).reshape(1)
+
+
 @dataclass(frozen=True)
 class NvFp4(RowCodec):
     """`packed` uint8 [N, K/2], `scale` float8_e4m3fn [N, K/16], `global_scale` float32 [1], a divisor.
@@ -44,8 +50,7 @@ class NvFp4(RowCodec):
     def encode_within(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype, largest: Tensor
                       ) -> dict[str, Tensor]:
         self.stored(args, (weight.shape[0], weight.shape[1]))
-        amax = largest.clamp_min(torch.finfo(torch.float32).tiny)
-        global_scale = (448.0 * 6.0 / amax).clamp_max(torch.finfo(torch.float32).max).reshape(1)
+        global_scale = global_scale_of(largest)
         scale = global_scale * (weight.unflatten(1, (-1, GROUP)).abs().amax(-1) / 6.0)
         scale = scale.clamp(max=448.0).to(torch.float8_e4m3fn)
         scale = torch.where(scale.float() == 0, torch.finfo(torch.float8_e4m3fn).eps, scale.float())

@@ -53,8 +53,16 @@ def names_found(spec: LinearSpec, present: Callable[[str], bool]) -> tuple[str, 
 
 
 def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of what write_weight gives, without packing anything: the weight's tensors only."""
-    if codec_of(spec.weight) is not None:
+    """Dtype and shape of what write_weight gives, without packing anything: the weight's tensors only.
+
+    `weight` may hold a layout's tensors instead; of them the dtype of `scale` counts.
+    """
+    codec = codec_of(spec.weight)
+    if isinstance(codec, RowCodec) and codec.names[0] not in weight.tensors:
+        stored, scale = codec.stored(spec.weight, spec.shape), weight.scale.dtype
+        return {tensor_on_disk(name): (scale if name == "scale" else dtypes[0], shape)
+                for name, (dtypes, shape) in stored.items()}
+    if codec is not None:
         return {tensor_on_disk(name): (tensor.dtype, tuple(tensor.shape)) for name, tensor in weight.tensors.items()}
     n, k, groups, bits = spec.out_features, spec.in_features, spec.groups, spec.weight.bits
     scale = (1,) if spec.weight.granularity == "per_tensor" else (n, groups)

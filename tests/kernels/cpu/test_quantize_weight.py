@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpass.kernels.cpu import native
+from qpass.kernels.cpu import native, native_weights
 from qpass.kernels.cpu.x86 import X86_TILE64
 from qpass.scheme import ActivationArgs, WeightArgs
 from qpass.spec import LinearSpec
@@ -49,13 +49,13 @@ def test_equals_the_formulas_bit_for_bit(dtype: torch.dtype, symmetric: bool, bi
     for weight in (adversarial(41, k, dtype), (torch.randn(33, k) * 0.02).to(dtype)):
         spec = spec_of(weight.shape[0], k, group, bits, symmetric=symmetric)
         want = quantize_weight(weight, spec)
-        got = native.quantize_weight(weight, spec.group_size, bits, symmetric=symmetric)
+        got = native_weights.quantize_weight(weight, spec.group_size, bits, symmetric=symmetric)
         assert got.tensors.keys() == want.tensors.keys()
         for name, tensor in want.tensors.items():
             assert got.tensors[name].dtype == tensor.dtype
             assert torch.equal(got.tensors[name], tensor), (name, weight.shape)
         if bits != 2:
-            packed = native.quantize_pack(weight, spec.group_size, bits, symmetric=symmetric)
+            packed = native_weights.quantize_pack(weight, spec.group_size, bits, symmetric=symmetric)
             separate = X86_TILE64.pack(want, spec)
             assert packed.keys() == separate.keys()
             assert all(torch.equal(packed[name], tensor) for name, tensor in separate.items())
@@ -68,7 +68,7 @@ def test_every_float_that_16_bits_hold() -> None:
         weight = every[torch.randperm(1 << 16)].view(512, 128)
         for symmetric in (True, False):
             spec = spec_of(512, 128, 32, 4, symmetric=symmetric)
-            want, got = quantize_weight(weight, spec), native.quantize_weight(weight, 32, 4, symmetric=symmetric)
+            want, got = quantize_weight(weight, spec), native_weights.quantize_weight(weight, 32, 4, symmetric=symmetric)
             assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
 
 
@@ -86,7 +86,7 @@ def test_quotients_at_and_next_to_ties(dtype: torch.dtype, bits: int) -> None:
     for symmetric in (True, False):
         spec = spec_of(groups // 4, 128, 32, bits, symmetric=symmetric)
         want = quantize_weight(weight.view(-1, 128), spec)
-        got = native.quantize_weight(weight.view(-1, 128), 32, bits, symmetric=symmetric)
+        got = native_weights.quantize_weight(weight.view(-1, 128), 32, bits, symmetric=symmetric)
         assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
 
 
@@ -110,12 +110,12 @@ def test_the_layout_declines_what_it_does_not_take() -> None:
 def test_all_finite(dtype: torch.dtype) -> None:
     weight = torch.randn(70, 1001).to(dtype)
     weight[0, 0], weight[-1, -1] = torch.finfo(dtype).max, torch.finfo(dtype).min
-    assert native.all_finite(weight) and native.all_finite(weight[:0])
+    assert native_weights.all_finite(weight) and native_weights.all_finite(weight[:0])
     for wrong in ("nan", "inf", "-inf"):
         for place in ((0, 0), (35, 500), (69, 1000)):
             broken = weight.clone()
             broken[place] = float(wrong)
-            assert not native.all_finite(broken)
+            assert not native_weights.all_finite(broken)
 
 
 def test_sizes_are_checked() -> None:

@@ -1,0 +1,115 @@
+"""Native weights: a float weight in; integers, or codes and scales as kernels want them packed, out of native code.
+
+All take weights [N, K] on the CPU, contiguous, in float32, bfloat16 or float16, and count NaN and Inf as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qpass.kernels.cpu import large_pages
+from qpass.kernels.cpu.native import DTYPE_INDEX, library, padded, succeed
+from qpass.weight import CanonicalWeight
+
+Element = Literal["e2m1", "e4m3", "e2m3", "codebook"]
+"""What a code stands for; e2m3 as the byte of e4m3 that has its value."""
+
+Rule = Literal["exponent", "nested", "amax", "given", "absmax"]
+"""How scales are made and what they are given, as qp_encode_pack of csrc/abi.h says."""
+
+_SCALES = {"exponent": torch.uint8, "nested": torch.float8_e4m3fn, "absmax": torch.float32}
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether the functions here take this weight."""
+    # A transposed weight would be copied whole first; plain torch reads it some rows at a time.
+    return (weight.device.type == "cpu" and weight.dtype in DTYPE_INDEX and weight.is_contiguous()
+            and weight.numel() > 0)
+
+
+def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bool) -> CanonicalWeight:
+    """weight [N, K] -> what qpass.weight.quantize_weight gives for it, bit for bit; groups of `group_size` along K."""
+    weight = weight.detach().contiguous()
+    n, k = weight.shape
+    tensors = {"qweight": torch.empty(n, k, dtype=torch.int8),
+               "scale": torch.empty(n, k // group_size, dtype=weight.dtype)}
+    if not symmetric:
+        tensors["zero_point"] = torch.empty(n, k // group_size, dtype=torch.int8)
+    succeed(library().qp_quantize_weight(
+        *_floats(weight), group_size, bits, int(symmetric), tensors["qweight"].data_ptr(), tensors["scale"].data_ptr(),
+        None if symmetric else tensors["zero_point"].data_ptr(), torch.get_num_threads()))
+    return CanonicalWeight(tensors)
+
+
+def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool, decoded: bool = False,
+                  colsum: bool = False, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """weight [N, K] -> quantize_weight of it packed, as csrc/product.h wants it or, if `decoded`, csrc/decoded.h, with
+    scale and zero_point [Np / 16, G, 16] and, of rows of one group, colsum [Np]; in one go, and in the tensors of
+    `into` if they have the shapes and dtypes for it."""
+    n, k = weight.shape
+    blocks, groups, width = padded(n, 32) // 16, k // group_size, 4 if bits <= 4 else 8
+    wanted = {"qweight": ((blocks * 2 * padded(k, 64) * width,), torch.int8 if decoded and width == 8 else torch.uint8),
+              "scale": ((blocks, groups, 16), weight.dtype)}
+    wanted |= {} if symmetric else {"zero_point": ((blocks, groups, 16), torch.int8)}
+    wanted |= {"colsum": ((blocks * 16,), torch.float32)} if colsum else {}
+    packed = _room(wanted, into)
+    succeed(library().qp_quantize_pack(
+        *_floats(weight), group_size, bits, int(symmetric), int(decoded), packed["qweight"].data_ptr(),
+        packed["qweight"].numel(), packed["scale"].data_ptr(),
+        None if symmetric else packed["zero_point"].data_ptr(), packed["colsum"].data_ptr() if colsum else None,
+        torch.get_num_threads()))
+    return packed
+
+
+def encode_pack(weight: Tensor, group_size: int, element: Element, rule: Rule, given: Tensor | None = None, *,
+                into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """weight [N, K] -> qweight and scale as x86_decoded packs what the codec of these numbers gives, bit for bit; the
+    last group of a row may be smaller. In the tensors of `into` where quantize_pack would use them."""
+    n, k = weight.shape
+    blocks, groups = padded(n, 32) // 16, -(-k // group_size)
+    width, dtype = (4, torch.uint8) if element in ("e2m1", "codebook") else (8, torch.float8_e4m3fn)
+    packed = _room({"qweight": ((blocks * 2 * padded(k, 64) * width,), dtype),
+                    "scale": ((blocks, groups, 16), _SCALES.get(rule, weight.dtype))}, into)
+    given = torch.empty(0) if given is None else given.contiguous()
+    assert given.dtype == torch.float32
+    succeed(library().qp_encode_pack(
+        *_floats(weight), min(group_size, k), get_args(Element).index(element), get_args(Rule).index(rule), given.data_ptr(),
+        given.numel(), packed["qweight"].data_ptr(), packed["qweight"].nbytes, packed["scale"].data_ptr(),
+        packed["scale"].nbytes, torch.get_num_threads()))
+    return packed
+
+
+def amax(weight: Tensor, group_size: int) -> Tensor:
+    """weight [N, K] -> the largest magnitude of each group of each row, float32 [N, G]."""
+    found = torch.empty(weight.shape[0], -(-weight.shape[1] // group_size))
+    succeed(library().qp_amax(*_floats(weight), min(group_size, weight.shape[1]), found.data_ptr(), torch.get_num_threads()))
+    return found
+
+
+def all_finite(weight: Tensor) -> bool:
+    """Whether a contiguous weight of float32, bfloat16 or float16 holds neither NaN nor Inf."""
+    dtype = DTYPE_INDEX[weight.dtype]
+    code = library().qp_all_finite(weight.data_ptr(), dtype, weight.numel(), torch.get_num_threads())
+    if code < 0:
+        succeed(code)
+    return bool(code == 0)
+
+
+def _floats(weight: Tensor) -> tuple[int, int, int, int, int]:
+    n, k = weight.shape
+    return weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k
+
+
+def _room(wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], into: Mapping[str, Tensor] | None
+          ) -> dict[str, Tensor]:
+    """Tensors of these shapes and dtypes: those of `into`, or new ones."""
+    if into is not None and all(
+            name in into and (tuple(into[name].shape), into[name].dtype) == (size, dtype)
+            and into[name].is_contiguous() and into[name].device.type == "cpu"
+            for name, (size, dtype) in wanted.items()):
+        return {name: into[name] for name in wanted}
+    return {name: large_pages.empty(size, dtype) for name, (size, dtype) in wanted.items()}

@@ -1,0 +1,96 @@
+"""x86 encode: a float weight in; the packed tensors of x86_decoded out, in one native pass instead of by its codec.
+
+Of the types that are made here, bit for bit what the codec and the layout give. `None` is for those that are not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpass.codecs.codebook import FP4, NF4
+from qpass.codecs.elements import E2M1, values
+from qpass.codecs.fp8 import LARGEST, stored_scale
+from qpass.codecs.nvfp4 import global_scale_of
+from qpass.kernels.cpu import native, native_weights
+from qpass.kernels.cpu.native_weights import Element
+from qpass.kernels.layout import Packed
+from qpass.scheme import WeightArgs
+from qpass.spec import LinearSpec
+
+_CPU = torch.device("cpu")
+_EXPONENT: dict[str, Element] = {"mxfp4": "e2m1", "mxfp8": "e4m3", "mxfp6_e2m3": "e2m3"}
+_BOOKS = {"nf4": NF4, "fp4": FP4}
+
+
+def finite(weight: Tensor) -> bool | None:
+    """Whether a weight holds neither NaN nor Inf; None for one that is not taken."""
+    return native_weights.all_finite(weight) if _taken(weight) else None
+
+
+def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> Packed | None:
+    """`weight` [N, K] as the layout x86_decoded packs it, in the tensors of `into` where they fit; or None."""
+    numbers, weight = spec.weight, weight.detach()
+    if not _taken(weight):
+        return None
+    if numbers.type == "int":
+        return _integers(weight, spec, into)
+    whole = spec.in_features % spec.group_size == 0
+    if numbers.type in _EXPONENT and whole:
+        made = native_weights.encode_pack(weight, spec.group_size, _EXPONENT[numbers.type], "exponent", into=into)
+        table = {"table": values(E2M1, _CPU)} if numbers.type == "mxfp4" else {}
+        return {**made, **table, **(_ones(spec) if numbers.type == "mxfp8" else {})}
+    if numbers.type == "nvfp4" and whole:
+        shared = global_scale_of(native_weights.amax(weight, spec.in_features).amax())
+        made = native_weights.encode_pack(weight, spec.group_size, "e2m1", "nested", shared, into=into)
+        gain = _ones(spec)["gain"]
+        gain[:spec.out_features] = 1 / shared
+        return {**made, "table": values(E2M1, _CPU), "gain": gain, "global_scale": shared}
+    if numbers.type in _BOOKS and whole:
+        code = torch.tensor(_BOOKS[numbers.type])
+        made = native_weights.encode_pack(weight, spec.group_size, "codebook", "absmax", _bounds(code), into=into)
+        return {**made, "table": code}
+    if numbers.type == "fp8":
+        return {**_fp8(weight, spec, into), **_ones(spec)}
+    return None
+
+
+def integers_known(numbers: WeightArgs) -> bool:
+    """Whether native code rounds to these integers. Whatever else a scheme may say of its weights one day, such as how
+    scales are chosen, is for plain torch to do."""
+    known = WeightArgs(bits=numbers.bits, granularity=numbers.granularity, group_size=numbers.group_size,
+                       symmetric=numbers.symmetric)
+    return numbers == known and numbers.granularity != "per_tensor"
+
+
+def _taken(weight: Tensor) -> bool:
+    return native_weights.takes(weight) and native.prepare() is None
+
+
+def _integers(weight: Tensor, spec: LinearSpec, into: Packed | None) -> Packed | None:
+    if not integers_known(spec.weight):
+        return None
+    made = native_weights.quantize_pack(weight, spec.group_size, spec.weight.bits, symmetric=spec.weight.symmetric,
+                                        decoded=True, into=into)
+    return {**made, **({"table": torch.arange(-8, 8, dtype=torch.float32)} if spec.weight.bits <= 4 else {})}
+
+
+def _ones(spec: LinearSpec) -> Packed:
+    return {"gain": torch.ones(native.padded(spec.out_features, 32))}
+
+
+def _bounds(code: Tensor) -> Tensor:
+    """The middles between the values of a codebook in order, and the codes in order: what bucketize would search."""
+    order = torch.argsort(code, stable=True)
+    ordered = code[order]
+    return torch.cat(((ordered[1:] + ordered[:-1]) / 2, order.float()))
+
+
+def _fp8(weight: Tensor, spec: LinearSpec, into: Packed | None) -> Packed:
+    n, granularity = spec.out_features, spec.weight.granularity
+    if granularity not in ("per_tensor", "per_block"):
+        return native_weights.encode_pack(weight, spec.group_size, "e4m3", "amax", into=into)
+    most, side = native_weights.amax(weight, spec.group_size), n if granularity == "per_tensor" else spec.group_size
+    of_blocks = torch.nn.functional.pad(most, (0, 0, 0, -n % side)).unflatten(0, (-1, side)).amax(1)
+    scale = stored_scale(of_blocks / LARGEST, weight.dtype).repeat_interleave(side, 0)[:n]
+    return native_weights.encode_pack(weight, spec.group_size, "e4m3", "given", scale, into=into)

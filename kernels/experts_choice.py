@@ -37,15 +37,15 @@ def choose_experts(call: ExpertsCall, *, where: str = "", prepare: bool = False)
     return call.spec.on(choice.kernel.name, *names), refusals
 
 
-def pack_blocks(weights: Iterable[CanonicalWeight], part: LinearSpec, experts: int) -> Packed:
+def pack_blocks(weights: Iterable[CanonicalWeight | Packed], part: LinearSpec, experts: int) -> Packed:
     """Weights [N, K], one an expert in order, packed for `part.kernel`: its layout's tensors with a leading dimension.
 
-    Weights are taken one at a time, so that an iterator need hold only one.
+    They may be packed for it already. Weights are taken one at a time, so that an iterator need hold only one.
     """
     layout = kernel(part.kernel).layout
     blocks: Packed = {}
     for expert, weight in enumerate(weights):
-        packed = layout.pack(weight, part)
+        packed = weight if isinstance(weight, dict) else layout.pack(weight, part)
         if layout.even is not None:
             packed = layout.even(packed, part)
         for name in layout.names(part):

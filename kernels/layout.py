@@ -19,8 +19,8 @@ class Layout:
     """A named arrangement. Invariant: unpack(pack(w, spec), spec) equals w, bit for bit.
 
     `rows(packed, spec, ids)` gives the rows `ids` [M] of the weight and reads no others; a layout without it cannot
-    serve as the table of an embedding. `quantize(weight, spec, into)` packs what qpass.weight.quantize_weight gives,
-    bit for bit, faster than the two do, in the tensors `into` where they fit and it can;
+    serve as the table of an embedding. `quantize(weight, spec, into, largest)` packs what quantize_weight of
+    qpass/weight.py gives, bit for bit, faster than the two do, in the tensors `into` where they fit and it can;
     `finite(weight)` says whether a weight holds neither NaN nor Inf. Both give None for a weight that they do not take.
 
     `even(packed, spec)` is the same weight with tensors whose shapes and dtypes do not depend on its values, as experts
@@ -34,7 +34,7 @@ class Layout:
     pack: Callable[[CanonicalWeight, LinearSpec], Packed]
     unpack: Callable[[Packed, LinearSpec], CanonicalWeight]
     rows: Callable[[Packed, LinearSpec, Tensor], CanonicalWeight] | None = None
-    quantize: Callable[[Tensor, LinearSpec, Packed | None], Packed | None] | None = None
+    quantize: Callable[[Tensor, LinearSpec, Packed | None, Tensor | None], Packed | None] | None = None
     finite: Callable[[Tensor], bool | None] | None = None
     even: Callable[[Packed, LinearSpec], Packed] | None = None
 

@@ -25,16 +25,10 @@ from qpass.layers.refuse_training import allow_training, refuse_training
 from qpass.plan_model import Decision, Plan, make_plan
 from qpass.recipes.recipe_files import as_recipe
 from qpass.swap.graph_swap import float_graph, is_plain_graph, quantize_graph
+from qpass.swap.round_weight import known_finite
 from qpass.swap.shared_scales import SharedScales
 from qpass.swap.swap_experts import swap_experts
-from qpass.swap.swap_site import (
-    TRIM_AFTER,
-    give_back_freed_memory,
-    known_finite,
-    restore,
-    share_scales,
-    swap_site,
-)
+from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, restore, share_scales, swap_site
 from qpass.weight import CanonicalWeight, check_weight
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.layers.reordered_linear import ReorderedLinear
+from qpass.scheme import RowCodec, codec_of
+from qpass.swap.round_weight import known_finite, quantized
 from qpass.swap.swap_experts import quantized_experts
-from qpass.swap.swap_site import known_finite, quantized
 from qpass.weight import CanonicalWeight, check_weight
 
 _SHOWN = 10
@@ -56,6 +57,7 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
     for place in places if not allow_nonfinite else ():
         for name in place.found(given):
             place.check(name, given[name])
+    _share_scales(places, given)
     for place in places:
         if place.found(given):
             place.write(given)
@@ -63,6 +65,21 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
         if isinstance(module, QuantExperts):
             _renew_biases(module)
     return len(given)
+
+
+def _share_scales(places: Iterable[_Place], given: Mapping[str, Tensor]) -> None:
+    """Let weights that had one scale for the tensor together, as qpass/swap/shared_scales.py gives them, have it again:
+    those of one parent module whose scales are equal."""
+    groups: dict[tuple[str, float], list[_Linear]] = {}
+    for place in places:
+        if isinstance(place, _Linear) and place.found(given) and (scale := place.one_scale()) is not None:
+            parent = place.names[0].rpartition(".")[0].rpartition(".")[0]
+            groups.setdefault((parent, float(scale)), []).append(place)
+    for group in groups.values():
+        new = [given[place.found(given)[0]].detach() for place in group]
+        largest = torch.stack([weight.abs().amax().float().cpu() for weight in new]).amax()
+        for place in group if len(group) > 1 else ():
+            place.largest = largest.to(place.layer.device)
 
 
 def _renew_biases(experts: QuantExperts) -> None:
@@ -133,7 +150,9 @@ class _Plain(_Place):
 
 
 class _Linear(_Place):
-    """A packed weight, under the names of all that share it."""
+    """A packed weight, under the names of all that share it; `largest` as of quantize_weight."""
+
+    largest: Tensor | None = None
 
     def __init__(self, names: Sequence[str], layer: PackedWeight, transposed: bool) -> None:
         self.names, self.layer, self.transposed = tuple(names), layer, transposed
@@ -148,15 +167,24 @@ class _Linear(_Place):
                     "weights; quantize the new ones from a float model"]
         return super().wrong(given)
 
+    def one_scale(self) -> Tensor | None:
+        """The scale of the whole tensor that stands beside those of its groups, if this weight has one."""
+        codec = codec_of(self.layer.spec.weight)
+        if not isinstance(codec, RowCodec) or not codec.one_scale:
+            return None
+        return self._held()[codec.names[-1]]
+
+    def _held(self) -> Packed:
+        return dict(zip(kernel(self.layer.spec.kernel).layout.names(self.layer.spec), self.layer.packed, strict=True))
+
     def check(self, name: str, tensor: Tensor) -> None:
         check_weight(tensor, name, allow_nonfinite=known_finite(tensor, self.layer.spec))
 
     def write(self, given: Mapping[str, Tensor]) -> None:
         layer, name = self.layer, self.found(given)[0]
         weight = given[name].detach().to(device=layer.device, dtype=layer.dtype)
-        layout = kernel(layer.spec.kernel).layout
-        held = dict(zip(layout.names(layer.spec), layer.packed, strict=True))
-        made = quantized(weight.t() if self.transposed else weight, layer.spec, held)
+        layout, held = kernel(layer.spec.kernel).layout, self._held()
+        made = quantized(weight.t() if self.transposed else weight, layer.spec, held, self.largest)
         packed = layout.pack(made, layer.spec) if isinstance(made, CanonicalWeight) else made
         if not _fits(packed, held) and layout.even is not None:
             packed = layout.even(packed, layer.spec)
@@ -183,6 +211,10 @@ class _Experts(_Place):
             said.append(f"{there[0]} comes without {next(n for n in first if n not in given)}, and the two are packed "
                         "as one")
         return said
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        part = self.layer.blocks[0].spec.parts[int(name.rpartition(".")[2] == self.layer.site.second)]
+        check_weight(tensor, name, allow_nonfinite=part is not None and known_finite(tensor, part))
 
     def write(self, given: Mapping[str, Tensor]) -> None:
         layer, site = self.layer, self.layer.site

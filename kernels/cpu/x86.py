@@ -111,7 +111,8 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(tensors)
 
 
-def _quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> Packed | None:
+def _quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
+              ) -> Packed | None:
     numbers, weight = spec.weight, weight.detach()
     if not native_weights.takes(weight) or not integers_known(numbers):
         return None

@@ -28,8 +28,12 @@ def finite(weight: Tensor) -> bool | None:
     return native_weights.all_finite(weight) if _taken(weight) else None
 
 
-def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> Packed | None:
-    """`weight` [N, K] as the layout x86_decoded packs it, in the tensors of `into` where they fit; or None."""
+def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
+             ) -> Packed | None:
+    """`weight` [N, K] as the layout x86_decoded packs it, in the tensors of `into` where they fit; or None.
+
+    `largest` is the largest magnitude of all weights that share a scale for the tensor with this one, if any do.
+    """
     numbers, weight = spec.weight, weight.detach()
     if not _taken(weight):
         return None
@@ -41,7 +45,7 @@ def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None) -> Pa
         table = {"table": values(E2M1, _CPU)} if numbers.type == "mxfp4" else {}
         return {**made, **table, **(_ones(spec) if numbers.type == "mxfp8" else {})}
     if numbers.type == "nvfp4" and whole:
-        shared = global_scale_of(native_weights.amax(weight, spec.in_features).amax())
+        shared = global_scale_of(native_weights.amax(weight, spec.in_features).amax() if largest is None else largest)
         made = native_weights.encode_pack(weight, spec.group_size, "e2m1", "nested", shared, into=into)
         gain = _ones(spec)["gain"]
         gain[:spec.out_features] = 1 / shared

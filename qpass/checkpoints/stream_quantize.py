@@ -19,9 +19,10 @@ from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.plan_model import Decision, Plan
+from qpass.swap.round_weight import known_finite
 from qpass.swap.shared_scales import SharedScales
 from qpass.swap.swap_experts import put_experts, swap_experts
-from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, known_finite, swap_site
+from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, swap_site
 from qpass.weight import check_weight
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qpass.experts_site import ExpertsSite
 from qpass.kernels.experts_choice import pack_blocks
+from qpass.kernels.layout import Packed
 from qpass.kernels.reference.experts import apply_gate
 from qpass.kernels.registry import kernel
 from qpass.spec import LinearSpec
@@ -89,10 +90,10 @@ def as_stored(site: ExpertsSite, rows: Tensor) -> list[Tensor]:
     return [torch.cat(halves) if site.rows == "one after the other" else torch.stack(halves, 1).flatten(0, 1)]
 
 
-def packed_part(part: LinearSpec | None, experts: int, weights: Iterator[CanonicalWeight | Tensor]
+def packed_part(part: LinearSpec | None, experts: int, weights: Iterator[CanonicalWeight | Packed | Tensor]
                 ) -> dict[str, Tensor]:
     """One of the two weights of some experts, taken one at a time, as a block holds it; `part` None keeps floats."""
     if part is None:
         return {"weight": torch.stack([w for w in weights if isinstance(w, Tensor)])}
-    packed = pack_blocks((w for w in weights if isinstance(w, CanonicalWeight)), part, experts)
+    packed = pack_blocks((w for w in weights if not isinstance(w, Tensor)), part, experts)
     return {name: packed[name] for name in kernel(part.kernel).layout.names(part)}

@@ -34,6 +34,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.codes: list[Tensor] = []
         self.scales: list[Tensor] = []
         self.start = self.length = self.seen = 0
+        self.fixed = False  # whether static scales are those of the tokens that are held
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for what comes; static scales are fixed by the first tokens unless they were given."""
@@ -46,6 +47,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 self.scales.append(given.reshape(1, -1, 1, 1))
             elif self.numbers.static:
                 self.scales.append(self.numbers.scale_of(states))
+        self.fixed = self.numbers.static
         self.codes = []
         self._make_room(key_states, value_states, self._first_room(key_states.shape[2]))
         self.is_initialized = True
@@ -195,10 +197,10 @@ class StaticQuantizedCacheLayer(QuantizedCacheLayer):  # type: ignore[no-untyped
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
         at = torch.arange(new, device=self.device) + self.written
-        if self.numbers.static and self.given is None:  # the first tokens fix them, after `reset` too
+        if self.numbers.static and not self.fixed:  # after `reset`, in the tensors that graphs hold
             for which, states in enumerate((key_states, value_states)):
-                fixed = self.scales[which]
-                fixed.copy_(torch.where(self.written == 0, self.numbers.scale_of(states), fixed))
+                self.scales[which].copy_(self.numbers.scale_of(states))
+            self.fixed = True
         self.written.add_(new)
         for which, states in enumerate((key_states, value_states)):
             scale = self.scales[which] if self.numbers.static else self.numbers.scale_of(states)
@@ -220,6 +222,7 @@ class StaticQuantizedCacheLayer(QuantizedCacheLayer):  # type: ignore[no-untyped
         for tensor in self.codes:
             tensor.zero_()
         self.written.zero_()
+        self.fixed = self.given is not None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.numbers}, {self.max_cache_len} tokens, {self.nbytes} bytes)"

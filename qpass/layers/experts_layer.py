@@ -19,6 +19,7 @@ from qpass.experts_site import Argument, ExpertsSite
 from qpass.experts_spec import ExpertsSpec
 from qpass.find.experts_rows import gate_first, packed_part
 from qpass.kernels.experts_choice import choose_experts, unpack_block
+from qpass.kernels.layout import Packed
 from qpass.kernels.reference.experts import part_names
 from qpass.kernels.registry import ExpertsCall, kernel
 from qpass.layers.experts_disk import Disk, describe, read_expert, write_expert
@@ -70,8 +71,8 @@ class QuantExperts(PackedLayer):
                               if not name.startswith("_") and not hasattr(self, name)})
         self._refresh_biases()
 
-    def put_block(self, spec: ExpertsSpec, experts: Sequence[int], first: Iterator[Weight],
-                  second: Iterator[Weight]) -> None:
+    def put_block(self, spec: ExpertsSpec, experts: Sequence[int], first: Iterator[Weight | Packed],
+                  second: Iterator[Weight | Packed]) -> None:
         """Add experts, given in order and taken one at a time, packed as `spec` says."""
         number, text = len(self.blocks), str(spec)
         names: list[str] = []

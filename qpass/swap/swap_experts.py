@@ -14,10 +14,12 @@ from qpass.errors import WeightError
 from qpass.experts_site import ExpertsSite
 from qpass.find.experts_rows import as_stored, first_of
 from qpass.kernels.experts_choice import choose_experts
+from qpass.kernels.layout import Packed
 from qpass.kernels.registry import ExpertsCall
 from qpass.layers.experts_layer import QuantExperts, Weight
 from qpass.spec import LinearSpec
-from qpass.weight import CanonicalWeight, quantize_weight
+from qpass.swap.round_weight import quantized
+from qpass.weight import CanonicalWeight
 
 if TYPE_CHECKING:
     from qpass.decide.decision import Decision
@@ -83,9 +85,10 @@ def restore_experts(experts: QuantExperts) -> nn.Module:
 
 def quantized_experts(site: ExpertsSite, stored: dict[str, Tensor], experts: Sequence[int], which: int,
                       part: LinearSpec | None, device: torch.device,
-                      found: Mapping[tuple[int, int], CanonicalWeight] = MappingProxyType({})) -> Iterator[Weight]:
+                      found: Mapping[tuple[int, int], CanonicalWeight] = MappingProxyType({})
+                      ) -> Iterator[Weight | Packed]:
     """One expert's first (0) or second (1) weight after the other, as `found`, or of those stored in the module's
-    parameters."""
+    parameters; packed for the part's kernel already where its layout can."""
     for expert in experts:
         if part is not None and (which, expert) in found:
             yield CanonicalWeight({name: tensor.to(device) for name, tensor in found[which, expert].tensors.items()})
@@ -96,4 +99,4 @@ def quantized_experts(site: ExpertsSite, stored: dict[str, Tensor], experts: Seq
             weight = stored[site.second][expert]
             weight = weight.t() if site.transposed[1] else weight
         weight = weight.to(device)
-        yield weight.clone() if part is None else quantize_weight(weight, part)
+        yield weight.clone() if part is None else quantized(weight, part)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from qpass.activation_scale import ActivationScale
 from qpass.errors import WeightError
 from qpass.kernels.layout import Packed
-from qpass.kernels.registry import kernel
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import Origin, PackedLayer, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
@@ -18,8 +17,9 @@ from qpass.layers.tied_table import TiedTable
 from qpass.plan_model import Decision
 from qpass.site import Site
 from qpass.spec import LinearSpec
+from qpass.swap.round_weight import quantized
 from qpass.swap.swap_experts import restore_experts
-from qpass.weight import CanonicalWeight, quantize_weight
+from qpass.weight import CanonicalWeight
 
 TRIM_AFTER = 4 << 20  # bytes freed; for less, give_back_freed_memory is not worth the call
 
@@ -54,21 +54,6 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
     else:
         found = canonical
     return _replace(model, owner, leaf, parameter, site, spec, found, device, scale)
-
-
-def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
-              ) -> CanonicalWeight | Packed:
-    """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can: then, where they fit, in the
-    tensors of `into` instead of new ones."""
-    faster = kernel(spec.kernel).layout.quantize if largest is None else None
-    return (None if faster is None else faster(weight, spec, into)) or quantize_weight(weight, spec, largest=largest)
-
-
-def known_finite(weight: Tensor, spec: LinearSpec) -> bool:
-    """Whether the kernel's layout can say that `weight` holds neither NaN nor Inf, as it does faster than check_weight;
-    False leaves it open."""
-    finite = kernel(spec.kernel).layout.finite
-    return finite is not None and finite(weight.detach()) is True
 
 
 def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, site: Site, spec: LinearSpec,

@@ -30,8 +30,13 @@ CASES = {
     "head tied, float": ("tied_llama", qpass.Recipe("w8a8")),
     "transposed, biases": ("gpt2", qpass.Recipe("w8a16", overrides={"*c_fc": None})),
     "integer scales": ("llama", qpass.Recipe("w4a8_int_scales", on_indivisible="adjust")),
-    "floats of four bits": ("llama", qpass.Recipe("mxfp4a16")),
+    "floats, one kind a layer": ("llama", qpass.Recipe("mxfp4a16", on_indivisible="skip", overrides={
+        "*.q_proj": "nvfp4", "*.k_proj": "fp8_block", "*.v_proj": "nf4", "*.o_proj": "fp8_per_tensor",
+        "*.gate_proj": "mxfp8", "*.up_proj": "mxfp6a8", "*.1.mlp.*": "fp8_dynamic"})),
+    "widths, one a layer": ("llama", qpass.Recipe("w3a16", on_indivisible="adjust", overrides={
+        "*.q_proj": "w2a8", "*.k_proj": "w5a16", "*.v_proj": "w7a8", "*.o_proj": "w4a8_channel"})),
     "experts": ("mixtral", qpass.Recipe("w4a8")),
+    "experts, floats": ("mixtral", qpass.Recipe("mxfp4a16")),
 }
 
 

@@ -1,4 +1,4 @@
-"""Native encoding of weights gives what codec and layout give in plain torch, bit for bit, for each type that it takes."""
+"""Native encoding of weights gives what codec and layout give in plain torch, bit for bit, for each type it takes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def same(weight: Tensor, numbers: WeightArgs) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_codec_and_layout_bit_for_bit(case: str, dtype: torch.dtype) -> None:
     numbers = CASES[case]
-    for weight in (adversarial(41, 192, dtype), (torch.randn(33, 64) * 0.02).to(dtype), torch.zeros(3, 64, dtype=dtype)):
+    zeros = torch.zeros(3, 64, dtype=dtype)
+    for weight in (adversarial(41, 192, dtype), (torch.randn(33, 64) * 0.02).to(dtype), zeros):
         same(weight, numbers)
     if numbers.group_size is None or case.startswith("fp8"):
         same(torch.randn(17, 77).to(dtype), numbers)

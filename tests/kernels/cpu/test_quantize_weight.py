@@ -68,7 +68,8 @@ def test_every_float_that_16_bits_hold() -> None:
         weight = every[torch.randperm(1 << 16)].view(512, 128)
         for symmetric in (True, False):
             spec = spec_of(512, 128, 32, 4, symmetric=symmetric)
-            want, got = quantize_weight(weight, spec), native_weights.quantize_weight(weight, 32, 4, symmetric=symmetric)
+            want = quantize_weight(weight, spec)
+            got = native_weights.quantize_weight(weight, 32, 4, symmetric=symmetric)
             assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
 
 

@@ -97,12 +97,13 @@ def test_bytes(tiny_llama: Build) -> None:
         assert str(cache.nbytes) in repr(cache)
 
 
-def test_compiles_as_one_graph(tiny_llama: Build) -> None:
+@pytest.mark.parametrize("granularity", ["per_token", "per_head"])
+def test_compiles_as_one_graph(granularity: str, tiny_llama: Build) -> None:
     model = tiny_llama(num_hidden_layers=1)
     ids = torch.randint(3, 128, (1, 20))
-    cache = qpass.QuantizedCache(model, max_cache_len=32)
-    expected = steps(model, ids, cache, 12)
-    cache = qpass.QuantizedCache(model, max_cache_len=32)
+    cache = qpass.QuantizedCache(model, granularity=granularity, max_cache_len=32)
+    expected = steps(model, ids, cache, 16)
+    cache = qpass.QuantizedCache(model, granularity=granularity, max_cache_len=32)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         model(ids[:, :16], past_key_values=cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,9 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
     given = {name.removeprefix("_orig_mod."): tensor for name, tensor in given.items()}
     places = list(_places(model))
     known = {name for place in places for name in place.names}
-    wrong = [f"{name} is nothing that this model has" for name in given if name not in known]
+    unknown = [name for name in given if name not in known]
+    wrong = [f"{name} is nothing that this model has{_near(name, known) if i < _SHOWN else ''}"
+             for i, name in enumerate(unknown)]
     wrong += [said for place in places for said in place.wrong(given)]
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
@@ -80,6 +83,12 @@ def _share_scales(places: Iterable[_Place], given: Mapping[str, Tensor]) -> None
         largest = torch.stack([weight.abs().amax().float().cpu() for weight in new]).amax()
         for place in group if len(group) > 1 else ():
             place.largest = largest.to(place.layer.device)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Names of the same layer to type instead: other tools fuse q, k and v, or take experts apart."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; closest: {', '.join(near)}" if near else ""
 
 
 def _renew_biases(experts: QuantExperts) -> None:

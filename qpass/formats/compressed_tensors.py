@@ -59,9 +59,8 @@ def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tupl
     """
     codec = codec_of(spec.weight)
     if isinstance(codec, RowCodec) and codec.names[0] not in weight.tensors:
-        stored, scale = codec.stored(spec.weight, spec.shape), weight.scale.dtype
-        return {tensor_on_disk(name): (scale if name == "scale" else dtypes[0], shape)
-                for name, (dtypes, shape) in stored.items()}
+        return {tensor_on_disk(name): (weight.scale.dtype if name == "scale" else dtypes[0], shape)
+                for name, (dtypes, shape) in codec.stored(spec.weight, spec.shape).items()}
     if codec is not None:
         return {tensor_on_disk(name): (tensor.dtype, tuple(tensor.shape)) for name, tensor in weight.tensors.items()}
     n, k, groups, bits = spec.out_features, spec.in_features, spec.groups, spec.weight.bits

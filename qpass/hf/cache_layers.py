@@ -174,7 +174,6 @@ class StaticQuantizedCacheLayer(QuantizedCacheLayer):  # type: ignore[no-untyped
     """
 
     is_compileable = True
-    is_croppable = False
 
     def __init__(self, numbers: CacheNumbers, *, max_cache_len: int, direct: bool, window: int | None = None,
                  scales: tuple[Tensor, Tensor] | None = None) -> None:
@@ -217,6 +216,12 @@ class StaticQuantizedCacheLayer(QuantizedCacheLayer):  # type: ignore[no-untyped
 
     def get_max_length(self) -> int:
         return self.max_cache_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: what comes next is written over them, and no mask shows them before."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes how many tokens to remove as a negative number, got {tokens_to_remove}")
+        self.written.add_(tokens_to_remove).clamp_(min=0)
 
     def reset(self) -> None:
         for tensor in self.codes:

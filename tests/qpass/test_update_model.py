@@ -32,7 +32,8 @@ CASES = {
     "integer scales": ("llama", qpass.Recipe("w4a8_int_scales", on_indivisible="adjust")),
     "floats, one kind a layer": ("llama", qpass.Recipe("mxfp4a16", on_indivisible="skip", overrides={
         "*.q_proj": "nvfp4", "*.k_proj": "fp8_block", "*.v_proj": "nf4", "*.o_proj": "fp8_per_tensor",
-        "*.gate_proj": "mxfp8", "*.up_proj": "mxfp6a8", "*.1.mlp.*": "fp8_dynamic"})),
+        "*.gate_proj": "mxfp8", "*.up_proj": "mxfp6a8", "*.down_proj": "fp8_dynamic"})),
+    "weights that share a scale": ("llama", qpass.Recipe("nvfp4")),
     "widths, one a layer": ("llama", qpass.Recipe("w3a16", on_indivisible="adjust", overrides={
         "*.q_proj": "w2a8", "*.k_proj": "w5a16", "*.v_proj": "w7a8", "*.o_proj": "w4a8_channel"})),
     "experts": ("mixtral", qpass.Recipe("w4a8")),
@@ -81,6 +82,7 @@ def test_what_does_not_fit_changes_nothing(tiny_llama: Build) -> None:
     bad[0, 0] = float("inf")
     for change, said in (({name: good[name][:5]}, r"up_proj\.weight is \[5, 64\], the model has \[128, 64\]"),
                          ({"model.nothing": bad}, "model.nothing is nothing that this model has"),
+                         ({"model.layers.1.self_attn.qkv_proj.weight": bad}, r"closest: .*self_attn\.q_proj\.weight"),
                          ({name: bad}, r"up_proj\.weight holds 0 NaN and 1 Inf"),
                          ({name: bad.nan_to_num().int()}, "no float weight")):
         with pytest.raises(WeightError, match=said):

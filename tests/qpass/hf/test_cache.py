@@ -87,6 +87,44 @@ def test_beams_and_crop(tiny_llama: Build) -> None:
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_what_generation_does_to_a_cache(static: bool, tiny_llama: Build) -> None:
+    """Rows taken in another order or repeated, tokens forgotten, layers moved away and back: as if it never had been."""
+    model = tiny_llama(max_position_embeddings=512)
+    ids = torch.randint(3, 128, (3, 20))
+    order = torch.tensor([2, 0, 0])
+
+    def filled(rows: torch.Tensor) -> Any:
+        cache = qpass.QuantizedCache(model, max_cache_len=32 if static else None)
+        model(rows[:, :16], past_key_values=cache)
+        return cache
+
+    def after(cache: Any, rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(rows[:, 16:], past_key_values=cache).logits
+        return logits
+
+    with torch.no_grad():
+        want, cache = after(filled(ids[order]), ids[order]), filled(ids)
+        cache.reorder_cache(order)
+        torch.testing.assert_close(after(cache, ids[order]), want)
+        cache = filled(ids)
+        cache.batch_select_indices(order)
+        torch.testing.assert_close(after(cache, ids[order]), want)
+        cache = filled(ids[:1])
+        cache.batch_repeat_interleave(3)
+        thrice = ids[:1].repeat(3, 1)
+        torch.testing.assert_close(after(cache, thrice), after(filled(thrice), thrice))
+        cache = filled(ids)
+        first = after(cache, ids)
+        cache.crop(-4)
+        assert int(cache.get_seq_length()) == 16 and torch.equal(after(cache, ids), first)
+        cache = filled(ids)
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
+        assert torch.equal(after(cache, ids), first)
+
+
 def test_bytes(tiny_llama: Build) -> None:
     model = tiny_llama(torch.bfloat16, head_dim=64, num_hidden_layers=1, max_position_embeddings=2048)
     for kind, share in (("int8", 0.52), ("fp8", 0.52), ("int4", 0.29)):

@@ -89,7 +89,7 @@ def test_beams_and_crop(tiny_llama: Build) -> None:
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_what_generation_does_to_a_cache(static: bool, tiny_llama: Build) -> None:
-    """Rows taken in another order or repeated, tokens forgotten, layers moved away and back: as if it never had been."""
+    """Rows in another order or repeated, tokens forgotten, layers moved away and back: as if it never had been."""
     model = tiny_llama(max_position_embeddings=512)
     ids = torch.randint(3, 128, (3, 20))
     order = torch.tensor([2, 0, 0])

@@ -86,6 +86,9 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
                               limits=Limits(work_folder=None if work_folder is None else Path(work_folder),
                                             memory_limit=memory_limit, seed=seed))
     prepared = preparation.prepare() if chosen.algorithms else None
+    if prepared is not None and prepared.notes:
+        plan = make_plan(model, chosen, example_inputs=example_inputs, device=where)
+        plan = replace(plan, notes=(*plan.notes, *prepared.notes))
     scales = {} if chosen.algorithms else static_scales(model, targets, preparation.inputs())
     remember(model, plan)
     try:

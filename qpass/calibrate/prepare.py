@@ -13,6 +13,7 @@ from torch import nn
 from qpass.calibrate.blocks import find_blocks
 from qpass.calibrate.pairs import find_pairs
 from qpass.calibrate.probe import drawn_samples
+from qpass.calibrate.rotate import rotate
 from qpass.calibrate.run import Bar, Calibration, Install, Limits, aimed_at, without_data
 from qpass.calibrate.samples import Sample, read_samples
 from qpass.capture.capture_model import capture
@@ -55,26 +56,36 @@ class Preparation:
         return [sample.args if sample.args else sample.kwargs for sample in samples]
 
     def prepare(self) -> Prepared:
-        """Raises CalibrationError for data that cannot be used, UnmatchedRule for an algorithm's target."""
+        """What changes the model as a whole is done here, once all is checked.
+
+        Raises CalibrationError for data that cannot be used, UnmatchedRule for an algorithm's target.
+        """
         targets = [decision for decision in self.plan.decisions
-                   if decision.status == "quantize" and decision.site.kind != "experts"]
-        aimed = aimed_at(self.plan.recipe.algorithms, self.plan.decisions)
-        names = ", ".join(algorithm.name for algorithm in aimed)
+                   if decision.status == "quantize" and decision.site.kind == "linear"]
+        steps = self.plan.recipe.algorithms
+        aimed = aimed_at([step for step in steps if not step.whole_model], self.plan.decisions)
+        names = ", ".join(step.name for step in steps)
         static = [d.site.name for d in targets if d.spec is not None and d.spec.activation is not None
                   and d.spec.activation.static]
         if static and self.data is None:
             raise RecipeError(f"{len(static)} layers have static activation scales, the first is {static[0]}, which "
                               "need data: pass calibration=...")
-        samples, seen = self._samples(max((algorithm.drawn_tokens for algorithm in aimed), default=0))
-        if not samples:
-            return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=None, told=names)
+        samples, seen = self._samples(max((step.drawn_tokens for step in steps), default=0))
+        turned = self._turn(samples) if any(step.whole_model for step in steps) else ()
+        if not samples or not (aimed or static):
+            return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=None, told=names, notes=turned)
         captured = capture(self.model, self.example_inputs)
         blocks = find_blocks(captured, [decision.site for decision in targets])
         experts = {site: [d for d in self.plan.decisions if d.site.experts == site] for site in dict.fromkeys(
             d.site.experts for d in self.plan.decisions if d.site.experts is not None and d.status == "quantize")}
         run = Calibration(self.model, blocks, targets, aimed, samples, self.limits, find_pairs(captured), experts)
         told = f"{names} on {seen}, {len(blocks)} blocks"
-        return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=run, told=told)
+        return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=run, told=told, notes=turned)
+
+    def _turn(self, samples: Sequence[Sample]) -> tuple[str, ...]:
+        quantized = {d.site.name for d in self.plan.decisions if d.status == "quantize"}
+        return tuple(rotate(self.model, capture(self.model, self.example_inputs), next(iter(samples), None),
+                            self.limits.seed, quantized))
 
     def _samples(self, drawn_tokens: int) -> tuple[Sequence[Sample], str]:
         """The user's data or, without any, tokens drawn at random, none if the model takes no tokens; and its name."""
@@ -88,13 +99,15 @@ class Preparation:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A calibration that is ready: call it with what takes the results. `told` says in words what it is."""
+    """A calibration that is ready: call it with what takes the results. `told` says in words what it is, `notes` what
+    was done to the model as a whole."""
 
     model: nn.Module
     targets: list[Decision]
     aimed: dict[Algorithm, frozenset[str]]
     calibration: Calibration | None
     told: str
+    notes: tuple[str, ...] = ()
 
     def __call__(self, install: Install, bar: Bar) -> list[str]:
         """Calibrate and install every target; returns notes for the report."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from qpass.errors import RecipeError
 from qpass.recipes.algorithm_table import ALGORITHMS, Algorithm, register_algorithm
+from qpass.recipes.rotation import Rotation as Rotation
 
 SCALE_METHODS: tuple[str, ...] = ("absmax", "signed", "search", "hqq")
 

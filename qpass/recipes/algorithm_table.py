@@ -21,6 +21,7 @@ class Algorithm:
     needs_data: ClassVar[bool] = True
     rounds: ClassVar[bool] = True  # makes the integers; False: prepares the weights, which are then rounded to nearest
     wiring: ClassVar[str] = ""  # the module whose `calibrate(settings, work)` runs it on one block
+    whole_model: ClassVar[bool] = False  # changes the model as a whole, before any block; has no wiring
     targets: tuple[str, ...] = ()
 
     @property

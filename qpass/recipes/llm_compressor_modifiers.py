@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qpass.errors import RecipeError
-from qpass.recipes.algorithm import AutoRound, Awq, Gptq, SmoothQuant
+from qpass.recipes.algorithm import AutoRound, Awq, Gptq, Rotation, SmoothQuant
 from qpass.recipes.algorithm_table import Algorithm
 
 # Fields that say how the work is done or which layers are meant, and change no number of the algorithm itself.
@@ -58,6 +58,19 @@ def _awq(fields: dict[str, Any]) -> Algorithm:
     return Awq(grid=fields.pop("n_grid", 20), duo_scaling=fields.pop("duo_scaling", True) is not False)
 
 
+def _spinquant(fields: dict[str, Any]) -> Algorithm:
+    rotations = fields.pop("rotations", ("R1", "R2"))
+    if list(rotations) != ["R1"]:
+        raise RecipeError(f"SpinQuantModifier has rotations={list(rotations)}; of them R1, of the residual stream, is "
+                          "available alone")
+    kind = fields.pop("transform_type", "hadamard")
+    if kind not in ("hadamard", "random-hadamard"):
+        raise RecipeError(f"SpinQuantModifier has transform_type={kind!r}; hadamard and random-hadamard are available")
+    if fields.pop("learnable", False):
+        raise RecipeError("SpinQuantModifier has learnable=True; rotations are drawn here, not learned")
+    return Rotation()
+
+
 _MODIFIERS: dict[str, Callable[[dict[str, Any]], Algorithm]] = {
     "GPTQModifier": _gptq, "SmoothQuantModifier": _smoothquant, "AutoRoundModifier": _autoround,
-    "AWQModifier": _awq}
+    "AWQModifier": _awq, "SpinQuantModifier": _spinquant}

@@ -195,6 +195,9 @@ def _algorithms(values: object) -> tuple[Algorithm, ...]:
             check_target(target)
     if len(set(found)) < len(found):
         raise RecipeError(f"an algorithm is listed twice with the same settings: {', '.join(a.name for a in found)}")
+    late = [algorithm.name for algorithm in found[1:] if algorithm.whole_model]
+    if late:
+        raise RecipeError(f"{late[0]} changes the model as a whole, before the others: list it first")
     return found
 
 

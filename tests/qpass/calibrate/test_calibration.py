@@ -15,7 +15,7 @@ from qpass.calibrate.samples import read_samples
 from qpass.errors import CalibrationError, RecipeError, UnmatchedRule
 from qpass.layers.packed_layers import PackedWeight
 from qpass.scheme import PRESETS
-from tests.qpass.calibrate.small_models import small_model, tokens
+from tests.qpass.calibrate.small_models import output_of, small_model, tokens
 
 SCHEME = PRESETS["w4a16"].with_group_size(32)
 GPTQ = qpass.Recipe(SCHEME, algorithms=["gptq"])
@@ -200,3 +200,15 @@ def test_inputs_of_layers_called_by_keyword_are_rounded_too(algorithm: str) -> N
     model = qpass.quantize(copy.deepcopy(reference), qpass.Recipe("w8a8", ignore=[], algorithms=[algorithm]),
                            example_inputs=data[0], calibration=data, progress=False)
     assert (model(data[0]) - reference(data[0])).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(("algorithm", "data"), [("scales", None), ("gptq", tokens(2))])
+def test_a_tied_head_is_calibrated_once_and_its_table_reads_it(algorithm: str, data: list[Tensor] | None) -> None:
+    model, ids = small_model("gpt2"), tokens(1)[0]
+    wanted = output_of(model, ids)
+    qpass.quantize(model, {"scheme": "w8a16", "overrides": {"lm_head": "w8a16"}, "algorithms": [algorithm]},
+                   calibration=data, progress=False)
+    rows = [row for row in qpass.explain(model).rows if row.status == "quantized"]
+    assert {"transformer.wte.weight", "lm_head.weight"} & {row.name for row in rows}
+    assert "transformer.wte.weight" not in dict(model.named_parameters())  # no float copy is left
+    torch.testing.assert_close(output_of(model, ids), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))

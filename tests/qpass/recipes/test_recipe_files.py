@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qpass.errors import RecipeError
-from qpass.recipes.algorithm import Gptq, SmoothQuant
+from qpass.recipes.algorithm import Gptq, Rotation, SmoothQuant
 from qpass.recipes.recipe import Recipe
 from qpass.recipes.recipe_dialects import group_scheme
 from qpass.recipes.recipe_files import as_recipe
@@ -107,9 +107,17 @@ def test_llm_compressor_modifiers() -> None:
     for name, fields, message in (("GPTQModifier", {"actorder": "group"}, "use static"),
                                   ("SmoothQuantModifier", {"mappings": [["a", "b"]]}, "read from the model's graph"),
                                   ("GPTQModifier", {"sparsity": 0.5}, "sparsity=0.5, which cannot be expressed"),
+                                  ("SpinQuantModifier", {}, "R1, of the residual stream, is available alone"),
+                                  ("SpinQuantModifier", {"rotations": ["R1"], "learnable": True}, "not learned"),
                                   ("SparseGPTModifier", {}, "SparseGPTModifier asks for an algorithm")):
         with pytest.raises(RecipeError, match=message):
             of(name, **fields)
+
+
+def test_llm_compressor_rotations_come_before_the_rest() -> None:
+    recipe = as_recipe({"SpinQuantModifier": {"rotations": ["R1"], "transform_type": "hadamard"},
+                        "GPTQModifier": {"targets": ["Linear"], "scheme": "W4A16", "ignore": ["lm_head"]}})
+    assert recipe.algorithms == (Rotation(), Gptq())
 
 
 def test_llm_compressor_one_modifier_and_short_forms() -> None:

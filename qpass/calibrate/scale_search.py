@@ -34,7 +34,7 @@ def find_grid(weight: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype,
     """The grid of `weight` float32 [N, K]; `importance` [K] weighs the error of each column in the searches.
 
     `compensated` says that whoever rounds on the grid makes up for the errors, as GPTQ does: then what they have in
-    common with the weight does not count more than the rest, and more ranges are tried.
+    common with the weight does not count more than the rest, and symmetric grids try more ranges.
     """
     if method == "absmax" or spec.weight.granularity == "per_tensor" or spec.weight.scales == "integer":
         plain = quantize_weight(weight, spec, dtype)
@@ -144,7 +144,7 @@ def _search_asymmetric(groups: _Groups, qmin: int, qmax: int, dtype: torch.dtype
     span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
-    for part in (torch.linspace(0.70, 1.06, 19) if groups.compensated else torch.linspace(0.80, 1.04, 13)).tolist():
+    for part in torch.linspace(0.80, 1.04, 13).tolist():
         scale = storable(span * part / (qmax - qmin), dtype)
         middle = (qmin + qmax) / 2 - (low + high) / 2 / scale
         nearest = (w / scale.unsqueeze(-1)).round_()

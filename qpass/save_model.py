@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from qpass.checkpoints.publish_folder import publish_folder
 from qpass.errors import CheckpointError
 from qpass.formats import compressed_tensors_config
-from qpass.formats.layer_writer import LayerWriter, writable_layers
+from qpass.formats.layer_writer import LayerWriter, Writable, writable_layers
 from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, write_file
 from qpass.formats.writer_table import writers
 from qpass.hf.model_config import save_config
 from qpass.layers.experts_layer import QuantExperts
-from qpass.layers.packed_layers import PackedLayer, QuantLinear
+from qpass.layers.packed_layers import PackedLayer
 from qpass.layers.tied_table import TiedTable
 from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory
 
@@ -47,10 +47,6 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     if not isinstance(model, nn.Module):
         raise TypeError(f"save takes an nn.Module, got {type(model).__name__}; torch.export.save writes exported "
                         f"programs")
-    experts = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
-    if format != compressed_tensors_config.METHOD and experts:
-        raise CheckpointError(f"{format} is not written for packed experts, and {experts[0]} holds some; save in "
-                              f"{compressed_tensors_config.METHOD}, which holds every layer")
     if format == "gguf":
         from qpass.formats.gguf_save import save_gguf
 
@@ -72,7 +68,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     return target
 
 
-def _writer(model: nn.Module, format: str) -> tuple[LayerWriter | None, dict[str, QuantLinear]]:
+def _writer(model: nn.Module, format: str) -> tuple[LayerWriter | None, dict[str, Writable]]:
     """The writer of a format other than compressed-tensors, and the layers that it writes."""
     if format == compressed_tensors_config.METHOD:
         return None, {}
@@ -83,7 +79,7 @@ def _writer(model: nn.Module, format: str) -> tuple[LayerWriter | None, dict[str
     return known[format], writable_layers(model, known[format])
 
 
-def _entries(model: nn.Module, writer: LayerWriter | None, layers: dict[str, QuantLinear]) -> Iterator[Entry]:
+def _entries(model: nn.Module, writer: LayerWriter | None, layers: dict[str, Writable]) -> Iterator[Entry]:
     """Every tensor of the state dict once, under the first of its names."""
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -97,6 +93,11 @@ def _entries(model: nn.Module, writer: LayerWriter | None, layers: dict[str, Qua
                 written = _Written(writer, layers[path])
                 for name, (dtype, shape) in writer.describe(layers[path]).items():
                     yield Entry(name=prefix + name, dtype=dtype, shape=shape, make=partial(written.take, name))
+        elif writer is not None and isinstance(module, QuantExperts):
+            for name in (name for name in layers if name.startswith(prefix)):
+                written = _Written(writer, layers[name])
+                for leaf, (dtype, shape) in writer.describe(layers[name]).items():
+                    yield Entry(name=f"{name}.{leaf}", dtype=dtype, shape=shape, make=partial(written.take, leaf))
         elif isinstance(module, PackedLayer):
             if id(module._buffers) in seen:  # tied: another layer reads the very same packed tensors
                 described = {}
@@ -119,7 +120,7 @@ def _entries(model: nn.Module, writer: LayerWriter | None, layers: dict[str, Qua
 class _Written:
     """A layer's tensors in a writer's format, packed when the first is asked for and each given away once."""
 
-    def __init__(self, writer: LayerWriter, layer: QuantLinear) -> None:
+    def __init__(self, writer: LayerWriter, layer: Writable) -> None:
         self._writer, self._layer = writer, layer
         self._tensors: dict[str, Tensor] = {}
 

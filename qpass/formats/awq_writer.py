@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
 from qpass.formats.bits import pack_rows
-from qpass.formats.layer_writer import float_linears
-from qpass.layers.packed_layers import QuantLinear
+from qpass.formats.layer_writer import Writable, float_linears
 
 _COLUMN_OF = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns stands in each nibble of a word."""
@@ -22,7 +21,7 @@ class AwqWriter:
 
     name = "awq"
 
-    def refuses(self, layer: QuantLinear) -> str | None:
+    def refuses(self, layer: Writable) -> str | None:
         """A sentence if AWQ has no place for this layer's numbers."""
         spec = layer.spec
         if spec.weight.type != "int" or spec.weight.bits != 4:
@@ -35,20 +34,20 @@ class AwqWriter:
             return "AWQ has neither an order nor a scale of the inputs"
         return None
 
-    def describe(self, layer: QuantLinear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def describe(self, layer: Writable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of what `tensors` gives, without packing anything."""
         spec, scale = layer.spec, layer.on_disk["weight_scale"][0]
         n, k, groups = spec.out_features, spec.in_features, spec.groups
         return {"qweight": (torch.int32, (k, n // 8)), "qzeros": (torch.int32, (groups, n // 8)),
                 "scales": (scale, (groups, n))}
 
-    def tensors(self, layer: QuantLinear) -> dict[str, Tensor]:
+    def tensors(self, layer: Writable) -> dict[str, Tensor]:
         """The layer's tensors by name, without its path."""
         weight = layer.canonical()
         zeros = weight.zero_point if weight.zero_point is not None else torch.zeros_like(weight.scale, dtype=torch.int8)
         return {"qweight": _words(weight.qweight), "qzeros": _words(zeros), "scales": weight.scale.t().contiguous()}
 
-    def config(self, model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Any]:
+    def config(self, model: nn.Module, layers: Mapping[str, Writable]) -> dict[str, Any]:
         """`quantization_config` of config.json, as plain data. CheckpointError if group sizes differ."""
         sizes = {layer.spec.weight.group_size or -1 for layer in layers.values()}
         if len(sizes) > 1:

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError, QPassError
-from qpass.formats.gguf_config import EXPERT_SIZES
+from qpass.formats.gguf_config import EXPERT_SIZES, read_config
+from qpass.formats.gguf_file import read_gguf
 from qpass.formats.gguf_names import GgufNames
+from qpass.formats.gguf_save_experts import expert_entries
 from qpass.formats.gguf_vocabulary import vocabulary
-from qpass.formats.gguf_write import GgufEntry, integer_blocks, plain_bytes, write_gguf
+from qpass.formats.gguf_write import GgufEntry, plain_bytes, weight_bytes, weight_kind, write_gguf
+from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedWeight
-from qpass.weight import CanonicalWeight
 
-_GROUP = 32
+# Fields of a config that change what is computed, and that some architectures of llama.cpp take as given.
+_MEANS = ("norm_topk_prob", "hidden_act", "num_experts_per_tok", "head_dim", "scoring_func")
 
 
 def save_gguf(model: nn.Module, path: str | PathLike[str], *, tokenizer: Any = None) -> Path:
@@ -47,10 +50,21 @@ def save_gguf(model: nn.Module, path: str | PathLike[str], *, tokenizer: Any = N
     partial = target.with_name(target.name + ".partial")
     try:
         write_gguf(partial, metadata, entries)
+        _check_config(config, partial, architecture)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _check_config(config: Any, written: Path, architecture: str) -> None:
+    """Raise CheckpointError if the model computes in a way that a file of this architecture cannot say."""
+    read = read_config(read_gguf(written))
+    for name in _MEANS:
+        before, after = getattr(config, name, None), getattr(read, name, None)
+        if before != after and name in config.to_dict() and name in read.to_dict():
+            raise CheckpointError(f"{name} is {before!r}, and every GGUF of {architecture!r} means {after!r}; llama.cpp "
+                                  "would compute something else. Save the model as compressed-tensors")
 
 
 def _metadata(config: Any) -> tuple[str, dict[str, Any]]:
@@ -88,6 +102,8 @@ def _metadata(config: Any) -> tuple[str, dict[str, Any]]:
 def _entries(model: nn.Module, names: GgufNames) -> Iterator[GgufEntry]:
     seen: set[int] = set()
     for path, module in model.named_modules():
+        if isinstance(module, QuantExperts):
+            yield from expert_entries(path, module, names)
         if isinstance(module, PackedWeight):
             if id(module._buffers) not in seen:
                 seen.add(id(module._buffers))
@@ -128,39 +144,13 @@ def _packed(name: str, layer: PackedWeight, names: GgufNames) -> GgufEntry:
     rows = _rows(there, name, spec.out_features, names)
     n, k = spec.shape
     moved = getattr(layer, "input_order", None) is not None or getattr(layer, "pre_scale", None) is not None
-    whole = k % _GROUP == 0 and spec.group_size % _GROUP == 0 and not moved
-    args = spec.weight
-    if whole and args.type == "int" and (args.symmetric or args.bits <= 4):
-        kind = "Q8_0" if args.bits > 4 else "Q4_0" if args.symmetric else "Q4_1"
-    elif whole and args.type == "affine" and args.bits == 4:
-        kind = "Q4_1"
-    else:
+    kind = None if moved else weight_kind(spec)
+    if kind is None:
         float_kind = plain_bytes(torch.empty(1, 1, dtype=layer.dtype))[0]
         return GgufEntry(name=there, kind=float_kind, shape=(n, k),
                          make=lambda: plain_bytes(_ordered(layer.dequantize(), rows))[1])
-
-    def make() -> Tensor:
-        weight = layer.canonical()
-        scale = weight.scale.float().repeat_interleave(spec.group_size // _GROUP, dim=1)
-        codes, offset = _codes(weight, scale, args.bits)
-        parts = [_ordered(part, rows) for part in (codes, scale)]
-        return integer_blocks(parts[0], parts[1], kind, None if offset is None else _ordered(offset, rows))
-
-    return GgufEntry(name=there, kind=kind, shape=(n, k), make=make)
-
-
-def _codes(weight: CanonicalWeight, scale: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """Signed codes [N, K], and the offset of (code + 8) * scale + offset if there is one, both by groups of 32."""
-    if "offset" in weight.tensors:
-        from qpass.codecs.affine import unpack_unsigned
-
-        spread = scale.shape[1] // weight.tensors["offset"].shape[1]
-        codes = unpack_unsigned(weight.tensors["packed"], bits, scale.shape[1] * _GROUP) - 8
-        return codes.to(torch.int8), weight.tensors["offset"].float().repeat_interleave(spread, dim=1)
-    if weight.zero_point is None:
-        return weight.qweight, None
-    zero = weight.zero_point.float().repeat_interleave(scale.shape[1] // weight.zero_point.shape[1], dim=1)
-    return weight.qweight, -(zero + 8) * scale
+    return GgufEntry(name=there, kind=kind, shape=(n, k),
+                     make=lambda: weight_bytes(layer.canonical(), spec, kind, rows))
 
 
 def _rows(there: str, name: str, count: int, names: GgufNames) -> Tensor | None:

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.codecs.affine import unpack_unsigned
 from qpass.errors import CheckpointError
 from qpass.formats.gguf_file import ARRAY, MAGIC, PLAIN, STRING, TYPES
+from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight
 
 _ALIGNMENT = 32
 _NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
@@ -25,6 +28,7 @@ _SIZES = {name: (block, nbytes) for name, block, nbytes in TYPES.values()}
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()}
 _BOOL, _INT32, _UINT32, _FLOAT32 = 7, 5, 4, 6
 _LARGEST_HALF = 65504.0
+_GROUP = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,38 @@ def plain_bytes(tensor: Tensor) -> tuple[str, Tensor]:
     if tensor.dim() < 2 or tensor.dtype not in _KINDS:
         tensor = tensor.float()
     return _KINDS[tensor.dtype], tensor.reshape(-1).view(torch.uint8)
+
+
+def weight_kind(spec: LinearSpec) -> str | None:
+    """The type whose blocks hold the integers of `spec`, and None if there is none."""
+    args = spec.weight
+    if spec.in_features % _GROUP or spec.group_size % _GROUP:
+        return None
+    if args.type == "int" and (args.symmetric or args.bits <= 4):
+        return "Q8_0" if args.bits > 4 else "Q4_0" if args.symmetric else "Q4_1"
+    return "Q4_1" if args.type == "affine" and args.bits == 4 else None
+
+
+def weight_bytes(weight: CanonicalWeight, spec: LinearSpec, kind: str, rows: Tensor | None = None) -> Tensor:
+    """The blocks of a weight for which weight_kind gave `kind`, its rows in the order `rows`."""
+    scale = weight.scale.float().repeat_interleave(spec.group_size // _GROUP, dim=1)
+    codes, offset = _codes(weight, scale, spec.weight.bits)
+    if rows is not None:
+        there = rows.to(codes.device)
+        codes, scale, offset = codes[there], scale[there], None if offset is None else offset[there]
+    return integer_blocks(codes, scale, kind, offset)
+
+
+def _codes(weight: CanonicalWeight, scale: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Signed codes [N, K], and the offset of (code + 8) * scale + offset if there is one, both by groups of 32."""
+    if "offset" in weight.tensors:
+        spread = scale.shape[1] // weight.tensors["offset"].shape[1]
+        codes = unpack_unsigned(weight.tensors["packed"], bits, scale.shape[1] * _GROUP) - 8
+        return codes.to(torch.int8), weight.tensors["offset"].float().repeat_interleave(spread, dim=1)
+    if weight.zero_point is None:
+        return weight.qweight, None
+    zero = weight.zero_point.float().repeat_interleave(scale.shape[1] // weight.zero_point.shape[1], dim=1)
+    return weight.qweight, -(zero + 8) * scale
 
 
 def integer_blocks(qweight: Tensor, scale: Tensor, kind: str, offset: Tensor | None = None) -> Tensor:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.formats.bits import pack_rows
-from qpass.formats.layer_writer import float_linears
-from qpass.layers.packed_layers import QuantLinear
+from qpass.formats.layer_writer import Writable, float_linears
 from qpass.spec import LinearSpec
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
@@ -29,7 +28,7 @@ class GptqWriter:
         self.name = "gptq" if version == 1 else "gptq_v2"
         self._version = version
 
-    def refuses(self, layer: QuantLinear) -> str | None:
+    def refuses(self, layer: Writable) -> str | None:
         """A sentence if GPTQ has no place for this layer's numbers."""
         spec = layer.spec
         bits, n, k = spec.weight.bits, spec.out_features, spec.in_features
@@ -43,14 +42,14 @@ class GptqWriter:
             return "GPTQ has no scale of the inputs"
         return None
 
-    def describe(self, layer: QuantLinear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def describe(self, layer: Writable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of what `tensors` gives, without packing anything."""
         spec, scale = layer.spec, layer.on_disk["weight_scale"][0]
         n, k, bits, groups = spec.out_features, spec.in_features, spec.weight.bits, spec.groups
         return {"g_idx": (torch.int32, (k,)), "qweight": (torch.int32, (k * bits // 32, n)),
                 "qzeros": (torch.int32, (groups, n * bits // 32)), "scales": (scale, (groups, n))}
 
-    def tensors(self, layer: QuantLinear) -> dict[str, Tensor]:
+    def tensors(self, layer: Writable) -> dict[str, Tensor]:
         """The layer's tensors by name, without its path."""
         spec, weight = layer.spec, layer.canonical()
         bits, order = spec.weight.bits, getattr(layer, "input_order", None)
@@ -62,7 +61,7 @@ class GptqWriter:
         return {"g_idx": g_idx, "qweight": pack_rows(codes.contiguous(), bits).t().contiguous(),
                 "qzeros": self._zeros(zeros.t().contiguous(), bits), "scales": weight.scale.t().contiguous()}
 
-    def config(self, model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Any]:
+    def config(self, model: nn.Module, layers: Mapping[str, Writable]) -> dict[str, Any]:
         """`quantization_config` of config.json, as plain data."""
         said = {path: self._settings(layer.spec) for path, layer in layers.items()}
         most = Counter(tuple(sorted(one.items())) for one in said.values()).most_common(1)[0][0]

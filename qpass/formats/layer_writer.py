@@ -9,28 +9,39 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
+from qpass.formats.expert_matrices import ExpertMatrix, expert_matrices
+from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedWeight, QuantLinear
+
+Writable = QuantLinear | ExpertMatrix
 
 
 class LayerWriter(Protocol):
-    """A format that writes nn.Linear layers one by one. `describe` packs nothing and equals what `tensors` gives."""
+    """A format that writes nn.Linear layers, and matrices of experts as such, one by one. `describe` packs nothing and
+    equals what `tensors` gives."""
 
     name: str
 
-    def refuses(self, layer: QuantLinear) -> str | None: ...
+    def refuses(self, layer: Writable) -> str | None: ...
 
-    def describe(self, layer: QuantLinear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: ...
+    def describe(self, layer: Writable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: ...
 
-    def tensors(self, layer: QuantLinear) -> dict[str, Tensor]: ...
+    def tensors(self, layer: Writable) -> dict[str, Tensor]: ...
 
-    def config(self, model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Any]: ...
+    def config(self, model: nn.Module, layers: Mapping[str, Writable]) -> dict[str, Any]: ...
 
 
-def writable_layers(model: nn.Module, writer: LayerWriter) -> dict[str, QuantLinear]:
+def writable_layers(model: nn.Module, writer: LayerWriter) -> dict[str, Writable]:
     """Every packed layer by path. Raises CheckpointError that lists those that the format cannot hold, and why."""
-    found: dict[str, QuantLinear] = {}
+    found: dict[str, Writable] = {}
     wrong: list[str] = []
     for path, layer in model.named_modules():
+        for name, matrix in expert_matrices(path, layer) if isinstance(layer, QuantExperts) else ():
+            why = "it is not integers of its own" if matrix is None else writer.refuses(matrix)
+            if matrix is None or why is not None:
+                wrong.append(f"{name}: {why}")
+            else:
+                found[name] = matrix
         if not isinstance(layer, PackedWeight):
             continue
         plain = isinstance(layer, QuantLinear) and isinstance(layer.origin.module, nn.Linear)
@@ -46,7 +57,7 @@ def writable_layers(model: nn.Module, writer: LayerWriter) -> dict[str, QuantLin
     return found
 
 
-def float_linears(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Iterator[str]:
+def float_linears(model: nn.Module, layers: Mapping[str, Writable]) -> Iterator[str]:
     """Paths of nn.Linear layers that stay float; the head is not named, for no reader expects it quantized."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return (path for path, module in model.named_modules()

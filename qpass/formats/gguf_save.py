@@ -63,8 +63,8 @@ def _check_config(config: Any, written: Path, architecture: str) -> None:
     for name in _MEANS:
         before, after = getattr(config, name, None), getattr(read, name, None)
         if before != after and name in config.to_dict() and name in read.to_dict():
-            raise CheckpointError(f"{name} is {before!r}, and every GGUF of {architecture!r} means {after!r}; llama.cpp "
-                                  "would compute something else. Save the model as compressed-tensors")
+            raise CheckpointError(f"{name} is {before!r}, and every GGUF of {architecture!r} means {after!r}; "
+                                  "llama.cpp would compute something else. Save the model as compressed-tensors")
 
 
 def _metadata(config: Any) -> tuple[str, dict[str, Any]]:

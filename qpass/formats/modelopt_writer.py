@@ -1,4 +1,4 @@
-"""ModelOpt writer: packed nvfp4 layers whose scales are multiplied in; ModelOpt's tensors and config out, byte for byte.
+"""ModelOpt writer: packed nvfp4 layers whose scales are multiplied in; ModelOpt's tensors and config out, unchanged.
 
 compressed-tensors divides by its global scale, and a quotient seldom equals the product of ModelOpt's two scales, so
 what ModelOpt or torchao made stays in this format. Source: nvidia-modelopt 0.47, export/quant_utils.py.
@@ -43,8 +43,8 @@ class ModelOptWriter:
         found = layer.canonical().tensors
         second = found["scale_2"].reshape(-1)
         if not bool((second == second[0]).all()):
-            raise CheckpointError("rows of one weight have different second scales, which ModelOpt's format cannot hold;"
-                                  " save the model as compressed-tensors")
+            raise CheckpointError("rows of one weight have different second scales, which ModelOpt's format cannot "
+                                  "hold; save the model as compressed-tensors")
         return {"weight": found["packed"], "weight_scale": found["scale"], "weight_scale_2": second[0].clone()}
 
     def config(self, model: nn.Module, layers: Mapping[str, Writable]) -> dict[str, Any]:

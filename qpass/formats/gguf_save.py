@@ -64,7 +64,7 @@ def _check_config(config: Any, written: Path, architecture: str) -> None:
         before, after = getattr(config, name, None), getattr(read, name, None)
         if before != after and name in config.to_dict() and name in read.to_dict():
             raise CheckpointError(f"{name} is {before!r}, and every GGUF of {architecture!r} means {after!r}; "
-                                  "llama.cpp would compute something else. Save the model as compressed-tensors")
+                                  "whatever runs it would compute something else. Save the model as compressed-tensors")
 
 
 def _metadata(config: Any) -> tuple[str, dict[str, Any]]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import qpass
 from qpass.errors import CheckpointError, DuplicateRegistration
 from qpass.formats import format_registry
-from qpass.formats.format_registry import Format, formats, formats_table, register_format
+from qpass.formats.format_registry import Format, formats, formats_table, open_checkpoint, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.layers.packed_layers import QuantLinear
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+from tests.qpass.formats.fixture_folders import SMALL
 
 README = Path(__file__).resolve().parents[3] / "README.md"
 
@@ -68,3 +69,16 @@ def test_a_format_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     save_file({**tensors, "0.CODES": codes[:, :63].contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"0\.CODES in .* \[32, 63\]; 0 needs torch\.int8 \[32, 64\]"):
         qpass.load(tmp_path, model=nn.Sequential(nn.Linear(64, 32)))
+
+
+def test_a_clone_tests_every_format() -> None:
+    """Each registered format has a checkpoint of its tool in the repository; DeepSpeedFP's are floats, built in
+    test_variants.py. All of them together stay small."""
+    found = set()
+    for folder in SMALL.glob("*/*"):
+        if folder.is_dir():
+            chosen, _ = open_checkpoint(next(iter(folder.glob("*.gguf")), folder))
+            assert chosen is not None, folder
+            found.add(chosen.name)
+    assert found == set(formats()) - {"deepspeedfp"}
+    assert sum(file.stat().st_size for file in SMALL.rglob("*") if file.is_file()) <= 3 * 10**6

@@ -79,10 +79,10 @@ def _share_scales(places: Iterable[_Place], given: Mapping[str, Tensor]) -> None
             parent = place.names[0].rpartition(".")[0].rpartition(".")[0]
             groups.setdefault((parent, float(scale)), []).append(place)
     for group in groups.values():
-        new = [given[place.found(given)[0]].detach() for place in group]
-        largest = torch.stack([weight.abs().amax().float().cpu() for weight in new]).amax()
-        for place in group if len(group) > 1 else ():
-            place.largest = largest.to(place.layer.device)
+        if len(group) > 1:
+            ends = [torch.stack(given[place.found(given)[0]].detach().aminmax()).cpu().float() for place in group]
+            for place in group:
+                place.largest = torch.stack(ends).abs().amax().to(place.layer.device)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -70,7 +70,6 @@ ROWS = (
     Row("search at 4.5 bits, gptq", "search", 64, ("gptq",), budget="4.5 bits", samples=64),
     Row("w4a8 g64, round to nearest", "w4a8", 64),
     Row("w4a8 g64, gptq", "w4a8", 64, ("gptq",)),
-    Row("w4a8 g64, smoothquant, gptq", "w4a8", 64, ("smoothquant", "gptq")),
     Row("w4a8 g64, gptq, autoround", "w4a8", 64, ("gptq", {"autoround": {"iterations": 50}})),
     Row("w8a8, round to nearest", "w8a8", None),
     Row("w8a8, smoothquant", "w8a8", None, ("smoothquant",)),

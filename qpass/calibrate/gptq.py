@@ -90,4 +90,3 @@ def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian
             own, grid = polish(own, grid, weight, hessian, grid_ends(site.spec), site.scale_dtype,
                                refits=settings.refit and free, sweeps=settings.sweeps, dampening=factor.dampening)
             site.settle(canonical_of(own, grid, site.scale_dtype))
-

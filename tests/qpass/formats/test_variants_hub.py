@@ -311,7 +311,7 @@ def split_file(folder: Path, parts: int, *, empty_first: bool) -> Any:
             whole(folder / f"m-{number + 1:05d}-of-{len(each):05d}.gguf", {
                 **(metadata if number == 0 else {}), "split.no": number, "split.count": len(each),
                 "split.tensors.count": len(entries)}, some)
-        path.touch()
+        whole(path, metadata, entries)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_save, "write_gguf", write_parts)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "convert.h"
+#include "abi.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -12,6 +13,7 @@
 #include "avx2_vector.h"
 #include "avx2_quantize.h"
 #include "avx2_product_q4.h"
+#include "avx2_panel_q4.h"
 #include "avx2_product_q8.h"
 #include "avx2_product_q.h"
 #include "avx2_product_f.h"

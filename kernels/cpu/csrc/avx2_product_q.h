@@ -210,12 +210,14 @@ const int16_t* widened(const QuantRows& x, int64_t m0, int64_t m1) {
 }
 
 void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
+  const int64_t end = block_end * 16 < w.N ? block_end : (w.N + 15) / 16;
+  if (w.bits == 4 && x.M >= kUnpackRows)
+    return product_panels(w, x, out, w.zero_point ? sums_of_groups(w, x) : nullptr, block_begin, end);
   const bool whole = w.bits == 4 && (inner_groups(w) == 1 || inner_size(w) % 64 == 0);
   const int32_t* starts = whole ? starts_of(x) : nullptr;
   const int32_t* group_sums = starts && !w.zero_point ? nullptr : sums_of_groups(w, x);
   // Rows at a time so that they stay in the L2 cache while every block of weights passes by.
   const int64_t element = w.bits == 4 ? 1 : 2, fit = (256 << 10) / (x.Kp * element), step = fit < 8 ? 8 : fit & ~3;
-  const int64_t end = block_end * 16 < w.N ? block_end : (w.N + 15) / 16;
   for (int64_t m0 = 0; m0 < x.M; m0 += step) {
     const int64_t m1 = m0 + step < x.M ? m0 + step : x.M;
     if (w.bits == 8 && m1 - m0 >= kManyRows) {

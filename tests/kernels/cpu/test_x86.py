@@ -127,7 +127,7 @@ def test_extreme_codes_do_not_overflow(family: str, low: int, short: str, k: int
     tensors = {"qweight": q, "scale": torch.ones(40, 1), "zero_point": torch.full((40, 1), -low - 1, dtype=torch.int8)}
     found = kernel(spec.kernel)
     packed = found.layout.pack(CanonicalWeight(tensors), spec)
-    for code in (-128, 127):
+    for code in (-128, -64, -32, 31, 32, 63, 64, 127):  # around what 16 bits hold the sum of 32, 64, 128 or 256 of
         for m in (1, 5, 18):
             xq = torch.full((m, k), code, dtype=torch.int8)
             zero_point = torch.full((m, 1), 127.0 if code < 0 else -128.0)

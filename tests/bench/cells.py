@@ -107,7 +107,7 @@ _FOURS = {"qpass mxfp4": "mxfp4a16", "qpass nvfp4": "nvfp4a16", "qpass nf4": "nf
 _EIGHTS = {"qpass fp8": "fp8_dynamic", "qpass fp8 block": "fp8_block", "qpass mxfp8": "mxfp8a16",
            "qpass mxfp6": "mxfp6a16"}
 FLOATS = Table(
-    name="Float weights", tokens=(1, 4, 16, 256), shapes=(((4096,), 4096),),
+    name="Float weights", tokens=(1, 4, 16, 64, 256), shapes=(((4096,), 4096), ((14336,), 4096)),
     columns=(*(_ours(label, variant) for label, variant in {**_FOURS, **_EIGHTS}.items()),
              Column(label=_BF16, peer="torch", variant="bf16")),
     goals=(*(Goal(subject=label, peer=_BF16, tokens=(1,), ratio=3.0) for label in _FOURS),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -84,13 +84,13 @@ class Bench:
         for worker in self.workers.values():
             worker.close()
 
-    def table(self, table: Table) -> list[Cell]:
-        """Every cell of a table."""
+    def table(self, table: Table) -> Iterator[Cell]:
+        """Every cell of a table, each when it has been timed."""
         table = _whole(table) if self.options.full else table
-        shapes = table.shapes[:self.options.shapes]
-        return [cell for n, k in shapes for cell in self._shape(table, n, k)]
+        for n, k in table.shapes[:self.options.shapes]:
+            yield from self._shape(table, n, k)
 
-    def _shape(self, table: Table, n: tuple[int, ...], k: int) -> list[Cell]:
+    def _shape(self, table: Table, n: tuple[int, ...], k: int) -> Iterator[Cell]:
         ms = [m for m in table.tokens if not self.options.tokens or m in self.options.tokens]
         ready: dict[str, float] = {}
         why_not: dict[str, str] = {}
@@ -100,10 +100,10 @@ class Bench:
                 ready[column.label] = answer["bytes"]
             else:
                 why_not[column.label] = answer.get("refused") or answer.get("failed") or answer["missing"]
-        cells = [self._cell(table, n, k, m, ready, why_not) for m in ms]
+        for m in ms:
+            yield self._cell(table, n, k, m, ready, why_not)
         for name in list(self.workers):
             self.ask(name, do="drop")
-        return cells
 
     def _prepare(self, column: Column, n: tuple[int, ...], k: int, ms: Sequence[int]) -> dict[str, Any]:
         if column.peer not in self.workers:
@@ -147,11 +147,19 @@ class Bench:
         return cell
 
 
-def run(found: Found, threads: int, options: Options) -> tuple[list[Cell], dict[str, dict[str, str]]]:
-    """All tables that are asked for, and the versions of what was timed."""
+Versions = dict[str, dict[str, str]]
+
+
+def run(found: Found, threads: int, options: Options, keep: Callable[[Sequence[Cell], Versions], None]
+        ) -> tuple[list[Cell], Versions]:
+    """All tables that are asked for, and the versions of what was timed; after each cell `keep` is given all so far."""
     wanted = [table for table in TABLES if not options.tables or table.name in options.tables]
+    cells: list[Cell] = []
     with Bench(found, threads, options, wanted) as bench:
-        return [cell for table in wanted for cell in bench.table(table)], bench.versions
+        for cell in (cell for table in wanted for cell in bench.table(table)):
+            cells.append(cell)
+            keep(cells, bench.versions)
+        return cells, bench.versions
 
 
 def _whole(table: Table) -> Table:

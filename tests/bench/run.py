@@ -42,7 +42,16 @@ def _kernels(options: argparse.Namespace) -> int:
     found = find_peers(options.peers)
     wanted = products.Options(full=options.full, seconds=options.seconds, tables=options.tables, shapes=options.shapes,
                              tokens=options.tokens, rotate=options.rotate << 20)
-    cells, versions = products.run(found, options.threads, wanted)
+    path = options.json / "kernels.json" if options.json else None
+
+    def keep(cells: Sequence[products.Cell], versions: products.Versions) -> None:
+        if path is not None:
+            write_json(path, {
+                **_when(options), "versions": versions, "missing": found.missing,
+                "goals": [asdict(outcome) for table in TABLES for outcome in outcomes(table, cells)],
+                "cells": [asdict(cell) for cell in cells]})
+
+    cells, versions = products.run(found, options.threads, wanted, keep)
     timed = [table for table in TABLES if any(cell.table == table.name for cell in cells)]
     print(f"== kernels\n{machine_line(options.threads)}\n{versions_line(versions)}")
     for peer, why in found.missing.items():
@@ -52,11 +61,8 @@ def _kernels(options: argparse.Namespace) -> int:
     for table in timed:
         print(table_text(table, cells) + "\n")
     print(goals_text(timed, cells))
-    if options.json:
-        write_json(options.json / "kernels.json", {
-            **_when(options), "versions": versions, "missing": found.missing,
-            "goals": [asdict(outcome) for table in timed for outcome in outcomes(table, cells)],
-            "cells": [asdict(cell) for cell in cells]})
+    if path is not None:
+        print(f"\nwritten to {path}")
     wrong = [f"{label} in {cell.table}, M={cell.m}, {cell.n}x{cell.k}: {timing.why_not}" for cell in cells
              for label, timing in cell.timings.items() if label.startswith(("qpass", "g", "channel")) and timing.why_not
              and timing.why_not.startswith(("wrong", "failed"))]
@@ -70,6 +76,7 @@ def _model(options: argparse.Namespace) -> int:
     print(model_tables.text(made))
     if options.json:
         write_json(options.json / "model.json", {**_when(options), **model_tables.as_data(made)})
+        print(f"\nwritten to {options.json / 'model.json'}")
     return sum(outcome.why_not is not None for label, outcome in made.outcomes.items() if label.startswith("qpass"))
 
 
@@ -81,6 +88,8 @@ def _moe(options: argparse.Namespace) -> int:
                        keep=lambda made, path=path: _keep_mixtures(options, path, made))
         print(f"\n== mixtures of experts\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
         print(moe.text(made), flush=True)
+        if path is not None:
+            print(f"\nwritten to {path}")
         failed += made.outcomes[name][moe.OURS].why_not is not None
     return failed
 
@@ -105,10 +114,11 @@ def versions_line(versions: dict[str, dict[str, str]]) -> str:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Keep the numbers."""
+    """Keep the numbers; a run that is stopped meanwhile leaves those that were kept before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {path}")
+    whole = path.with_suffix(".partial")
+    whole.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(whole, path)
 
 
 def _parser() -> argparse.ArgumentParser:

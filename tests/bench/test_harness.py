@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run
 from cells import TABLES, W4A8, Column, Goal, Table
 from goals import outcomes
 from lane import copies_for, draw_weight, multiplied_out, round_to_nearest, rows_checked
@@ -59,7 +60,7 @@ def test_a_table_is_measured_whatever_its_peers_do(monkeypatch: pytest.MonkeyPat
     found = Found(None, commands={"echo": [sys.executable, str(HERE / "echo_lanes.py")]})
     alive = replace(TABLE, columns=tuple(c for c in TABLE.columns if c.variant != "dies"))
     with Bench(found, 1, Options(seconds=0.005, rotate=1), [TABLE]) as bench:
-        cells = bench.table(alive)
+        cells = list(bench.table(alive))
         assert [cell.m for cell in cells] == [1, 64] and bench.versions == {"echo": {"echo": "1"}}
         first = cells[0].timings
         assert first["echo right"].median_us and first["echo right"].nbytes == 32 * 48 * 4
@@ -72,8 +73,23 @@ def test_a_table_is_measured_whatever_its_peers_do(monkeypatch: pytest.MonkeyPat
         assert "not measured: wrong" in goals_text([alive], cells)
         # A peer that dies costs its own columns, not the run.
         dead = replace(TABLE, columns=(TABLE.columns[4], TABLE.columns[0]))
-        assert "the process ended: exit code 3" in (bench.table(dead)[0].timings["echo dies"].why_not or "")
-        assert bench.table(alive)[0].timings["echo right"].median_us
+        assert "the process ended: exit code 3" in (next(bench.table(dead)).timings["echo dies"].why_not or "")
+        assert next(bench.table(alive)).timings["echo right"].median_us
+
+
+def test_a_run_that_is_stopped_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cells(bench: object, table: Table) -> Iterator[Cell]:
+        yield cell(1, 2048)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "__init__", lambda bench, *_: setattr(bench, "workers", {}))
+    monkeypatch.setattr(Bench, "versions", {}, raising=False)
+    monkeypatch.setattr(Bench, "table", cells)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--only", "kernels", "--tables", "W4A8", "--json", str(tmp_path)])
+    (kept,) = json.loads((tmp_path / "kernels.json").read_text())["cells"]
+    assert (kept["table"], kept["m"], kept["n"], kept["k"]) == ("W4A8", 1, [2048], 2048)
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
 
 
 def test_turns_alternate_and_busy_stretches_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:

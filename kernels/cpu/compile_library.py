@@ -1,4 +1,7 @@
-"""Compile library: the C++ sources beside this file in, one shared library out, with one compiler process a core.
+"""Compile library: C++ sources beside this file in, one shared library out, with one compiler process a core.
+
+All of them make the library of a wheel. Where it is compiled when first used there is one library for each of PARTS,
+so that nobody waits for what he does not use, and only of what the machine can run.
 
 It needs neither torch nor qpass, only where torch's headers and libraries are: setup.py loads it by its path to put a
 library into a wheel (QPASS_NATIVE=1, or 0 to leave it out). A library's last bytes are a hash of those before them:
@@ -16,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +27,10 @@ from pathlib import Path
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 SOURCES = Path(__file__).parent / "csrc"
 _HASH = hashlib.sha256().digest_size
+PARTS = {"products": (), "encode": ("encode_weight",), "cache": ("attention",)}
+"""The sources that are a part of their own, with runtime.cpp; products are what all others make."""
+NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8"}
+"""The level of kernels/isa.py that a source is for, where that is not everybody's."""
 _NO_LOOPS = ("-O1",)  # for files that only pass tensors on; they hold torch's templates, and -O3 takes them a second
 _TORCH_HEADERS = 20_000  # what reading torch's headers costs, in characters of a file of ours
 # Those of many template instantiations, which their length does not show; measured, the longest first.
@@ -50,9 +58,17 @@ def missing_compiler() -> str:
     return f"needs a C++ compiler to build the native library once, and {looked}; install g++ or set CXX"
 
 
-def library_name(digest: str) -> str:
+def library_name(digest: str, part: str = "all") -> str:
     """The file name of a library made from what `digest` is a hash of."""
-    return f"qpass_x86-{digest}.so"
+    return f"qpass_x86_{part}-{digest}.so"
+
+
+def sources_of(part: str, levels: Sequence[str]) -> list[Path]:
+    """What a part is compiled from for a machine of these levels of kernels/isa.py."""
+    own = {stem for stems in PARTS.values() for stem in stems}
+    wanted = [source for source in sorted(SOURCES.glob("*.cpp"))
+              if NEEDS.get(source.stem, levels[0]) in levels and (source.stem not in own or source.stem in PARTS[part])]
+    return [source for source in wanted if not PARTS[part] or source.stem in (*PARTS[part], "runtime")]
 
 
 @lru_cache(maxsize=1)
@@ -74,13 +90,14 @@ def whole(library: Path) -> bool:
     return hashlib.sha256(content[:-_HASH]).digest() == content[-_HASH:]
 
 
-def compile_library(command: list[str], torch: Path, target: Path) -> None:
-    """Write the library to `target`: readers see none or a whole one. `torch` is torch's folder in site-packages.
+def compile_library(command: list[str], torch: Path, target: Path, sources: Sequence[Path] | None = None) -> None:
+    """Write the library to `target`: readers see none or a whole one. `torch` is torch's folder in site-packages,
+    `sources` are those of `sources_of`, or all.
 
     Raises BuildFailed with the compiler's first error, OSError if `target`'s folder cannot be written.
     """
     include, link = ["-I", str(torch / "include")], ["-shared", "-L", str(torch / "lib"), "-ltorch_cpu"]
-    sources = sorted(SOURCES.glob("*.cpp"), key=_cost, reverse=True)  # the longest first keeps every core busy
+    sources = sorted(sources or SOURCES.glob("*.cpp"), key=_cost, reverse=True)  # the longest first: no core idles
     at_once = [*command, *FLAGS, *include, *map(str, sources), *link, "-o", os.devnull]
     with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", suffix=".partial", dir=target.parent) as folder:
         objects = [f"{folder}/{source.stem}.o" for source in sources]

@@ -1,4 +1,8 @@
-"""Native: the loaded library as Python functions; loading it is also what gives the qpass_x86 ops their CPU kernels."""
+"""Native: the loaded library as Python functions; loading it is also what gives the qpass_x86 ops their CPU kernels.
+
+It has parts (compile_library.PARTS), which are loaded, and built, when first asked for; one that came with the package
+holds all of them.
+"""
 
 from __future__ import annotations
 
@@ -36,63 +40,64 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_quantize": (_I32, _POINTER, _I32, _I64, _I64, _POINTER, _POINTER, _POINTER),
 }
 _lock = threading.Lock()
-_loaded: ctypes.CDLL | None = None
-_failure: str | None = None
+_loaded: dict[str, ctypes.CDLL] = {}
+_failure: dict[str, str] = {}
 
 
-def refuses() -> str | None:
+def refuses(part: str = "products") -> str | None:
     """Why the library cannot be had, or None if it is there or a compiler is; compiles and loads nothing."""
-    if _loaded is not None:
+    if part in _loaded:
         return None
-    if _failure is not None:
-        return _failure
+    if part in _failure:
+        return _failure[part]
     if sys.platform != "linux" or sys.byteorder != "little":
         return f"is built for little-endian Linux, this is {sys.byteorder}-endian {sys.platform}"
-    return None if compile_library.compiler() or build.find_library() else compile_library.missing_compiler()
+    return None if compile_library.compiler() or build.find_library(part) else compile_library.missing_compiler()
 
 
-def prepare() -> str | None:
-    """Make the library ready, building it if need be; None, or why it failed. It is tried once a process."""
+def prepare(part: str = "products") -> str | None:
+    """Make a part ready, building it if need be; None, or why it failed. It is tried once a process."""
     try:
-        library()
+        library(part)
     except NoKernel as why:
         return str(why)
     return None
 
 
 def loaded() -> bool:
-    """Whether this process has the library."""
-    return _loaded is not None
+    """Whether this process has the products, and so the ops their CPU kernels."""
+    return "products" in _loaded
 
 
-def library() -> ctypes.CDLL:
-    """The library, built and loaded on the first call. Raises NoKernel with the reason, the same one every time."""
-    global _loaded, _failure
-    if _loaded is not None:
-        return _loaded
+def library(part: str = "products") -> ctypes.CDLL:
+    """A part, built and loaded on the first call. Raises NoKernel with the reason, the same one every time."""
+    if (found := _loaded.get(part)) is not None:
+        return found
     with _lock:
-        if _loaded is None and _failure is None:
-            if (why := refuses()) is None:
+        if part not in _loaded and part not in _failure:
+            if (why := refuses(part)) is None:
                 try:
-                    _loaded = _load()
+                    _loaded[part] = _load(part)
                 except (compile_library.BuildFailed, OSError) as error:
                     why = str(error)
-            _failure = why
-        if _loaded is None:
-            raise NoKernel(f"{_failure}")
-        return _loaded
+            if why is not None:
+                _failure[part] = why
+        if part not in _loaded:
+            raise NoKernel(_failure[part])
+        return _loaded[part]
 
 
-def _load() -> ctypes.CDLL:
-    found = _open()
+def _load(part: str) -> ctypes.CDLL:
+    found = _open(part)
     for name, arguments in _SIGNATURES.items():
-        getattr(found, name).argtypes = arguments
-        getattr(found, name).restype = _I32
+        if hasattr(found, name):  # each in one part
+            getattr(found, name).argtypes = arguments
+            getattr(found, name).restype = _I32
     found.qp_last_error.restype = ctypes.c_char_p
     return found
 
 
-def _open() -> ctypes.CDLL:
+def _open(part: str) -> ctypes.CDLL:
     # torch is imported by now, so the library finds torch's OpenMP runtime loaded and shares its threads.
     if (shipped := build.shipped_library()) is not None:
         try:
@@ -100,12 +105,12 @@ def _open() -> ctypes.CDLL:
         except OSError:  # made for another C library, say
             if compile_library.compiler() is None:
                 raise
-    return ctypes.CDLL(str(build.build()))
+    return ctypes.CDLL(str(build.build(part)))
 
 
 @cache
 def available(isa: str) -> bool:
-    """Whether the library can run this instruction set here, by its own look at the processor."""
+    """Whether the products can run on this instruction set here, by their own look at the processor."""
     return bool(library().qp_isa_available(ISA_INDEX[isa]))
 
 
@@ -144,7 +149,7 @@ def padded(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def succeed(code: int) -> None:
-    """Raises ValueError with the library's last error unless `code` is 0."""
+def succeed(code: int, part: str = "products") -> None:
+    """Raises ValueError with the last error of the part that gave this code unless it is 0."""
     if code != 0:
-        raise ValueError(library().qp_last_error().decode())
+        raise ValueError(library(part).qp_last_error().decode())

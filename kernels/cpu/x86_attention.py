@@ -29,7 +29,7 @@ def refuses(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, valu
     """Why the native kernel does not take these, or None."""
     if query.device.type != "cpu":
         return f"runs on the CPU, the query is on {query.device}"
-    if (why := machine_refuses("avx2") or native.refuses()) is not None:
+    if (why := machine_refuses("avx2") or native.refuses("cache")) is not None:
         return why
     if query.dtype not in native.DTYPE_INDEX:
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
@@ -43,7 +43,7 @@ def refuses(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, valu
             return "needs codes of a head side by side"
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, torch.bfloat16, torch.float16):
         return f"takes masks of bool and float, got {mask.dtype}"
-    return native.prepare()
+    return native.prepare("cache")
 
 
 def cache_attention_avx2(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, value_scale: Tensor,
@@ -60,11 +60,11 @@ def cache_attention_avx2(query: Tensor, keys: Tensor, key_scale: Tensor, values:
     strides = (0, 0, 0) if mask is None else mask.stride()[:3]
     count = 0 if mask is None else _span(mask)
     k, v = _cached(keys, key_scale), _cached(values, value_scale)
-    native.succeed(native.library().qp_attention(
+    native.succeed(native.library("cache").qp_attention(
         q.data_ptr(), native.DTYPE_INDEX[q.dtype], (ctypes.c_int64 * 7)(b, heads, keys.shape[1], m, s, d, dv),
         KINDS[kind], ctypes.byref(k), ctypes.byref(v), None if mask is None else mask.data_ptr(),
         0 if mask is None else 1 if mask.dtype == torch.bool else 2, (ctypes.c_int64 * 3)(*strides), count,
-        int(causal), scaling, softcap, out.data_ptr(), torch.get_num_threads()))
+        int(causal), scaling, softcap, out.data_ptr(), torch.get_num_threads()), "cache")
     return out
 
 

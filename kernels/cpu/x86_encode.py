@@ -39,6 +39,8 @@ def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, large
         return None
     if numbers.type == "int":
         return _integers(weight, spec, into)
+    if native.prepare("encode") is not None:
+        return None
     whole = spec.in_features % spec.group_size == 0
     if numbers.type in _EXPONENT and whole:
         made = native_weights.encode_pack(weight, spec.group_size, _EXPONENT[numbers.type], "exponent", into=into)

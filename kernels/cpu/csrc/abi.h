@@ -19,9 +19,7 @@ struct qp_weight {
 };
 
 const char* qp_last_error();
-int32_t qp_isa_count();
-const char* qp_isa_name(int32_t isa);       // null outside 0 .. count - 1; ascending from plain C
-int32_t qp_isa_available(int32_t isa);      // 1 if this machine can run it
+int32_t qp_isa_available(int32_t isa);      // 1 if this machine can run it, and the library holds it
 
 // out = x @ weight.T + bias for each weight. x is [M, K], contiguous. activation: 0 leaves x in float, 1 rounds it to
 // int8 symmetric, 2 asymmetric (then every weight needs colsum).
@@ -102,6 +100,9 @@ namespace qpass {
 
 // Sets qp_last_error() and returns -1.
 int32_t fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// Whether this machine can run the instruction set of that number.
+bool machine_runs(int32_t isa);
 
 // How many threads to use for `parts` independent parts: 1 inside a parallel region or in a forked child, whose
 // OpenMP threads stayed in the parent.

@@ -1,19 +1,15 @@
 // Attention over a quantized cache: queries in, keys and values read as codes, one row at a time, outputs in float.
 // For decoding: every code is read from memory once, and there is no copy of the cache in float.
-#include <immintrin.h>
-
 #include <cmath>
 #include <new>
 
+#include "avx2_intrinsics.h"
 #include "abi.h"
 #include "avx2_exp.h"
 #include "convert.h"
 #include "scratch.h"
 
 namespace qpass {
-
-const Isa* available_isa(int32_t isa);
-
 namespace {
 
 constexpr int kRows = 8;  // of keys or values at a time: decoded ones stay in the first cache
@@ -196,7 +192,7 @@ extern "C" int32_t qp_attention(const void* q, int32_t dtype, const int64_t* siz
                                 int64_t mask_count, int32_t causal, float scaling, float softcap, void* out,
                                 int32_t threads) {
   using namespace qpass;
-  if (!available_isa(1)) return fail("attention over a quantized cache needs avx2, this machine has none");
+  if (!machine_runs(1)) return fail("attention over a quantized cache needs avx2, this machine has none");
   Call c = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], kind, mask_dtype, causal, scaling,
             softcap, mask, mask_strides[0], mask_strides[1], mask_strides[2]};
   for (int i = 0; i < 7; i++)

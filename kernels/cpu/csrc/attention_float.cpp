@@ -1,9 +1,8 @@
 // Attention over keys and values in float, as they lie in a cache: strided, one head for several of the queries'.
-#include <immintrin.h>
-
 #include <cmath>
 #include <new>
 
+#include "avx2_intrinsics.h"
 #include "attention.h"
 #include "avx2_exp.h"
 #include "convert.h"
@@ -18,9 +17,6 @@
 #include "avx2_end.h"
 
 namespace qpass {
-
-const Isa* available_isa(int32_t isa);
-
 namespace {
 
 constexpr int64_t kMinWork = 1 << 15;  // multiply-adds that are worth a thread
@@ -95,7 +91,7 @@ extern "C" int32_t qp_float_attention(const int64_t* sizes, int32_t dtype, const
                                       const qp_rows* v, const qp_rows* mask, int32_t mask_dtype, int32_t causal,
                                       float scale, void* out, int64_t out_count, int32_t threads) {
   using namespace qpass;
-  if (!available_isa(1)) return fail("attention needs avx2, this machine has none");
+  if (!machine_runs(1)) return fail("attention needs avx2, this machine has none");
   for (int i = 0; i < 7; i++)
     if (sizes[i] < 1 || sizes[i] > (int64_t)1 << 31) return fail("attention: size %d is %lld", i, (long long)sizes[i]);
   FloatAttention c = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[1] / sizes[2],

@@ -1,8 +1,7 @@
 // AVX2: the product for x86 machines of the last decade (needs avx2, fma and f16c).
-#include <immintrin.h>
-
 #include <cstdint>
 
+#include "avx2_intrinsics.h"
 #include "convert.h"
 #include "abi.h"
 #include "product.h"

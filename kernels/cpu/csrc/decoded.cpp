@@ -8,9 +8,6 @@
 #include "split_work.h"
 
 namespace qpass {
-
-const Isa* available_isa(int32_t isa);
-
 namespace {
 
 struct Job {
@@ -91,7 +88,7 @@ using namespace qpass;
 extern "C" int32_t qp_decoded(int32_t isa, const void* x, int32_t x_dtype, int64_t M, int64_t K,
                               const qp_decoded_weight* weights, int64_t count, int32_t threads) {
   Job jobs[64];
-  if (!available_isa(isa)) return fail("decoded: this machine does not have instruction set %d", (int)isa);
+  if (!machine_runs(isa)) return fail("decoded: this machine does not have instruction set %d", (int)isa);
   if (M < 0 || K < 1 || M > (int64_t(1) << 40) / K) return fail("decoded: sizes are out of range");
   if (count < 1 || count > 64 || !weights) return fail("decoded: takes 1 to 64 weights, got %d", (int)count);
   if (!is_float(x_dtype) || (!x && M > 0)) return fail("decoded: x is null or of an unknown dtype");

@@ -1,8 +1,7 @@
 // AVX2: the product with weights of decoded.h (needs avx2, fma and f16c), which machines with AVX512 and AMX run too.
-#include <immintrin.h>
-
 #include <cstdint>
 
+#include "avx2_intrinsics.h"
 #include "decoded.h"
 #include "scratch.h"
 

@@ -10,9 +10,6 @@
 #include "weight_numbers.h"
 
 namespace qpass {
-
-const Isa* available_isa(int32_t isa);
-
 namespace {
 
 template <class T>
@@ -184,7 +181,7 @@ extern "C" int32_t qp_encode_pack(const void* w, int32_t dtype, int64_t w_bytes,
   if (!packed || packed_bytes != blocks * 2 * Kp * bits) return fail("encode_pack: the packed weight has the wrong size");
   if (!scale || scale_bytes != blocks * 16 * job.groups * scale_size) return fail("encode_pack: scale has the wrong size");
   if (job.rule == Rule::absmax) read_book(given, job.book);
-  const bool avx2 = available_isa(1) != nullptr;
+  const bool avx2 = machine_runs(1);
   const auto one = avx2 ? encode<Avx2> : encode<Plain>;
   const auto tile = avx2 ? pack_tile_avx2 : pack_any;
   const int32_t team = team_size(threads, blocks);
@@ -211,7 +208,7 @@ extern "C" int32_t qp_amax(const void* w, int32_t dtype, int64_t w_bytes, int64_
                            float* amax, int32_t threads) {
   if (const char* why = check_sizes(w, dtype, w_bytes, N, K, group_size)) return fail("amax: %s", why);
   if (!amax) return fail("amax: a null pointer was given");
-  const bool avx2 = available_isa(1) != nullptr;
+  const bool avx2 = machine_runs(1);
   const auto largest = [avx2](const auto* w, int64_t size, float& most) {
     avx2 ? Avx2::largest(w, size, most) : Plain::largest(w, size, most);
   };

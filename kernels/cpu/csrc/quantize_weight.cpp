@@ -9,9 +9,6 @@
 #include "weight_numbers.h"
 
 namespace qpass {
-
-const Isa* available_isa(int32_t isa);
-
 namespace {
 
 struct Job {
@@ -195,7 +192,7 @@ extern "C" int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_by
     return fail("quantize_weight: %s", why);
   const float half = (float)(1 << (bits - 1));
   const Job job = {group_size, -half, half - 1, symmetric != 0, (DType)dtype};
-  const auto quantize = available_isa(1) ? row<Avx2> : row<Plain>;
+  const auto quantize = machine_runs(1) ? row<Avx2> : row<Plain>;
   const int32_t team = team_size(threads, N);
   int32_t failed = 0;
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed)
@@ -222,9 +219,9 @@ extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_byte
   if (packed_bytes != blocks * 2 * Kp * width) return fail("quantize_pack: the packed weight has the wrong size");
   const float half = (float)(1 << (bits - 1));
   const Job job = {group_size, -half, half - 1, symmetric != 0, (DType)dtype};
-  const auto quantize = available_isa(1) ? row<Avx2> : row<Plain>;
-  const auto tile = available_isa(1) ? pack_tile_avx2 : pack_any;
-  const auto sum = available_isa(1) ? sum_avx2 : sum_plain;
+  const auto quantize = machine_runs(1) ? row<Avx2> : row<Plain>;
+  const auto tile = machine_runs(1) ? pack_tile_avx2 : pack_any;
+  const auto sum = machine_runs(1) ? sum_avx2 : sum_plain;
   const int32_t team = team_size(threads, blocks);
   int32_t failed = 0;
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed)
@@ -260,7 +257,7 @@ extern "C" int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, in
   constexpr int64_t part = 1 << 16;
   const int64_t parts = (count + part - 1) / part;
   const int32_t team = team_size(threads, parts);
-  const auto any = available_isa(1) ? any_avx2 : any_plain;
+  const auto any = machine_runs(1) ? any_avx2 : any_plain;
   const int64_t size = bytes_of((DType)dtype);
   int32_t bad = 0;
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(| : bad)

@@ -1,4 +1,5 @@
 // Runtime: last error, scratch memory, size of a thread team, and which instruction sets this machine can run.
+// Every library has its own copy.
 #include <cpuid.h>
 #include <omp.h>
 #include <pthread.h>
@@ -76,16 +77,11 @@ void* scratch(int slot, int64_t bytes) {
   return buffers.data[slot];
 }
 
-const Isa* const kIsas[] = {&plain_isa, &avx2_isa, &vnni_isa, &amx_isa};
-
-const Isa* available_isa(int32_t isa) {
-  static const bool available[] = {true, has_avx2(), has_vnni(), has_amx()};
-  return isa >= 0 && isa < 4 && available[isa] ? kIsas[isa] : nullptr;
+bool machine_runs(int32_t isa) {
+  static const bool runs[] = {true, has_avx2(), has_vnni(), has_amx()};
+  return isa >= 0 && isa < 4 && runs[isa];
 }
 
 }  // namespace qpass
 
 extern "C" const char* qp_last_error() { return qpass::last_error; }
-extern "C" int32_t qp_isa_count() { return 4; }
-extern "C" const char* qp_isa_name(int32_t isa) { return isa >= 0 && isa < 4 ? qpass::kIsas[isa]->name : nullptr; }
-extern "C" int32_t qp_isa_available(int32_t isa) { return qpass::available_isa(isa) != nullptr; }

@@ -31,7 +31,7 @@ from qpass.kernels.isa import machine_has
 
 _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
-_WHAT = {"products": "CPU kernels", "encode": "CPU kernels that round weights to small floats",
+_WHAT = {"products": "CPU kernels", "decoded": "CPU kernels for float weights", "attention": "CPU kernel for attention",
          "cache": "CPU kernel for attention over a quantized cache"}
 
 
@@ -74,7 +74,7 @@ def build(part: str = "products") -> Path:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not whole(target):
-                _say(f"compiling the {_WHAT[part]} for this machine; this is done once and takes about ten seconds")
+                _say(f"compiling the {_WHAT[part]} for this machine; this is done once and takes some seconds")
                 start = time.monotonic()
                 compile_library(command, _TORCH, target, sources_of(part, machine_has()))
                 _say(f"compiled in {time.monotonic() - start:.1f} s, kept in {target.parent}")

@@ -27,11 +27,18 @@ from pathlib import Path
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 SOURCES = Path(__file__).parent / "csrc"
 _HASH = hashlib.sha256().digest_size
-PARTS = {"products": (), "encode": ("encode_weight",), "cache": ("attention",)}
-"""The sources that are a part of their own, with runtime.cpp; products are what all others make."""
+PARTS = {
+    "products": ("shim", "driver", "experts", "isas", "plain", "avx2", "vnni", "amx", "pack", "quantize_weight",
+                 "runtime"),
+    "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "pack", "encode_weight", "runtime"),
+    "attention": ("shim_attention", "attention_float", "runtime"),
+    "cache": ("attention", "runtime"),
+}
+"""Each part's sources: integer weights, those of csrc/decoded.h, attention over floats and over a quantized cache."""
 NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8"}
 """The level of kernels/isa.py that a source is for, where that is not everybody's."""
-_NO_LOOPS = ("-O1",)  # for files that only pass tensors on; they hold torch's templates, and -O3 takes them a second
+_NO_LOOPS = ("-Og",)  # for files that only pass tensors on: they hold torch's templates, and -O1 takes 0.8 s longer
+_TORCH = "libtorch_cpu.so"
 _TORCH_HEADERS = 20_000  # what reading torch's headers costs, in characters of a file of ours
 # Those of many template instantiations, which their length does not show; measured, the longest first.
 _LONGEST = ("vnni", "avx2", "decoded_avx2", "amx")
@@ -65,10 +72,7 @@ def library_name(digest: str, part: str = "all") -> str:
 
 def sources_of(part: str, levels: Sequence[str]) -> list[Path]:
     """What a part is compiled from for a machine of these levels of kernels/isa.py."""
-    own = {stem for stems in PARTS.values() for stem in stems}
-    wanted = [source for source in sorted(SOURCES.glob("*.cpp"))
-              if NEEDS.get(source.stem, levels[0]) in levels and (source.stem not in own or source.stem in PARTS[part])]
-    return [source for source in wanted if not PARTS[part] or source.stem in (*PARTS[part], "runtime")]
+    return [SOURCES / f"{stem}.cpp" for stem in PARTS[part] if NEEDS.get(stem) in (None, *levels)]
 
 
 @lru_cache(maxsize=1)
@@ -96,20 +100,24 @@ def compile_library(command: list[str], torch: Path, target: Path, sources: Sequ
 
     Raises BuildFailed with the compiler's first error, OSError if `target`'s folder cannot be written.
     """
-    include, link = ["-I", str(torch / "include")], ["-shared", "-L", str(torch / "lib"), "-ltorch_cpu"]
+    include = ["-I", str(torch / "include")]
     sources = sorted(sources or SOURCES.glob("*.cpp"), key=_cost, reverse=True)  # the longest first: no core idles
-    at_once = [*command, *FLAGS, *include, *map(str, sources), *link, "-o", os.devnull]
+    at_once = [*command, *FLAGS, *include, *map(str, sources), "-shared", "-o", os.devnull]
     with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", suffix=".partial", dir=target.parent) as folder:
         objects = [f"{folder}/{source.stem}.o" for source in sources]
         lines = [[*command, *FLAGS, *(_NO_LOOPS if source.stem.startswith("shim") else ()), *include, "-c", str(source),
                   "-o", made]
                  for source, made in zip(sources, objects, strict=True)]
+        # An empty library of torch's name: to read all of torch's symbols takes the linker 0.5 s, and it needs none.
+        lines.append([*command, "-shared", "-nostdlib", "-x", "c", os.devnull, f"-Wl,-soname,{_TORCH}",
+                      "-o", f"{folder}/{_TORCH}"])
         made = Path(folder, target.name)
         pool = ThreadPoolExecutor(_cores())
         try:
             for _ in pool.map(_run, lines):
                 pass
-            _run([*command, *FLAGS, *objects, *link, "-o", str(made)])
+            _run([*command, *FLAGS, *objects, "-shared", "-Wl,--push-state,--no-as-needed", f"{folder}/{_TORCH}",
+                  "-Wl,--pop-state", "-o", str(made)])
         except _Failed as why:
             raise BuildFailed(f"the native library did not compile: {why}; run this to see all of it: "
                               f"{shlex.join(at_once)}") from None

@@ -64,9 +64,9 @@ def prepare(part: str = "products") -> str | None:
     return None
 
 
-def loaded() -> bool:
-    """Whether this process has the products, and so the ops their CPU kernels."""
-    return "products" in _loaded
+def loaded(part: str = "products") -> bool:
+    """Whether this process has a part, and so its ops their CPU kernels."""
+    return part in _loaded
 
 
 def library(part: str = "products") -> ctypes.CDLL:
@@ -90,7 +90,7 @@ def library(part: str = "products") -> ctypes.CDLL:
 def _load(part: str) -> ctypes.CDLL:
     found = _open(part)
     for name, arguments in _SIGNATURES.items():
-        if hasattr(found, name):  # each in one part
+        if hasattr(found, name):  # each is in some parts
             getattr(found, name).argtypes = arguments
             getattr(found, name).restype = _I32
     found.qp_last_error.restype = ctypes.c_char_p
@@ -114,22 +114,22 @@ def available(isa: str) -> bool:
     return bool(library().qp_isa_available(ISA_INDEX[isa]))
 
 
-def pack(weight: CanonicalWeight, bits: int) -> Tensor:
-    """qweight int8 [N, K] -> uint8 [Np * Kp * bits / 8] in the order of csrc/product.h."""
+def pack(weight: CanonicalWeight, bits: int, part: str = "products") -> Tensor:
+    """qweight int8 [N, K] -> uint8 [Np * Kp * bits / 8] in the order of csrc/product.h; `part` is one needed anyway."""
     q = weight.qweight.contiguous()
     n, k = q.shape
     packed = large_pages.empty((padded(n, 32) * padded(k, 64) * bits // 8,), torch.uint8)
-    succeed(library().qp_pack(q.data_ptr(), q.numel(), n, k, bits, packed.data_ptr(), packed.numel(),
-                               torch.get_num_threads()))
+    succeed(library(part).qp_pack(q.data_ptr(), q.numel(), n, k, bits, packed.data_ptr(), packed.numel(),
+                                  torch.get_num_threads()), part)
     return packed
 
 
-def unpack(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
+def unpack(packed: Tensor, n: int, k: int, bits: int, part: str = "products") -> Tensor:
     """The inverse of `pack`: int8 [n, k]."""
     packed = packed.contiguous()
     q = torch.empty(n, k, dtype=torch.int8)
-    succeed(library().qp_unpack(packed.data_ptr(), packed.numel(), n, k, bits, q.data_ptr(), q.numel(),
-                                 torch.get_num_threads()))
+    succeed(library(part).qp_unpack(packed.data_ptr(), packed.numel(), n, k, bits, q.data_ptr(), q.numel(),
+                                    torch.get_num_threads()), part)
     return q
 
 

@@ -76,10 +76,10 @@ def encode_pack(weight: Tensor, group_size: int, element: Element, rule: Rule, g
                     "scale": ((blocks, groups, 16), _SCALES.get(rule, weight.dtype))}, into)
     given = torch.empty(0) if given is None else given.contiguous()
     assert given.dtype == torch.float32
-    succeed(library("encode").qp_encode_pack(
+    succeed(library("decoded").qp_encode_pack(
         *_floats(weight), min(group_size, k), get_args(Element).index(element), get_args(Rule).index(rule),
         given.data_ptr(), given.numel(), packed["qweight"].data_ptr(), packed["qweight"].nbytes,
-        packed["scale"].data_ptr(), packed["scale"].nbytes, torch.get_num_threads()), "encode")
+        packed["scale"].data_ptr(), packed["scale"].nbytes, torch.get_num_threads()), "decoded")
     return packed
 
 
@@ -87,8 +87,8 @@ def amax(weight: Tensor, group_size: int) -> Tensor:
     """weight [N, K] -> the largest magnitude of each group of each row, float32 [N, G]."""
     n, k = weight.shape
     found = torch.empty(n, -(-k // group_size))
-    succeed(library("encode").qp_amax(*_floats(weight), min(group_size, k), found.data_ptr(),
-                                      torch.get_num_threads()), "encode")
+    succeed(library("decoded").qp_amax(*_floats(weight), min(group_size, k), found.data_ptr(),
+                                      torch.get_num_threads()), "decoded")
     return found
 
 

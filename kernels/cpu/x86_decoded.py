@@ -6,6 +6,7 @@ The weight is decoded to float32 on its way into the product (csrc/decoded.h), t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,18 +50,18 @@ def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
 
 def _pack_codes(parts: Parts) -> Tensor:
     if parts.table is not None:
-        return native.pack(CanonicalWeight({"qweight": parts.codes}), 4)
+        return native.pack(CanonicalWeight({"qweight": parts.codes}), 4, "decoded")
     flipped = parts.codes.view(torch.uint8) ^ 128  # packing adds 128 to a byte, and these stay as they are
-    return native.pack(CanonicalWeight({"qweight": flipped.view(torch.int8)}), 8).view(parts.dtype)
+    return native.pack(CanonicalWeight({"qweight": flipped.view(torch.int8)}), 8, "decoded").view(parts.dtype)
 
 
 def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     coding, (n, k) = coding_of(spec), spec.shape
     q = packed["qweight"]
     if coding.table:
-        codes = native.unpack(q, n, k, 4)
+        codes = native.unpack(q, n, k, 4, "decoded")
     else:
-        codes = (native.unpack(q.view(torch.uint8), n, k, 8).view(torch.uint8) ^ 128).view(torch.int8)
+        codes = (native.unpack(q.view(torch.uint8), n, k, 8, "decoded").view(torch.uint8) ^ 128).view(torch.int8)
     parts = Parts(codes=codes, scale=unblocked(packed["scale"], n), dtype=q.dtype, table=packed.get("table"),
                   third=unblocked(packed[coding.third], n) if coding.third else None, gain=packed.get("gain"),
                   kept=packed.get(coding.kept))
@@ -81,7 +82,7 @@ def refuses(call: LinearCall) -> str | None:
         return f"needs group_size % 16 == 0, got {spec.group_size}"
     if spec.weight.type in ("nf4", "fp4") and spec.in_features % spec.group_size != 0:
         return f"needs blocks of {spec.group_size} that do not cross rows of {spec.in_features}"
-    return native.refuses()
+    return native.refuses("decoded")
 
 
 def _tensors(packed: Sequence[Any], bias: Any, spec: LinearSpec) -> tuple[list[Any], int]:
@@ -114,7 +115,7 @@ def _list_arguments(packed: Sequence[Any], bias: Sequence[Any], specs: Sequence[
 
 def _native_call(index: int) -> Callable[[str, Sequence[Any]], tuple[Callable[..., Any], tuple[Any, ...]] | None]:
     def call(op: str, args: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-        native.library()
+        native.library("decoded")
         x, packed, bias, which = args[:4]
         if op == "linear":
             return OPS.decoded.default, (x, *arguments(packed, bias, LinearSpec.parse(which)), index)
@@ -131,7 +132,8 @@ def _register(short: str) -> None:
     index = native.ISA_INDEX[isa]
 
     @register_kernel(name=f"linear_decode_{short}", scheme=FAMILIES, device="cpu", isa=isa, layout=X86_DECODED,
-                     refuses=refuses, priority=priority, prepare=native.prepare, native_call=_native_call(index))
+                     refuses=refuses, priority=priority, prepare=partial(native.prepare, "decoded"),
+                     native_call=_native_call(index))
     def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
         return OPS.decoded.default(x, *arguments(packed, bias, spec), index)  # type: ignore[no-any-return]
 

@@ -39,7 +39,7 @@ def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, large
         return None
     if numbers.type == "int":
         return _integers(weight, spec, into)
-    if native.prepare("encode") is not None:
+    if native.prepare("decoded") is not None:
         return None
     whole = spec.in_features % spec.group_size == 0
     if numbers.type in _EXPONENT and whole:

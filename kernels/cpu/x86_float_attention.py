@@ -15,7 +15,7 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
     """Why the native op does not take these, real or fake, or None. No size that is a symbol is asked for a number."""
     if query.device.type != "cpu":
         return f"runs on the CPU, the query is on {query.device}"
-    if (why := machine_refuses("avx2") or native.refuses()) is not None:
+    if (why := machine_refuses("avx2") or native.refuses("attention")) is not None:
         return why
     if query.dtype not in native.DTYPE_INDEX or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"takes one of float32, bfloat16 and float16, got {query.dtype}, {key.dtype} and {value.dtype}"
@@ -30,4 +30,4 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
     if "avx512_vnni" in machine_has() and not (isinstance(query.shape[2], int) and query.shape[2] <= FEW_ROWS):
         # Not measured: the native op has AVX2 only, PyTorch's product uses what there is.
         return f"is for at most {FEW_ROWS} queries on machines with AVX512, got {query.shape[2]}"
-    return native.prepare()
+    return native.prepare("attention")

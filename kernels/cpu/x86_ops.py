@@ -1,4 +1,4 @@
-"""x86 ops: the schemas of namespace qpass_x86 and their shapes; csrc/shim.cpp gives them CPU kernels when it is loaded.
+"""x86 ops: the schemas of namespace qpass_x86 and their shapes; csrc/shim*.cpp give them CPU kernels when loaded.
 
 `n`, `k` are the weight's sizes; `activation` is 0 for float, 1 for int8 symmetric, 2 for int8 asymmetric; `isa` is the
 number of an instruction set. The list forms take all weights' tensors in one list: qweight and scale of each, then what
@@ -117,13 +117,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
 def _load_then_call(name: str) -> Callable[..., Any]:
     """What the op does while the library is not loaded: a graph compiled earlier may be the first to need it."""
 
+    part = {"decoded": "decoded", "decoded_list": "decoded", "attention": "attention"}.get(name, "products")
+
     def call(*args: Any) -> Any:
-        if native.loaded():  # then dense CPU tensors have a kernel, and these are not
+        if native.loaded(part):  # then dense CPU tensors have a kernel, and these are not
             if args[0].device.type == "cpu":
                 raise NoKernel(f"qpass_x86::{name} takes dense tensors, got {args[0].layout}; call .to_dense() first")
             raise NoKernel(f"qpass_x86::{name} runs on the CPU, and its tensors are on {args[0].device}; "
                            "move the whole model with .to(device), which packs its weights anew")
-        native.library()
+        native.library(part)
         return getattr(OPS, name).default(*args)
 
     return call

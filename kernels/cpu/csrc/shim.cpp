@@ -1,8 +1,7 @@
-// Shim: the ops of namespace qpass_x86 on libtorch's stable ABI; tensors in, calls of the C ABI, new tensors out.
-// The schemas stand in kernels/cpu/x86_ops.py. Only what the C ABI cannot see is checked here: dtypes, devices, layout.
+// Shim: ops of namespace qpass_x86 on libtorch's stable ABI; tensors in, calls of the C ABI, new tensors out. Here those
+// of integer weights. The schemas stand in kernels/cpu/x86_ops.py. Only what the C ABI cannot see is checked here: dtypes, devices, layout.
 #include "convert.h"
 #include "experts.h"
-#include "decoded.h"
 #include "shim_tensors.h"
 
 namespace {
@@ -43,17 +42,6 @@ Tensor allocate(const Tensor& x, int64_t n, ScalarType dtype, qp_weight& w) {
   w.out_dtype = number_of(dtype, "the output");
   return out;
 }
-
-// x as [..., k], contiguous: checked before anything is made from its sizes.
-Tensor rows_of(const Tensor& x, int64_t k, const char* what) {
-  require(x.dim() > 0 && k > 0, what, " must be [..., K] with K > 0");
-  const int64_t features = x.size(x.dim() - 1);
-  if (features != k)
-    refuse(what, " has " + std::to_string(features) + " features, the weight takes " + std::to_string(k));
-  return flat(x, what);
-}
-
-void succeed(int32_t code) { require(code == 0, qp_last_error()); }
 
 void run(const Tensor& x, int64_t k, int64_t activation, int64_t isa, const std::vector<qp_weight>& w) {
   require(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2");
@@ -177,8 +165,6 @@ void linear_q_list(StableIValue* stack, uint64_t count, uint64_t) {
 }
 
 #include "shim_experts.h"
-#include "shim_decoded.h"
-#include "shim_attention.h"
 
 }  // namespace
 
@@ -189,7 +175,4 @@ STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) {
   m.impl("linear_q_list", &linear_q_list);
   m.impl("experts", &experts);
   m.impl("experts_q", &experts_q);
-  m.impl("decoded", &decoded);
-  m.impl("decoded_list", &decoded_list);
-  m.impl("attention", &attention);
 }

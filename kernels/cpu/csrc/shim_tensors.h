@@ -28,12 +28,12 @@ inline void require(bool ok, const char* what, const char* why = "") {
   if (!ok) refuse(what, why);
 }
 
-int32_t narrow(int64_t value, const char* what) {
+inline int32_t narrow(int64_t value, const char* what) {
   require(value == (int32_t)value, what, " is out of range");
   return (int32_t)value;
 }
 
-int32_t number_of(ScalarType dtype, const char* what) {
+inline int32_t number_of(ScalarType dtype, const char* what) {
   if (dtype == ScalarType::Float) return (int32_t)qpass::DType::f32;
   if (dtype == ScalarType::BFloat16) return (int32_t)qpass::DType::bf16;
   require(dtype == ScalarType::Half, what, " must be float32, bfloat16 or float16");
@@ -41,17 +41,28 @@ int32_t number_of(ScalarType dtype, const char* what) {
 }
 
 // A contiguous CPU tensor of one of our dtypes; keeps what it may have copied alive as long as the call lasts.
-Tensor flat(const Tensor& t, const char* what) {
+inline Tensor flat(const Tensor& t, const char* what) {
   require(t.is_cpu(), what, " must be on the CPU");
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-void set(const Tensor& t, ScalarType dtype, const char* what, const void*& data, int64_t& bytes) {
+inline void set(const Tensor& t, ScalarType dtype, const char* what, const void*& data, int64_t& bytes) {
   require(t.is_cpu() && t.is_contiguous(), what, " must be a contiguous CPU tensor");
   require(t.scalar_type() == dtype, what, " has the wrong dtype");
   data = t.const_data_ptr();
   bytes = t.numel() * (int64_t)t.element_size();
 }
+
+// x as [..., k], contiguous: checked before anything is made from its sizes.
+inline Tensor rows_of(const Tensor& x, int64_t k, const char* what) {
+  require(x.dim() > 0 && k > 0, what, " must be [..., K] with K > 0");
+  const int64_t features = x.size(x.dim() - 1);
+  if (features != k)
+    refuse(what, " has " + std::to_string(features) + " features, the weight takes " + std::to_string(k));
+  return flat(x, what);
+}
+
+inline void succeed(int32_t code) { require(code == 0, qp_last_error()); }
 
 // The arguments of one call in the order of its schema. Reading one takes over its reference, so all must be read.
 // One function a type, out of line: TORCH_BOX writes every conversion out for every op, which took seconds to compile.

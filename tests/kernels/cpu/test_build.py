@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qpass.kernels.cpu import build
+from qpass.kernels import isa
+from qpass.kernels.cpu import build, compile_library
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
@@ -137,6 +138,40 @@ def test_another_compiler_or_cache_is_another_library(monkeypatch: pytest.Monkey
     assert len(paths) == 2
     monkeypatch.setenv("CXX", f"{programs[0]} -m64")
     assert build.compiler() == [str(programs[0]), "-m64"]
+
+
+def test_every_source_has_a_part_and_machines_get_what_they_can_run() -> None:
+    stems = {source.stem for source in compile_library.SOURCES.glob("*.cpp")}
+    assert {stem for part in compile_library.PARTS.values() for stem in part} == stems
+    assert set(compile_library.NEEDS.values()) <= set(isa.X86_LEVELS)
+    for i, level in enumerate(isa.X86_LEVELS):
+        products = {source.stem for source in compile_library.sources_of("products", isa.X86_LEVELS[i:])}
+        assert ("amx" in products, "vnni" in products) == (level == "amx_int8", level in ("amx_int8", "avx512_vnni"))
+        assert {"avx2", "plain", "shim", "runtime"} <= products
+
+
+def test_a_lower_instruction_set_is_a_library_of_its_own_where_it_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+    for flags in ({"avx2", "fma", "f16c"}, {flag for flags in isa._FLAGS.values() for flag in flags}):
+        monkeypatch.setattr(isa, "_cpu_flags", lambda flags=flags: flags)
+        for cap in ("amx_int8", "avx512_vnni", "avx2"):
+            monkeypatch.setenv("QPASS_ISA", cap)
+            paths.append(build._built_path([sys.executable]))
+            assert build._built_path([sys.executable], "decoded") == build._built_path([sys.executable], "decoded")
+    assert paths[0] == paths[1] == paths[2] == paths[5] and len(set(paths)) == 3
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_every_part_is_built_when_it_is_asked_for(tmp_path: Path) -> None:
+    code = """
+from qpass.kernels.cpu import compile_library, native
+for part in compile_library.PARTS:
+    assert not native.loaded(part) and native.prepare(part) is None and native.loaded(part), part
+"""
+    assert finished(run(code, QPASS_CACHE_DIR=str(tmp_path))) == []
+    assert {path.name.split("-")[0].removeprefix("qpass_x86_") for path in tmp_path.glob("*.so")} == set(
+        compile_library.PARTS)
 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

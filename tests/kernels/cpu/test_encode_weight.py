@@ -115,10 +115,10 @@ def test_sizes_are_checked() -> None:
 
     def call(nbytes: int = 1024, group: int = 32, element: int = 0, rule: int = 0, count: int = 0, size: int = 1024,
              scales: int = 64, dtype: int = 0) -> str:
-        code = native.library("encode").qp_encode_pack(
+        code = native.library("decoded").qp_encode_pack(
             w.data_ptr(), dtype, nbytes, 4, 64, group, element, rule, given.data_ptr(), count, packed.data_ptr(), size,
             scale.data_ptr(), scales, 1)
-        return "" if code == 0 else native.library("encode").qp_last_error().decode()
+        return "" if code == 0 else native.library("decoded").qp_last_error().decode()
 
     assert call() == ""
     assert "N * K" in call(nbytes=1000) and "1 to K" in call(group=65) and "unknown numbers" in call(element=3)

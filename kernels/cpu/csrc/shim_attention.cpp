@@ -1,5 +1,7 @@
-// Shim of the op for attention over float keys and values: part of shim.cpp, inside its namespace.
-#pragma once
+// Shim of the op for attention over float keys and values. Schema: kernels/cpu/x86_ops.py.
+#include "shim_tensors.h"
+
+namespace {
 
 // A tensor whose last dimension lies side by side; a copy if it does not.
 Tensor side_by_side(const Tensor& t, const char* what) {
@@ -56,3 +58,7 @@ void attention(StableIValue* stack, uint64_t arguments, uint64_t) {
                                out.mutable_data_ptr(), out.numel(), (int32_t)torch::stable::get_num_threads()));
   stack[0] = torch::stable::detail::from(out);
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) { m.impl("attention", &attention); }

@@ -1,5 +1,8 @@
-// Shim of the ops for weights of decoded.h: part of shim.cpp, inside its namespace. Schemas: kernels/cpu/x86_ops.py.
-#pragma once
+// Shim of the ops for weights of decoded.h. Schemas: kernels/cpu/x86_ops.py.
+#include "decoded.h"
+#include "shim_tensors.h"
+
+namespace {
 
 // The tensors of a weight of decoded.h: codes and scale, then what `has` says: its lowest two bits are qpass::Third, then
 // 4 table, 8 gain, 16 bias, added up. The dtypes of codes, scale and offset say what they are.
@@ -108,4 +111,11 @@ void decoded_list(StableIValue* stack, uint64_t arguments, uint64_t) {
   require(at == tensors.size(), "more tensors than `count` speaks of");
   run_decoded(x, k, isa, w);
   stack[0] = torch::stable::detail::from(out);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qpass_x86, CPU, m) {
+  m.impl("decoded", &decoded);
+  m.impl("decoded_list", &decoded_list);
 }

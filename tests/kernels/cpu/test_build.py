@@ -48,7 +48,7 @@ def stand_in_compiler(tmp_path: Path) -> Path:
     log, program = tmp_path / "calls", tmp_path / "stand-in"
     program.write_text(f"""#!{sys.executable}
 import shutil, sys, time
-if "-c" in sys.argv:
+if "-c" in sys.argv or "-nostdlib" in sys.argv:
     sys.exit()
 open({str(log)!r}, "a").write("x")
 time.sleep(1)
@@ -106,7 +106,7 @@ def test_a_failing_compiler_is_asked_once(tmp_path: Path) -> None:
     first, reasons = finished(run(LINEAR, QPASS_CACHE_DIR=str(tmp_path / "cache"), CXX=str(program)))
     assert first.split("|")[1:] == ["linear_reference", "False"]
     assert "did not compile: plain.cpp:1:1: error: out of luck; run this to see all of it:" in reasons
-    asked = [line.split(" -c ")[1].split()[0] for line in log.read_text().splitlines()]
+    asked = [line.split(" -c ")[1].split()[0] for line in log.read_text().splitlines() if " -c " in line]
     assert asked and len(asked) == len(set(asked)), "no file is compiled again for the next kernel"
     assert not list((tmp_path / "cache").glob("*.so")) and not list((tmp_path / "cache").glob("*.partial"))
 
@@ -152,8 +152,8 @@ def test_every_source_has_a_part_and_machines_get_what_they_can_run() -> None:
 
 def test_a_lower_instruction_set_is_a_library_of_its_own_where_it_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
-    for flags in ({"avx2", "fma", "f16c"}, {flag for flags in isa._FLAGS.values() for flag in flags}):
-        monkeypatch.setattr(isa, "_cpu_flags", lambda flags=flags: flags)
+    for has in (set(isa._FLAGS["avx2"]), {flag for flags in isa._FLAGS.values() for flag in flags}):
+        monkeypatch.setattr(isa, "_cpu_flags", lambda has=has: has)
         for cap in ("amx_int8", "avx512_vnni", "avx2"):
             monkeypatch.setenv("QPASS_ISA", cap)
             paths.append(build._built_path([sys.executable]))

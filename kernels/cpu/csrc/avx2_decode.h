@@ -1,25 +1,16 @@
 // AVX2: bytes of a packed weight to float32, exactly, 8 outputs x 4 inputs at a time. Inside a target region only.
 //
-// What it costs, in instructions for 8 values without the fma: a table of bfloat16 values 2, one of floats 3, fp8 4 or
-// 8, integers 4. A code of a table is looked up a byte of the float at a time (vpshufb finds 32 at once), and the bytes are
-// put side by side; values whose lower half is 0, as all small floats and integers have it, need two look-ups only.
+// What it costs, in instructions for 8 values without the fma: a table 3, fp8 4 or 8, integers 4. A code of a table is
+// looked up a byte of the float at a time (vpshufb finds 32 at once), and the bytes are put side by side.
 #pragma once
 
 namespace qpass {
 namespace {
 
-enum class How { half_table, float_table, e4m3, e5m2, integer };
-
-constexpr bool is_table(How how) { return how == How::half_table || how == How::float_table; }
-
-inline bool fits_half(const float* table) {
-  for (int i = 0; i < 16; i++)
-    if (bits_of(table[i]) & 0xffff) return false;
-  return true;
-}
+enum class How { table, e4m3, e5m2, integer };
 
 inline How how_of(const Decoded& w) {
-  if (w.code == Code::table) return fits_half(w.table) ? How::half_table : How::float_table;
+  if (w.code == Code::table) return How::table;
   return w.code == Code::e4m3 ? How::e4m3 : w.code == Code::e5m2 ? How::e5m2 : How::integer;
 }
 
@@ -43,11 +34,10 @@ template <How HOW>
 inline __attribute__((always_inline)) Line line_of(const uint8_t* block, int r, int h) {
   const uint8_t* at = block + r * 64 + h * 32;
   const __m256i low = _mm256_loadu_si256((const __m256i*)at);
-  if (!is_table(HOW)) return {{low, _mm256_loadu_si256((const __m256i*)(at + 512))}};
-  // From output-major bytes to pairs of inputs (half tables) or to input-major bytes, within 4 outputs.
-  const __m256i order = _mm256_broadcastsi128_si256(
-      HOW == How::half_table ? _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
-                             : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  if (HOW != How::table) return {{low, _mm256_loadu_si256((const __m256i*)(at + 512))}};
+  // From output-major to input-major bytes, within 4 outputs.
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const __m256i nibble = _mm256_set1_epi8(15), codes = _mm256_shuffle_epi8(low, order);
   return {{_mm256_and_si256(codes, nibble), _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble)}};
 }
@@ -57,17 +47,7 @@ inline __attribute__((always_inline)) __m256 as_floats(__m256i v) { return _mm25
 // The values of 8 outputs at each of 4 inputs.
 template <How HOW>
 inline __attribute__((always_inline)) void values_of(__m256i codes, const Tables& t, __m256 (&value)[4]) {
-  if (HOW == How::half_table) {
-    const __m256i low = _mm256_shuffle_epi8(t.byte[2], codes), high = _mm256_shuffle_epi8(t.byte[3], codes);
-    const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
-    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
-    value[0] = as_floats(_mm256_slli_epi32(first, 16));
-    value[1] = as_floats(_mm256_and_si256(first, upper));
-    value[2] = as_floats(_mm256_slli_epi32(second, 16));
-    value[3] = as_floats(_mm256_and_si256(second, upper));
-    return;
-  }
-  if (HOW == How::float_table) {
+  if (HOW == How::table) {
     const __m256i a = _mm256_shuffle_epi8(t.byte[0], codes), b = _mm256_shuffle_epi8(t.byte[1], codes);
     const __m256i c = _mm256_shuffle_epi8(t.byte[2], codes), d = _mm256_shuffle_epi8(t.byte[3], codes);
     const __m256i low01 = _mm256_unpacklo_epi8(a, b), low23 = _mm256_unpackhi_epi8(a, b);

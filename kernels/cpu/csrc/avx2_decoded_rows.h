@@ -100,7 +100,7 @@ inline __attribute__((always_inline)) void sums_direct(const uint8_t* q, const f
         for (int i = 0; i < S; i++) {
           const int line = (half + i) * 4 + r;
           if (h0 == 0) _mm_prefetch((const char*)q + line * 64 + kAheadBytes, _MM_HINT_T0);
-          if (h0 == 0 && !is_table(HOW)) _mm_prefetch((const char*)q + 512 + line * 64 + kAheadBytes, _MM_HINT_T0);
+          if (h0 == 0 && HOW != How::table) _mm_prefetch((const char*)q + 512 + line * 64 + kAheadBytes, _MM_HINT_T0);
 #pragma GCC unroll 2
           for (int h = 0; h < H; h++) {
             const Line codes = line_of<HOW>(q, line, h0 + h);
@@ -131,18 +131,24 @@ template <int R>
 struct RowsAt {
   const float* x[R];
   const float* sums[R];
+  const int8_t* digits[R];
+  const float* step[R];
+  const int32_t* offset[R];
   RowsAt(const DecodedRows& all, int64_t m0, int64_t groups, int rows) {
     for (int m = 0; m < R; m++) {
       const int64_t at = m0 + (m < rows ? m : rows - 1);
       x[m] = all.x + at * all.Kp;
       sums[m] = all.sums ? all.sums + at * groups : nullptr;
+      digits[m] = all.digits ? all.digits + at * all.Kp * 3 : nullptr;
+      step[m] = all.digits ? all.step + at * (all.Kp / 16) : nullptr;
+      offset[m] = all.digits ? all.offset + at * (all.Kp / 16) : nullptr;
     }
   }
 };
 
 template <How HOW, int R, DType SCALE = DType::f32, int RUNS = 0>
 void rows_direct(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block, const Tables& t) {
-  constexpr int64_t kBytes = is_table(HOW) ? 512 : 1024;
+  constexpr int64_t kBytes = HOW == How::table ? 512 : 1024;
   const RowsAt<R> rows(x, 0, w.groups, (int)x.M);
   Standing<R> p;
   p.start(w);
@@ -172,8 +178,7 @@ void decode_block(const uint8_t* q, const Tables& t, float* panel) {
 
 void decode(How how, const uint8_t* q, const Tables& t, float* panel) {
   switch (how) {
-    case How::half_table: return decode_block<How::half_table>(q, t, panel);
-    case How::float_table: return decode_block<How::float_table>(q, t, panel);
+    case How::table: return decode_block<How::table>(q, t, panel);
     case How::e4m3: return decode_block<How::e4m3>(q, t, panel);
     case How::e5m2: return decode_block<How::e5m2>(q, t, panel);
     case How::integer: return decode_block<How::integer>(q, t, panel);
@@ -220,43 +225,6 @@ void rows_by_panel(const Decoded& w, const DecodedRows& x, const Output& out, in
     }
     for (int64_t i = 0; i < fours; i++)
       standing[i].finish(w, out, m0 + i * 4, block, RowsAt<4>(x, m0 + i * 4, w.groups, there(i)).sums, there(i));
-  }
-}
-
-using DirectRows = void (*)(const Decoded&, const DecodedRows&, const Output&, int64_t, const Tables&);
-
-template <How HOW>
-DirectRows direct_of(int64_t rows) {
-  return rows == 1 ? rows_direct<HOW, 1> : rows == 2 ? rows_direct<HOW, 2> : nullptr;
-}
-
-DirectRows direct_for(const Decoded& w, How how, int64_t rows) {
-  if (rows == 1 && !w.third && w.K % w.group_size == 0) {  // the small groups of MX and NV formats and of nf4
-    const bool e8m0 = w.scale_dtype == kE8m0 && w.group_size == 32;
-    if (e8m0 && how == How::half_table) return rows_direct<How::half_table, 1, kE8m0, 2>;
-    if (e8m0 && how == How::e4m3) return rows_direct<How::e4m3, 1, kE8m0, 2>;
-    if (w.scale_dtype == kE4m3 && w.group_size == 16 && how == How::half_table)
-      return rows_direct<How::half_table, 1, kE4m3, 1>;
-    if (w.scale_dtype == DType::f32 && w.group_size == 64 && how == How::float_table)
-      return rows_direct<How::float_table, 1, DType::f32, 4>;
-  }
-  switch (how) {
-    case How::half_table: return direct_of<How::half_table>(rows);
-    case How::float_table: return direct_of<How::float_table>(rows);
-    case How::e4m3: return direct_of<How::e4m3>(rows);
-    case How::integer: return direct_of<How::integer>(rows);
-    case How::e5m2: return nullptr;  // rare: a panel serves it
-  }
-  return nullptr;
-}
-
-void decoded_product(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
-  const How how = how_of(w);
-  const Tables tables(w);
-  const DirectRows direct = direct_for(w, how, x.M);
-  for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
-    if (direct) direct(w, x, out, block, tables);
-    else rows_by_panel(w, x, out, block, how, tables);
   }
 }
 

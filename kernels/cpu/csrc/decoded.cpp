@@ -20,6 +20,36 @@ bool is_scale(int32_t dtype) { return is_float(dtype) || dtype == (int32_t)kE8m0
 int64_t bytes_of_any(DType dtype) { return (int32_t)dtype > 2 ? 1 : bytes_of(dtype); }
 bool aligned(const void* p, DType dtype) { return (uintptr_t)p % (uintptr_t)bytes_of_any(dtype) == 0; }
 
+// Whether the values are integers of one power of two, no further than 24 from each other and from 0.
+SmallIntegers small_integers(const float* table) {
+  SmallIntegers s = {};
+  uint32_t most = 0;
+  for (int c = 0; c < 16; c++) {
+    const uint32_t u = bits_of(table[c]) & 0x7fffffffu;
+    most = u > most ? u : most;
+  }
+  const int32_t exponent = (int32_t)(most >> 23);
+  if (exponent < 64 || exponent > 190) return s;  // zero, or so large or small that its unit could be no float
+  for (int32_t digits = 0; digits <= 4; digits++) {
+    s.unit = float_of((uint32_t)(exponent - digits) << 23);
+    int32_t low = 0, high = 0;
+    bool whole = true;
+    for (int c = 0; c < 16; c++) {
+      const float t = table[c] / s.unit;
+      whole = whole && t >= -24 && t <= 24 && t == (float)(int32_t)t;
+      if (!whole) break;
+      low = (int32_t)t < low ? (int32_t)t : low;
+      high = (int32_t)t > high ? (int32_t)t : high;
+    }
+    if (!whole || high - low > 24) continue;
+    s.there = true;
+    s.least = low;
+    for (int c = 0; c < 16; c++) s.above_least[c] = (uint8_t)((int32_t)(table[c] / s.unit) - low);
+    return s;
+  }
+  return s;
+}
+
 const char* read_weight(const qp_decoded_weight& w, int64_t M, int64_t K, Job& job) {
   if (w.code < 0 || w.code > (int32_t)Code::uint8 || w.kind < 0 || w.kind > (int32_t)Third::zero) return "unknown codes";
   if (!is_scale(w.scale_dtype) || !is_float(w.bias_dtype) || !is_float(w.out_dtype)) return "unknown dtype";
@@ -40,7 +70,7 @@ const char* read_weight(const qp_decoded_weight& w, int64_t M, int64_t K, Job& j
   if (w.bias && w.bias_bytes != w.N * bytes_of((DType)w.bias_dtype)) return "bias has the wrong size";
   if (M > 0 && (!w.out || w.out_bytes / bytes_of((DType)w.out_dtype) / w.N != M)) return "out has the wrong size";
   job.weight = {(const uint8_t*)w.q, w.scale, w.kind ? w.third : nullptr, (const float*)w.table, (const float*)w.gain,
-                w.N, K, Np, Kp, G, G == 1 ? Kp : w.group_size, (Code)w.code, (Third)w.kind, scale, third};
+                w.N, K, Np, Kp, G, G == 1 ? Kp : w.group_size, (Code)w.code, (Third)w.kind, scale, third, table ? small_integers((const float*)w.table) : SmallIntegers{}};
   job.out = {w.out, w.N, (DType)w.out_dtype, w.bias, (DType)w.bias_dtype};
   return nullptr;
 }
@@ -59,23 +89,56 @@ const float* group_sums(const Decoded& w, const float* x, int64_t M) {
   return sums;
 }
 
-void decoded(DecodedProduct product, const char* x, DType dtype, int64_t M, int64_t K, const Job* jobs, int64_t count,
-             int32_t threads) {
-  const int64_t Kp = padded(K, 64), row_bytes = K * bytes_of(dtype), rows = chunk_of(M, Kp * 4);
+// x as integers, for the weights that take it so.
+struct Integers {
+  int8_t* digits;
+  float* step;
+  int32_t* whole;
+  Integers(int64_t M, int64_t Kp) : digits((int8_t*)scratch(2, M * Kp * 4)) {
+    step = (float*)(digits + M * Kp * 3);  // Kp / 16 steps of 4 bytes, and as many sums
+    whole = (int32_t*)(step + M * (Kp / 16));
+  }
+};
+
+// `x` as one weight sees it: the steps with its unit, the sums with what its least value is.
+DecodedRows rows_for(const Decoded& w, const float* x, int64_t M, int64_t Kp, const Integers* integers) {
+  DecodedRows rows = {x, w.third ? group_sums(w, x, M) : nullptr, M, Kp, nullptr, nullptr, nullptr};
+  if (!integers || !w.small.there) return rows;
+  const int64_t runs = M * (Kp / 16);
+  float* step = (float*)scratch(3, runs * 8);
+  int32_t* offset = (int32_t*)(step + runs);
+  for (int64_t i = 0; i < runs; i++) {
+    step[i] = integers->step[i] * w.small.unit;
+    offset[i] = integers->whole[i] * w.small.least;
+  }
+  rows.digits = integers->digits;
+  rows.step = step;
+  rows.offset = offset;
+  return rows;
+}
+
+void decoded(DecodedProduct product, MakeDigits digits, const char* x, DType dtype, int64_t M, int64_t K, const Job* jobs,
+             int64_t count, int32_t threads) {
+  const int64_t Kp = padded(K, 64), row_bytes = K * bytes_of(dtype), rows = chunk_of(M, Kp * 8);
+  bool small = false;
+  for (int64_t i = 0; i < count; i++) small = small || (digits && jobs[i].weight.small.there);
   for (int64_t m = 0; m < M; m += rows) {
     const int64_t n = M - m < rows ? M - m : rows;
     const char* from = x + m * row_bytes;
     const bool ready = dtype == DType::f32 && K == Kp && (uintptr_t)from % 4 == 0;
     float* space = ready ? nullptr : (float*)scratch(0, n * Kp * 4);
     const float* floats = ready ? (const float*)from : space;
+    const Integers integers(small ? n : 0, Kp);
     run(jobs, count, n, K, threads, [&](int64_t a, int64_t b) {
       for (int64_t i = a; i < b && !ready; i++) {
         for (int64_t k = 0; k < K; k++) space[i * Kp + k] = load_float(from + i * row_bytes, dtype, k);
         memset(space + i * Kp + K, 0, (size_t)(Kp - K) * 4);
       }
+      for (int64_t i = a; i < b && small; i++)
+        digits(floats + i * Kp, Kp, integers.digits + i * Kp * 3, integers.step + i * (Kp / 16),
+               integers.whole + i * (Kp / 16));
     }, [&](const Job& job, int64_t a, int64_t b) {
-      const float* sums = job.weight.third ? group_sums(job.weight, floats, n) : nullptr;
-      product(job.weight, {floats, sums, n, Kp}, rows_from(job.out, m), a, b);
+      product(job.weight, rows_for(job.weight, floats, n, Kp, small ? &integers : nullptr), rows_from(job.out, m), a, b);
     });
   }
 }
@@ -96,7 +159,7 @@ extern "C" int32_t qp_decoded(int32_t isa, const void* x, int32_t x_dtype, int64
     if (const char* why = read_weight(weights[i], M, K, jobs[i]))
       return fail("decoded: weight %d of %d: %s", (int)i, (int)count, why);
   try {
-    decoded(isa ? decoded_avx2 : decoded_plain, (const char*)x, (DType)x_dtype, M, K, jobs, count, threads);
+    decoded(isa ? decoded_avx2 : decoded_plain, isa ? digits_avx2 : nullptr, (const char*)x, (DType)x_dtype, M, K, jobs, count, threads);
   } catch (const std::bad_alloc&) {
     return fail("decoded: out of memory for the work space");
   }

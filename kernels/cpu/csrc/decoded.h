@@ -7,6 +7,11 @@
 //   third   [Np/16][groups][16] in third_dtype, or null: Third says how it makes the shift
 //   gain    [Np] float, or null for 1
 //
+// Where the values of a table are small integers of one unit, AVX2 makes integers of x too: in each run of 16 inputs
+// x = step * i, rounded to nearest, step a power of two such that 2^21 <= |i| <= 2^22 for the largest. So i is three digits
+// of 256, d[0] + 256 d[1] + 65536 d[2], what is lost is 2^-22 of the run's largest, and a run's sum is exact until it
+// becomes a float. Inf and NaN make NaN of the row.
+//
 // Every implementation adds in one order: a chain over each run of 16 inputs, runs in ascending order within a group,
 // groups in ascending order; so the result of a row does not depend on the other rows, nor on how n is split.
 #pragma once
@@ -24,6 +29,14 @@ enum class Third : int32_t { none, offset, zero };
 // DType's numbers go on for scales and zeros of a byte.
 constexpr DType kE8m0 = (DType)4, kE4m3 = (DType)5, kInt8 = (DType)6;
 
+// table[c] = unit * (above_least[c] + least), where these are integers, above_least <= 24 and |table| <= 24 units.
+struct SmallIntegers {
+  bool there;
+  float unit;
+  int32_t least;
+  uint8_t above_least[16];
+};
+
 struct Decoded {
   const uint8_t* q;
   const void *scale, *third;
@@ -32,17 +45,27 @@ struct Decoded {
   Code code;
   Third kind;
   DType scale_dtype, third_dtype;
+  SmallIntegers small;
 };
 
 // x [M][Kp] float, K..Kp zero; `sums` [M][groups] of x over each group of this weight, null unless it has shifts.
+// For weights of small integers that run on AVX2: digits [M][3][Kp], and for each run [M][Kp / 16] step * unit of the weight
+// and least * (sum of the integers); else null.
 struct DecodedRows {
   const float *x, *sums;
   int64_t M, Kp;
+  const int8_t* digits;
+  const float* step;
+  const int32_t* offset;
 };
 
 using DecodedProduct = void (*)(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block_begin,
                                 int64_t block_end);
 extern const DecodedProduct decoded_plain, decoded_avx2;
+
+// One row of x as integers: digits [3][Kp], and for each run of 16 its step and the sum of its integers.
+using MakeDigits = void (*)(const float* x, int64_t Kp, int8_t* digits, float* step, int32_t* whole);
+extern const MakeDigits digits_avx2;
 
 }  // namespace qpass
 

@@ -10,11 +10,14 @@
 #include "avx2_vector.h"
 #include "avx2_decode.h"
 #include "avx2_decoded_rows.h"
+#include "avx2_small_integers.h"
+#include "avx2_decoded_product.h"
 
 #include "avx2_end.h"
 
 namespace qpass {
 
 const DecodedProduct decoded_avx2 = decoded_product;
+const MakeDigits digits_avx2 = make_digits;
 
 }  // namespace qpass

@@ -78,15 +78,17 @@ def _round(settings: Gptq, work: BlockWork, group: list[SiteWork], seen: Hessian
         if changes is not None:
             weight = weight + changes[index]
         grid = find_grid(weight, site.spec, settings.scales, site.scale_dtype, importance, compensated=True)
-        alike.setdefault(site.spec.weight, []).append((site, weight, grid))
-    for members in alike.values():  # one grid kind: their rows are rounded together
+        alike.setdefault((site.spec.weight, site.scale_dtype), []).append((site, weight, grid))
+    for members in alike.values():  # one kind of grid: their rows are rounded together
         zeros = [grid.zero_point for _, _, grid in members if grid.zero_point is not None]
         whole = Grid(torch.cat([grid.scale for _, _, grid in members]), torch.cat(zeros) if zeros else None)
-        codes = gptq(torch.cat([weight for _, weight, _ in members]), factor, order, whole,
-                     grid_ends(members[0][0].spec), settings.block_size)
-        for (site, weight, grid), own in zip(members, codes.split([site.spec.out_features for site, _, _ in members]),
-                                             strict=True):
-            free = site.spec.weight.granularity != "per_tensor" and site.spec.weight.scales != "integer"
-            own, grid = polish(own, grid, weight, hessian, grid_ends(site.spec), site.scale_dtype,
-                               refits=settings.refit and free, sweeps=settings.sweeps, dampening=factor.dampening)
-            site.settle(canonical_of(own, grid, site.scale_dtype))
+        weight, spec, dtype = torch.cat([w for _, w, _ in members]), members[0][0].spec, members[0][0].scale_dtype
+        free = spec.weight.granularity != "per_tensor" and spec.weight.scales != "integer"
+        codes = gptq(weight, factor, order, whole, grid_ends(spec), settings.block_size)
+        codes, whole = polish(codes, whole, weight, hessian, grid_ends(spec), dtype, refits=settings.refit and free,
+                              sweeps=settings.sweeps, dampening=factor.dampening)
+        sizes = [site.spec.out_features for site, _, _ in members]
+        parts = [None] * len(sizes) if whole.zero_point is None else whole.zero_point.split(sizes)
+        for (site, _, _), own, scale, zero in zip(members, codes.split(sizes), whole.scale.split(sizes), parts,
+                                                  strict=True):
+            site.settle(canonical_of(own, Grid(scale, zero), site.scale_dtype))

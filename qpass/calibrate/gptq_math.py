@@ -16,6 +16,7 @@ from torch import Tensor
 from qpass.calibrate.scale_search import Grid, storable
 
 _MOST_DAMPENING = 1e3
+_SOLVED_WHOLE = 256  # columns
 _HELD = 1e-3  # part of a scale's own curvature that holds it where it is
 
 
@@ -58,8 +59,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, dampening_frac: float) -> Inv
             damped.diagonal().add_(part * mean)
             factor, failed = torch.linalg.cholesky_ex(damped)
             if not int(failed):
-                eye = torch.eye(len(h), dtype=dtype, device=h.device)
-                upper = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).float()
+                upper = _inverse_of_lower(factor).flip(0, 1).float()
                 if bool(torch.isfinite(upper).all()):
                     return InverseFactor(upper.contiguous(), part)
         part = max(part * 10, 1e-3)
@@ -67,8 +67,22 @@ def inverse_factor(hessian: Tensor, order: Tensor, dampening_frac: float) -> Inv
             raise ValueError(f"the Hessian is not positive definite even with dampening {part:g}")
 
 
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix [K, K]; halves and products take a third of what solving for I takes."""
+    size = len(lower)
+    if size <= _SOLVED_WHOLE:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = size // 2
+    first, last = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    found = torch.zeros_like(lower)
+    found[:half, :half], found[half:, half:] = first, last
+    torch.mm(last @ lower[half:, :half], first, out=found[half:, :half]).neg_()
+    return found
+
+
 def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends: tuple[int, int],
-         block_size: int = 128) -> Tensor:
+         block_size: int = 64) -> Tensor:
     """Codes float32 [N, K], whole numbers from `ends`, for `weight` float32 [N, K] on a grid of static groups.
 
     `order` [K] is the order in which columns are rounded, the one that `factor` was made in.
@@ -84,24 +98,22 @@ def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends:
     for start in range(0, k, block_size):
         stop = min(start + block_size, k)
         errors = torch.empty(stop - start, n, dtype=w.dtype, device=w.device)
-        inside = upper[start:stop, start:stop]
-        pivots = inside.diagonal().tolist()
-        for i in range(stop - start):
-            column = w[start + i]
-            q = torch.div(column, scale[start + i]).round_()
+        beyond = upper[start:stop, start:] / upper[start:stop, start:stop].diagonal()[:, None]
+        # What the columns of this block add to each other is gathered when one's turn comes: half the memory traffic
+        # of spreading each at once.
+        places = zip(w[start:stop], codes[start:stop], scale[start:stop], errors, beyond[:, :stop - start].t(), strict=True)
+        for i, (column, q, step, error, above) in enumerate(places):
+            if i:
+                torch.addmv(column, errors[:i].t(), above[:i], alpha=-1, out=column)
+            torch.div(column, step, out=q).round_()
             if zero is None:
-                q.clamp_(*ends)
-                error = torch.addcmul(column, q, scale[start + i], value=-1)
+                torch.addcmul(column, q.clamp_(*ends), step, value=-1, out=error)
             else:
                 z = zero[start + i]
                 q.add_(z).clamp_(*ends)
-                error = torch.addcmul(column, q - z, scale[start + i], value=-1)
-            codes[start + i] = q
-            errors[i] = error.div_(pivots[i])
-            if start + i + 1 < stop:
-                w[start + i + 1:stop].addr_(inside[i, i + 1:], errors[i], alpha=-1)
+                torch.addcmul(column, q - z, step, value=-1, out=error)
         if stop < k:
-            w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+            w[stop:].addmm_(beyond[:, stop - start:].t(), errors, alpha=-1)
     found = torch.empty_like(codes)
     found[order] = codes
     return found.t().contiguous()
@@ -129,33 +141,39 @@ def descend(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, ends: tu
         inside.diagonal().add_(extra)
         # A column that no input reaches stays.
         pivots = [pivot if pivot > 0 else math.inf for pivot in inside.diagonal().tolist()]
-        for i in range(stop - start):
-            j = start + i
-            moved = torch.addcdiv(q[j], slope[i], scale[j], value=-1 / pivots[i]).round_().clamp_(*ends)
-            step = (moved - q[j]).mul_(scale[j])
-            q[j] = moved
-            error[j] += step
-            slope[i + 1:].addr_(inside[i + 1:, i], step)
+        moved, steps = torch.empty_like(slope), torch.empty_like(slope)
+        places = zip(slope, q[start:stop], scale[start:stop], moved, steps, inside, strict=True)
+        for i, (own, before, size, after, step, beside) in enumerate(places):
+            if i:
+                torch.addmv(own, steps[:i].t(), beside[:i], out=own)
+            torch.addcdiv(before, own, size, value=-1 / pivots[i], out=after).round_().clamp_(*ends)
+            torch.sub(after, before, out=step).mul_(size)
+        q[start:stop] = moved
+        error[start:stop] += steps
     return q.t().contiguous()
 
 
-def refit(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, dtype: torch.dtype) -> Grid:
+def refit(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, dtype: torch.dtype,
+          pull: Tensor | None = None) -> Grid:
     """The scales, as stored in `dtype`, with which `codes` [N, K] come nearest to `target` [N, K] in the output.
 
     For each row the least squares of (W_q - W) H (W_q - W)^T in its group scales: one [G, G] system, held near the
-    scales as they are where H says little.
+    scales as they are where H says little. `pull` is H target^T [K, N], where it is known already.
     """
     n, groups = grid.scale.shape
-    q = codes.view(n, groups, -1)
+    q = codes.t().contiguous()
     if grid.zero_point is not None:
-        q = q - grid.zero_point.unsqueeze(-1)
-    size = q.shape[-1]
-    quadratic = torch.empty(n, groups, groups, dtype=codes.dtype, device=codes.device)
-    linear = torch.empty(n, groups, dtype=codes.dtype, device=codes.device)
+        q.view(groups, -1, n).sub_(grid.zero_point.t().unsqueeze(1))
+    size = len(q) // groups
+    pull = hessian @ target.t() if pull is None else pull
+    linear = (q * pull).view(groups, size, n).sum(1).t()
+    quadratic = torch.empty(groups, groups, n, dtype=codes.dtype, device=codes.device)
     for group in range(groups):
-        reach = q[:, group] @ hessian[group * size:(group + 1) * size]
-        quadratic[:, group] = (reach.view(q.shape) * q).sum(-1)
-        linear[:, group] = (reach * target).sum(-1)
+        start, stop = group * size, (group + 1) * size
+        reach = (hessian[start:, start:stop] @ q[start:stop]).mul_(q[start:])
+        torch.sum(reach.view(groups - group, size, n), 1, out=quadratic[group, group:])
+        quadratic[group + 1:, group] = quadratic[group, group + 1:]
+    quadratic = quadratic.permute(2, 0, 1).contiguous()
     held = quadratic.diagonal(dim1=1, dim2=2) * _HELD + 1e-30
     scale, failed = torch.linalg.solve_ex(quadratic + torch.diag_embed(held), linear + held * grid.scale)
     good = torch.isfinite(scale) & (scale * grid.scale > 0) & (failed == 0)[:, None]
@@ -165,12 +183,13 @@ def refit(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, dtype: tor
 def polish(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, ends: tuple[int, int], dtype: torch.dtype, *,
            refits: bool, sweeps: int, dampening: float) -> tuple[Tensor, Grid]:
     """Codes [N, K] and their grid after `sweeps` of `descend`, with a `refit` before and after each if `refits`."""
+    pull = hessian @ target.t() if refits else None
     if refits:
-        grid = refit(codes, grid, target, hessian, dtype)
+        grid = refit(codes, grid, target, hessian, dtype, pull)
     for _ in range(sweeps):
         codes = descend(codes, grid, target, hessian, ends, dampening)
         if refits:
-            grid = refit(codes, grid, target, hessian, dtype)
+            grid = refit(codes, grid, target, hessian, dtype, pull)
     return codes, grid
 
 

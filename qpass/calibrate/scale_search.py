@@ -17,7 +17,7 @@ from qpass.integer_scales import BIAS_WEIGHT
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, quantize_weight
 
-_ELEMENTS_AT_ONCE = 1 << 16  # a search goes over its numbers many times: they stay in a core's cache
+_ELEMENTS_AT_ONCE = 1 << 18  # a search goes over its numbers many times: they stay in the cache
 _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH, _HQQ_ROUNDS = 0.7, 10.0, 1.01, 20
 
 
@@ -53,10 +53,13 @@ def _find(grouped: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype, we
     qmin, qmax = grid_ends(spec)
     if method == "hqq":
         return _hqq(grouped, qmin, qmax, dtype, symmetric=spec.weight.symmetric)
-    groups = _Groups(grouped, weights, compensated)
-    if spec.weight.symmetric:
-        return _search_symmetric(groups, qmin, qmax, dtype, signed=method == "signed")
-    return _search_asymmetric(groups, qmin, qmax, dtype)
+    across = grouped.permute(2, 1, 0).contiguous()  # sums over a group then run over whole vectors
+    full = None if weights is None else weights.permute(2, 1, 0).expand(across.shape).contiguous()
+    groups = _Groups(across.flatten(1), None if full is None else full.flatten(1), compensated)
+    found = (_search_symmetric(groups, qmin, qmax, dtype, signed=method == "signed") if spec.weight.symmetric else
+             _search_asymmetric(groups, qmin, qmax, dtype))
+    return Grid(*(None if part is None else part.view(spec.groups, -1).t().contiguous() for part in (
+        found.scale, found.zero_point)))
 
 
 def round_to_grid(weight: Tensor, grid: Grid, spec: LinearSpec, dtype: torch.dtype) -> CanonicalWeight:
@@ -90,7 +93,7 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Groups w [n, G, K/G] in float32 whose errors e = rounded - w are weighed by `weights` [1, G, K/G]."""
+    """Groups w [K/G, G n] in float32 whose errors e = rounded - w are weighed by `weights` [K/G, G n]."""
 
     w: Tensor
     weights: Tensor | None
@@ -102,27 +105,33 @@ class _Groups:
 
     @cached_property
     def energy(self) -> Tensor:
-        return (self.weighed * self.w).sum(-1).clamp_min(1e-30)
+        return (self.weighed * self.w).sum(0).clamp_min(1e-30)
+
+    @cached_property
+    def negative(self) -> Tensor:
+        return -self.w
 
     def error(self, q: Tensor, scale: Tensor) -> Tensor:
-        """[n, G]: sum of e^2, and BIAS_WEIGHT times the square of what of e points along w, for e = scale * q - w.
+        """[G n]: sum of e^2, and BIAS_WEIGHT times the square of what of e points along w, for e = scale * q - w.
 
         Without the second term a search prefers ranges that shrink every weight a little, which costs a model more than
         errors that point anywhere; `qpass/integer_scales.py` has the numbers. Compensated errors need no such term.
+        Overwrites q.
         """
-        along = scale * (q * self.weighed).sum(-1)
-        square = q.square() if self.weights is None else q.square().mul_(self.weights)
-        plain = scale.square() * square.sum(-1) - 2 * along + self.energy
         if self.compensated:
-            return plain
+            e = torch.addcmul(self.negative, q, scale, out=q).square_()
+            return (e if self.weights is None else e.mul_(self.weights)).sum(0)
+        along = scale * (q * self.weighed).sum(0)
+        square = q.square_() if self.weights is None else q.square_().mul_(self.weights)
+        plain = scale.square() * square.sum(0) - 2 * along + self.energy
         return plain + BIAS_WEIGHT * (along - self.energy).square() / self.energy
 
 
 def _search_symmetric(groups: _Groups, qmin: int, qmax: int, dtype: torch.dtype, *, signed: bool) -> Grid:
     """Try ranges around the one in which the largest weight meets the end of the grid, the longer end if `signed`."""
     w = groups.w
-    amax = w.abs().amax(-1)
-    top = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    amax = w.abs().amax(0)
+    top = w.gather(0, w.abs().argmax(0, keepdim=True)).squeeze(0)
     toward = torch.where(top > 0, -1.0, 1.0)
     best = torch.full_like(amax, torch.inf)
     found = torch.ones_like(amax)
@@ -131,7 +140,7 @@ def _search_symmetric(groups: _Groups, qmin: int, qmax: int, dtype: torch.dtype,
     for steps in tried.tolist():
         for sign in (toward, -toward) if signed else (torch.ones_like(amax),):
             scale = storable(sign * amax / steps, dtype)
-            error = groups.error((w / scale.unsqueeze(-1)).round_().clamp_(qmin, qmax), scale)
+            error = groups.error((w / scale).round_().clamp_(qmin, qmax), scale)
             better = error < best
             best, found = torch.where(better, error, best), torch.where(better, scale, found)
     return Grid(storable(torch.where(amax == 0, torch.finfo(dtype).eps, found), dtype), None)
@@ -140,18 +149,17 @@ def _search_symmetric(groups: _Groups, qmin: int, qmax: int, dtype: torch.dtype,
 def _search_asymmetric(groups: _Groups, qmin: int, qmax: int, dtype: torch.dtype) -> Grid:
     """Try ranges scaled about their middle, each with the zero points next to the exact one."""
     w = groups.w
-    low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
+    low, high = w.amin(0).clamp_max(0), w.amax(0).clamp_min(0)
     span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
     for part in torch.linspace(0.80, 1.04, 13).tolist():
         scale = storable(span * part / (qmax - qmin), dtype)
         middle = (qmin + qmax) / 2 - (low + high) / 2 / scale
-        nearest = (w / scale.unsqueeze(-1)).round_()
+        nearest = (w / scale).round_()
         for zero in (middle.floor(), middle.ceil()):
             zero = zero.clamp(qmin, qmax)
-            z = zero.unsqueeze(-1)
-            error = groups.error(nearest.clamp(qmin - z, qmax - z), scale)
+            error = groups.error(nearest.clamp(qmin - zero, qmax - zero), scale)
             better = error < best
             best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
             zeros = torch.where(better, zero, zeros)

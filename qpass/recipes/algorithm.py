@@ -80,7 +80,7 @@ class Gptq(Algorithm):
     name: ClassVar[str] = "gptq"
     wiring: ClassVar[str] = "qpass.calibrate.gptq"
     dampening_frac: float = 0.01
-    block_size: int = 128
+    block_size: int = 64
     actorder: str | None = "static"
     scales: str = "signed"
     propagate: bool = True

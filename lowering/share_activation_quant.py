@@ -6,8 +6,8 @@ after   xq = quantize(x);  a = linear_q(xq, ...);  b = linear_q(xq, ...)
 A layer of experts shares with the shared expert beside it.
 
 Invariant: two quantizations are one only if they have the same symmetry, the same static scale if any, and read the
-same rows, that is the same tensor up to views that keep its last dimension. The first in the graph stays, so it comes
-before every use.
+same rows, that is the same tensor up to views that keep its last dimension, or one product of the same two tensors, as
+of layers that scale one input by one vector. The first in the graph stays, so it comes before every use.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from qpass.lowering.graph_nodes import (
     shape_text,
 )
 
+_COMPUTED_TWICE = (torch.ops.aten.mul.Tensor, torch.ops.prims.convert_element_type.default,
+                   torch.ops.aten._to_copy.default)
+
 
 def share_activation_quant(graph: fx.Graph) -> int:
     """Let later quantizations of one tensor use the first. Returns the number of quantizations that went away."""
@@ -38,7 +41,7 @@ def share_activation_quant(graph: fx.Graph) -> int:
         if node.target not in (LINEAR_Q, EXPERTS_Q) or (x := quantized_input(product.x)) is None:
             continue
         given = same_rows(product.x).meta[QUANTIZES].given
-        kept = first.setdefault((same_rows(x), product.x_zero_point is None, *given), product)
+        kept = first.setdefault((_same_value(x), product.x_zero_point is None, *given), product)
         if kept.x is product.x:
             continue
         for mine, theirs in ((product.x, kept.x), (product.x_scale, kept.x_scale),
@@ -49,6 +52,14 @@ def share_activation_quant(graph: fx.Graph) -> int:
     if changed:
         graph.eliminate_dead_code()
     return changed
+
+
+def _same_value(node: Any) -> Any:
+    """What is equal for nodes that compute one and the same: the node, or, of a product or a cast, what goes in."""
+    node = same_rows(node) if isinstance(node, fx.Node) else node
+    if isinstance(node, fx.Node) and node.target in _COMPUTED_TWICE:
+        return node.target, *(_same_value(argument) for argument in node.args), str(node.kwargs)
+    return node
 
 
 def _in_shape_of(graph: fx.Graph, mine: fx.Node, theirs: fx.Node) -> fx.Node:

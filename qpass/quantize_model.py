@@ -18,6 +18,7 @@ from qpass.calibrate.prepare import Preparation, Prepared, check_data
 from qpass.calibrate.run import Limits
 from qpass.calibrate.static_activation import static_scales
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
+from qpass.input_change import InputChange
 from qpass.kernels.registry import KERNELS, kernel
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer
@@ -240,11 +241,12 @@ class _Installer:
         self.shared = SharedScales(model, plan)
 
     def __call__(self, decision: Decision, canonical: CanonicalWeight | None, scale: ActivationScale | None = None,
-                 experts: ExpertWeights | None = None) -> None:
+                 experts: ExpertWeights | None = None, change: InputChange | None = None) -> None:
         if experts:
             self.calibrated.add(decision.site.name)
         if decision.site.experts is None:
-            swap_site(self.model, decision, self.device, scale, canonical, self.shared.largest(decision))
+            swap_site(self.model, decision, self.device, scale, canonical, self.shared.largest(decision),
+                      change)
         elif not isinstance(self.model.get_submodule(decision.site.owner), QuantExperts):
             swap_experts(self.model, [d for d in self.plan if d.site.experts == decision.site.experts], self.device,
                          experts)

@@ -14,6 +14,7 @@ from qpass.errors import QPassError
 from qpass.experts_spec import ExpertsSpec
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedWeight
+from qpass.layers.reordered_linear import ReorderedLinear
 from qpass.plan_model import Plan
 from qpass.reports.table import render_html, render_report
 from qpass.rows import PlanRow, ReportRow
@@ -64,8 +65,8 @@ def explain(model: Any) -> Report:
     if not isinstance(plan, Plan):
         raise QPassError("this model was not quantized by qpass: nothing to explain; qpass.plan(model, recipe) tells "
                          "what would be done")
-    layers = _layers(model)
-    rows = tuple(_row(row, layers) for row in plan.rows)
+    layers, told = _layers(model), _told(model)
+    rows = tuple(_row(row, layers, told) for row in plan.rows)
     return Report(rows=rows, recipe=plan.recipe.to_dict(), capture=plan.capture_method, notes=plan.notes)
 
 
@@ -91,7 +92,13 @@ def _layers(model: Any) -> dict[str, tuple[_Spec, int]]:
     return found
 
 
-def _row(row: PlanRow, layers: dict[str, tuple[_Spec, int]]) -> ReportRow:
+def _told(model: Any) -> dict[str, str]:
+    """Path of a layer that changes its input -> how, in words."""
+    modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+    return {name: module.told for name, module in modules if isinstance(module, ReorderedLinear)}
+
+
+def _row(row: PlanRow, layers: dict[str, tuple[_Spec, int]], told: dict[str, str]) -> ReportRow:
     path = row.name if row.name in layers else row.name.rpartition(".")[0]
     facts = asdict(row)
     if row.status != "quantize" or path not in layers:
@@ -108,7 +115,8 @@ def _row(row: PlanRow, layers: dict[str, tuple[_Spec, int]]) -> ReportRow:
         facts.update(activation=_experts_activation(row, spec), bytes_an_expert=nbytes // row.shape[0])
     else:
         assert isinstance(spec, LinearSpec)
-        facts.update(kernel=spec.kernel, bytes_a_token=nbytes, activation=_activation(path, spec))
+        facts.update(kernel=spec.kernel, bytes_a_token=nbytes, activation=_activation(path, spec),
+                     reason="; ".join(filter(None, (row.reason, told.get(path)))))
     return ReportRow(**facts)
 
 

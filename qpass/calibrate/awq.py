@@ -1,4 +1,4 @@
-"""AWQ wiring: statistics of each input gathered, factors searched and folded pair by pair, then ranges clipped."""
+"""AWQ wiring: statistics of each input gathered, factors searched and folded or applied at run time, ranges clipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpass.calibrate.awq_math import search_factors
 from qpass.calibrate.block_work import BlockWork, SiteWork
-from qpass.calibrate.fold import common_factors, fold_checked
+from qpass.calibrate.fold import common_factors, fold_checked, scale_checked, told_of_inputs
 from qpass.calibrate.gptq import by_input
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.scale_search import find_grid, round_to_grid
@@ -19,7 +19,8 @@ from qpass.weight import dequantize_weight
 
 
 def calibrate(settings: Awq, work: BlockWork) -> None:
-    """Rescale inputs that a pair of the graph allows, name the others in a note; with `clip` also round the sites."""
+    """Rescale every input: by parameters where a pair of the graph allows it, else, with `run_time`, in the layers
+    that read it; name in notes which those are and what stays as it is. With `clip` also round the sites."""
     sites = [site for site in work.chosen(settings) if site.on_grid]
     pairs = {name: pair for pair in work.pairs for name, _ in pair.readers}
     groups = by_input(sites)
@@ -31,23 +32,27 @@ def calibrate(settings: Awq, work: BlockWork) -> None:
         means[name] = means.get(name, torch.zeros((), device=x.device)) + x.abs().sum(0)
 
     work.observe(list(hessians), observe)
-    left = []
+    left, scaled = [], []
     for group in groups:
         name = group[0].name
         if not hessians[name].rows:
             work.never_reached([site.name for site in group])
         pair = pairs.get(name)
-        if pair is None:
-            left += [site.name for site in group]
+        names = [site.name for site in group]
+        if pair is None and not (settings.run_time and all(site.takes_change for site in group)):
+            left += names
             continue
         work.tell(name)
         factors = search_factors([site.weight.float() for site in group], [rounded_to_nearest(site) for site in group],
                                  means[name] / hessians[name].rows, hessians[name].value, grid=settings.grid,
-                                 duo=settings.duo_scaling, common=partial(common_factors, pair))
-        if fold_checked(work, pair, factors):
+                                 duo=settings.duo_scaling,
+                                 common=(lambda s: s) if pair is None else partial(common_factors, pair))
+        if pair is not None and fold_checked(work, pair, factors):
             hessians[name].divide(factors)
-    if left:
-        work.notes.append(f"awq: nothing can take factors off the input of {', '.join(left)}; not rescaled")
+        elif settings.run_time and (done := scale_checked(work, group, factors)) is not None:
+            hessians[name].divide(done)
+            scaled += names
+    work.notes += told_of_inputs("awq", left, scaled)
     if settings.clip:
         for group in groups:
             for site in group:

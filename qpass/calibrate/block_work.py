@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from qpass.activation_args import ActivationArgs
 from qpass.calibrate.activation_store import ActivationStore
@@ -18,6 +19,7 @@ from qpass.calibrate.pairs import Pair
 from qpass.calibrate.watch_inputs import OnInput, input_of, watch_inputs
 from qpass.decide.decision import Decision
 from qpass.errors import CalibrationError
+from qpass.input_change import InputChange
 from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from qpass.recipes.algorithm_table import Algorithm
 from qpass.site import Site
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, kw_only=True)
 class SiteWork:
-    """One site of the block: its parameter, and the integers found for it so far."""
+    """One site of the block: its parameter, the integers found for it so far, and what its layer does to its input."""
 
     site: Site
     spec: LinearSpec
     parameter: nn.Parameter
     owner: nn.Module
     canonical: CanonicalWeight | None = None
+    change: InputChange = field(default_factory=InputChange)
     _exact: Tensor | None = None
 
     @property
@@ -68,6 +71,11 @@ class SiteWork:
     def exact(self) -> Tensor:
         """The float weight that the site's integers stand for, float32 [N, K]."""
         return self.weight if self._exact is None else self._exact
+
+    @property
+    def takes_change(self) -> bool:
+        """Whether the layer can change its input at run time: it is a module of its own, and has its weight alone."""
+        return self.site.swap == "module" and bool(self.site.owner) and not self.site.aliases
 
     def settle(self, canonical: CanonicalWeight) -> None:
         """These integers are the result; from now on the block multiplies with what they stand for."""
@@ -107,6 +115,21 @@ class BlockWork:
     float_calls: ActivationStore | None = None
     keep: ActivationStore | None = None
     seed: int = 0
+    _hooks: dict[str, RemovableHandle] = field(default_factory=dict)
+
+    def change_input(self, site: SiteWork, change: InputChange) -> None:
+        """From now on the site's module changes its input so; whoever asks takes the inverse into the weight."""
+        if site.name in self._hooks:
+            self._hooks.pop(site.name).remove()
+        site.change = change
+        if change:
+            self._hooks[site.name] = site.owner.register_forward_pre_hook(_input_hook(change), with_kwargs=True)
+
+    def take_off_hooks(self) -> None:
+        """Leave the modules of the block as they were."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
 
     def fill_targets(self) -> None:
         """Compute `targets` if they are wanted and not there; only while the block gives what the float one does."""
@@ -243,9 +266,14 @@ def rounding_hook(work: SiteWork, *, straight_through: bool = False) -> Callable
     if args is None or not rounds_input(work):
         return None
 
+    return _input_hook(lambda x: x + (rounded(x, args) - x).detach() if straight_through else rounded(x, args))
+
+
+def _input_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A forward pre-hook, to be registered with kwargs, that puts `change` of a layer's input in its place."""
     def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         x = input_of(given, named)
-        y = x + (rounded(x, args) - x).detach() if straight_through else rounded(x, args)
+        y = change(x)
         return tuple(y if value is x else value for value in given), {
             name: y if value is x else value for name, value in named.items()}
 

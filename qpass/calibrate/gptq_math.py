@@ -99,9 +99,10 @@ def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends:
         stop = min(start + block_size, k)
         errors = torch.empty(stop - start, n, dtype=w.dtype, device=w.device)
         beyond = upper[start:stop, start:] / upper[start:stop, start:stop].diagonal()[:, None]
+        within = beyond[:, :stop - start].t()
         # What the columns of this block add to each other is gathered when one's turn comes: half the memory traffic
         # of spreading each at once.
-        places = zip(w[start:stop], codes[start:stop], scale[start:stop], errors, beyond[:, :stop - start].t(), strict=True)
+        places = zip(w[start:stop], codes[start:stop], scale[start:stop], errors, within, strict=True)
         for i, (column, q, step, error, above) in enumerate(places):
             if i:
                 torch.addmv(column, errors[:i].t(), above[:i], alpha=-1, out=column)

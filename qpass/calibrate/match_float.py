@@ -26,17 +26,17 @@ _ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 class WatchSums(WatchProducts):
-    """WatchProducts that is also told, by `see_sum(name, sum)`, of the sum of a product and a tensor of its size."""
+    """A context in which `see_input(name, x)` is told of each product's input, before it is computed, and
+    `see_sum(name, sum)` of the sum of a product and a tensor of its size."""
 
-    def __init__(self, weights: Mapping[str, Tensor], see: Callable[[str, SeenProduct], None],
+    def __init__(self, weights: Mapping[str, Tensor], see_input: Callable[[str, Tensor], None],
                  see_sum: Callable[[str, Tensor], None]) -> None:
-        super().__init__(weights, self._product)
-        self._see, self._see_sum = see, see_sum
+        super().__init__(weights, self._product, see_input)
+        self._see_sum = see_sum
         self._waiting: dict[str, Tensor] = {}
 
     def _product(self, name: str, product: SeenProduct) -> None:
         self._waiting[name] = product.output
-        self._see(name, product)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = super().__torch_dispatch__(func, types, args, kwargs)
@@ -155,11 +155,11 @@ def _one_run(work: BlockWork, sites: Sequence[SiteWork], call: tuple[Any, Any], 
         if enough and not left:
             raise _Enough
 
-    def product(name: str, found: SeenProduct) -> None:
+    def met(name: str, x: Tensor) -> None:
         if name in firsts:
-            keep(f"x|{name}", found.x)
+            keep(f"x|{name}", x)
 
-    watch = WatchSums({site.name: site.parameter for site in sites}, product,
+    watch = WatchSums({site.name: site.parameter for site in sites}, met,
                       lambda name, total: keep(f"sum|{name}", total))
     try:
         with work.rounding_activations({site.name for site in sites} if enough else set()), torch.no_grad(), watch:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
@@ -28,15 +28,17 @@ from qpass.capture.as_found import in_eval_mode
 from qpass.decide.decision import Decision
 from qpass.decide.match import matching
 from qpass.experts_site import ExpertsSite
+from qpass.input_change import InputChange
 from qpass.recipes.algorithm_table import Algorithm
 from qpass.weight import CanonicalWeight
 
 
 class Install(Protocol):
-    """Packs a site with what was found for it, or its whole module of experts with what was found for them."""
+    """Packs a site with what was found for it, and what its layer does to its input; or its whole module of experts
+    with what was found for them."""
 
     def __call__(self, decision: Decision, canonical: CanonicalWeight | None, scale: ActivationScale | None = None,
-                 experts: ExpertWeights | None = None) -> None: ...
+                 experts: ExpertWeights | None = None, change: InputChange | None = None) -> None: ...
 
 
 class Bar(Protocol):
@@ -112,8 +114,9 @@ class Calibration:
             for number, block in enumerate(self.blocks):
                 place = f"{block.path or 'the model'} ({number + 1} of {len(self.blocks)})"
                 bar.set_postfix_str(f"{place}: inputs")
-                with own_tensors(self.model.get_submodule(block.path)) as originals:
+                with own_tensors(self.model.get_submodule(block.path)) as originals, ExitStack() as undo:
                     work = self._work(number, budget, outputs, _teller(bar, place))
+                    undo.callback(work.take_off_hooks)
                     if self.matches:
                         work.float_calls, work.targets = ActivationStore(budget), ActivationStore(budget)
                         self._float_calls(number, work.float_calls, exact)
@@ -135,7 +138,8 @@ class Calibration:
                         work.float_calls.clear()
                 self.notes += work.notes
                 for name in block.sites:
-                    install(self.decisions[name], work.sites[name].canonical, scales.get(name))
+                    site = work.sites[name]
+                    install(self.decisions[name], site.canonical, scales.get(name), change=site.change)
                 for one in work.experts:
                     for decision in one.decisions if one.found else ():
                         if decision.status == "quantize":
@@ -227,6 +231,8 @@ def _result(work: BlockWork, originals: Mapping[str, Tensor]) -> dict[str, Tenso
     found = {}
     settled = set()
     for name, site in work.sites.items():
+        if site.change.scale is not None:
+            found[f"input|{name}"] = site.change.scale
         if site.canonical is not None:
             settled.add(id(site.parameter))
             found.update({f"site|{name}|{key}": tensor for key, tensor in site.canonical.tensors.items()})
@@ -247,6 +253,8 @@ def _restore(work: BlockWork, found: Mapping[str, Tensor]) -> None:
                    if key.startswith(prefix)}
         if tensors:
             site.settle(CanonicalWeight(tensors))
+        if f"input|{name}" in found:
+            work.change_input(site, replace(site.change, scale=found[f"input|{name}"].to(site.parameter.device)))
     take_back(work.experts, found)
     for name, parameter in work.module.named_parameters():
         if f"parameter|{name}" in found:

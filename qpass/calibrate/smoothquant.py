@@ -1,7 +1,8 @@
-"""SmoothQuant wiring: the largest value of each input channel observed, then factors folded pair by pair."""
+"""SmoothQuant wiring: the largest value of each input channel observed, then factors folded or applied at run time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from qpass.calibrate.awq import rounded_to_nearest
 from qpass.calibrate.block_work import BlockWork, SiteWork, rounded, rounds_input
-from qpass.calibrate.fold import common_factors, fold_checked
+from qpass.calibrate.fold import common_factors, fold_checked, scale_checked, told_of_inputs
 from qpass.calibrate.gptq import by_input
 from qpass.calibrate.pairs import Pair
 from qpass.calibrate.smoothquant_math import factors_of, search_factors
@@ -20,14 +21,16 @@ _EVEN = 0.5  # where the rounding of the input cannot be tried out: static scale
 
 
 def calibrate(settings: SmoothQuant, work: BlockWork) -> None:
-    """Rescale the inputs of the block's sites that a pair of the graph allows; the others are named in a note."""
+    """Rescale the inputs of the block's sites: by parameters where a pair of the graph allows it, else, with
+    `run_time`, in the layers that read them; those and what stays as it is are named in notes."""
     sites = work.chosen(settings)
     pairs = {name: pair for pair in work.pairs for name, _ in pair.readers}
-    groups = [group for group in by_input(sites) if group[0].name in pairs]
-    left = [site.name for site in sites if site.name not in pairs]
-    if left:
-        work.notes.append(f"smoothquant: nothing can take factors off the input of {', '.join(left)}; left as they are")
+    groups = [group for group in by_input(sites) if group[0].name in pairs or (
+        settings.run_time and all(site.takes_change for site in group))]
+    taken = {site.name for group in groups for site in group}
+    left, scaled = [site.name for site in sites if site.name not in taken], []
     if not groups:
+        work.notes += told_of_inputs("smoothquant", left, scaled)
         return
     amax: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
@@ -43,14 +46,20 @@ def calibrate(settings: SmoothQuant, work: BlockWork) -> None:
         name = group[0].name
         if name not in amax:
             work.never_reached([site.name for site in group])
-        pair = pairs[name]
+        pair = pairs.get(name)
         work.tell(name)
-        fold_checked(work, pair, _factors(settings, work, group, pair, amax[name], rows.pop(name)))
+        factors = _factors(settings, work, group, pair, amax[name], rows.pop(name))
+        if (pair is None or not fold_checked(work, pair, factors)) and settings.run_time and (
+                scale_checked(work, group, factors) is not None):
+            scaled += [site.name for site in group]
+    work.notes += told_of_inputs("smoothquant", left, scaled)
 
 
-def _factors(settings: SmoothQuant, work: BlockWork, group: list[SiteWork], pair: Pair, x_amax: Tensor,
+def _factors(settings: SmoothQuant, work: BlockWork, group: list[SiteWork], pair: Pair | None, x_amax: Tensor,
              rows: list[Tensor]) -> Tensor:
-    common, w_amax = partial(common_factors, pair), _columns(work, pair)
+    common: Callable[[Tensor], Tensor] = (lambda s: s) if pair is None else partial(common_factors, pair)
+    w_amax = _columns(work, pair) if pair is not None else torch.stack(
+        [site.weight.float().abs().amax(0) for site in group]).amax(0)
     args = group[0].spec.activation
     known = all(site.on_grid for site in group) and (args is None or rounds_input(group[0]))
     if settings.alpha is not None or not known:

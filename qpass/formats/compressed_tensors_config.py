@@ -94,12 +94,13 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
     experts = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantExperts)]
     if not layers and not experts:
         return None
-    members: dict[tuple[WeightArgs, ActivationArgs | None, bool], list[Member]] = {}
+    members: dict[tuple[WeightArgs, ActivationArgs | None, bool, bool], list[Member]] = {}
     for name, layer in layers:
         ordered = getattr(layer, "input_order", None) is not None
         leaf = f".{layer.origin.weight}" if isinstance(layer, QuantLinear) else ""
         activation = layer.spec.activation or asked.get(f"{name}{leaf}")
-        members.setdefault((layer.spec.weight, activation, ordered), []).append(
+        scaled = getattr(layer, "pre_scale", None) is not None
+        members.setdefault((layer.spec.weight, activation, ordered, scaled), []).append(
             Member(target=name, spec=layer.spec, linear=_was_linear(layer)))
     rounded: dict[str, dict[str, Any]] = {}
     for name, module in experts:
@@ -107,10 +108,10 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
             activation = member.spec.activation or asked.get(f"{name}.{member.leaf}")
             if activation is not None and is_packed(member.spec) and codec_of(member.spec.weight) is None:
                 rounded[member.target], activation = _activations(activation), None
-            members.setdefault((member.spec.weight, activation, False), []).append(member)
+            members.setdefault((member.spec.weight, activation, False, False), []).append(member)
     groups: dict[str, Any] = {}
     ignore: list[str] = []
-    for number, ((weight, activation, ordered), named) in enumerate(members.items()):
+    for number, ((weight, activation, ordered, scaled), named) in enumerate(members.items()):
         targets = [member.target for member in named]
         if len(members) == 1:
             rest = [member.target for member in named if not member.linear]
@@ -120,7 +121,8 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
                           if isinstance(module, nn.Linear) or _is_float_matrix(module)]
                 ignore += [target for name, module in experts for target in float_experts(name, module)]
         groups[f"group_{number}"] = {
-            "targets": targets, "format": _format_of(named[0].spec),
+            # Whoever does not know that inputs are scaled must not read it, and be wrong.
+            "targets": targets, "format": "qpass" if scaled else _format_of(named[0].spec),
             "weights": {**_weights(weight), "actorder": "group" if ordered else None},
             "input_activations": None if activation is None else _activations(activation), "output_activations": None}
     formats = {group["format"] for group in groups.values()}

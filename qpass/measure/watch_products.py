@@ -26,19 +26,25 @@ class SeenProduct:
 
 
 class WatchProducts(TorchDispatchMode):
-    """A context in which `see(name, product)` is told of every product that reads the memory of `weights[name]`."""
+    """A context in which `see(name, product)` is told of every product that reads the memory of `weights[name]`, and
+    `before(name, x)` of its input before it is computed."""
 
-    def __init__(self, weights: Mapping[str, Tensor], see: Callable[[str, SeenProduct], None]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], see: Callable[[str, SeenProduct], None],
+                 before: Callable[[str, Tensor], None] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
-        self.see = see
+        self.see, self.before = see, before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        first = _OPERANDS.get(func)
+        first, found = _OPERANDS.get(func), []
         for mine, other in () if first is None else (first, first[::-1]):
             name = self.names.get(args[mine].untyped_storage().data_ptr())
             if name is not None:
                 x = args[other].mT if mine < other else args[other]  # W @ x has its rows in columns
-                self.see(name, SeenProduct(x=x, output=output, biased=func in _WITH_BIAS))
+                found.append((name, x))
+                if self.before is not None:
+                    self.before(name, x)
+        output = func(*args, **(kwargs or {}))
+        for name, x in found:
+            self.see(name, SeenProduct(x=x, output=output, biased=func in _WITH_BIAS))
         return output

@@ -121,17 +121,21 @@ class SmoothQuant(Algorithm):
     alpha  s = amax(|x|)^alpha / amax(|w|)^(1 - alpha), per channel; 0.5 shares the difficulty evenly. None: for each
            input the one, or none at all, with which its rounded products come nearest to the float ones
 
-    The division is folded into what produces the input (a norm, a linear), as the graph shows it; an input that
-    nothing can take it from is left alone, and named in the report.
+    run_time  where nothing can take the division: the layers do it themselves, which no other reader of the checkpoint
+              knows of; False leaves such an input alone. Either is named in the report
+
+    The division is folded into what produces the input (a norm, a linear), as the graph shows it.
     """
 
     name: ClassVar[str] = "smoothquant"
     wiring: ClassVar[str] = "qpass.calibrate.smoothquant"
     rounds: ClassVar[bool] = False
     alpha: float | None = None
+    run_time: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_type("run_time", bool)
         self.check_type("alpha", float, int, type(None))
         self.check(self.alpha is None or 0 <= self.alpha <= 1, "alpha", "None, or from 0 to 1")
 
@@ -179,6 +183,7 @@ class Awq(Algorithm):
     grid         how many exponents are tried
     duo_scaling  the factors look at the weights too, not at the activation alone
     clip         ranges are searched afterwards with errors weighed by the input's energy, and the sites rounded on them
+    run_time     as of SmoothQuant
     """
 
     name: ClassVar[str] = "awq"
@@ -187,6 +192,7 @@ class Awq(Algorithm):
     grid: int = 20
     duo_scaling: bool = True
     clip: bool = False
+    run_time: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,6 +200,7 @@ class Awq(Algorithm):
         self.check(self.grid > 0, "grid", "positive")
         self.check_type("duo_scaling", bool)
         self.check_type("clip", bool)
+        self.check_type("run_time", bool)
 
 
 @register_algorithm

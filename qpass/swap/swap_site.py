@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from qpass.activation_scale import ActivationScale
 from qpass.errors import WeightError
+from qpass.input_change import InputChange
 from qpass.kernels.layout import Packed
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import Origin, PackedLayer, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
+from qpass.layers.reordered_linear import ReorderedLinear
 from qpass.layers.tied_table import TiedTable
 from qpass.plan_model import Decision
 from qpass.site import Site
@@ -26,12 +28,13 @@ TRIM_AFTER = 4 << 20  # bytes freed; for less, give_back_freed_memory is not wor
 
 def swap_site(model: nn.Module, decision: Decision, device: torch.device | None = None,
               scale: ActivationScale | None = None, canonical: CanonicalWeight | None = None,
-              largest: Tensor | None = None) -> PackedWeight:
+              largest: Tensor | None = None, change: InputChange | None = None) -> PackedWeight:
     """Quantize, pack and replace the parameter of one site, on `device` (by default where it is).
 
     `scale` is the static scale of its activation, where the decision's spec has one; `canonical` is the weight's
     integers where calibration has found them, by default it is rounded to nearest, within `largest` (as of
-    quantize_weight) if that is given.
+    quantize_weight) if that is given. `change` is what the layer does to its input from now on; only a module that is
+    nothing but the product can have one.
 
     Until the packed layer is whole the model is untouched; then one assignment per place puts it in. Peak memory
     beyond the model is one layer of int8 codes and one packed layer.
@@ -53,16 +56,18 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
         found = CanonicalWeight({name: tensor.to(device) for name, tensor in canonical.tensors.items()})
     else:
         found = canonical
-    return _replace(model, owner, leaf, parameter, site, spec, found, device, scale)
+    return _replace(model, owner, leaf, parameter, site, spec, found, device, scale, change)
 
 
 def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, site: Site, spec: LinearSpec,
              canonical: CanonicalWeight | Packed, device: torch.device | None,
-             scale: ActivationScale | None) -> PackedWeight:
+             scale: ActivationScale | None, change: InputChange | None) -> PackedWeight:
     holders = _holders(model, parameter)
     tables = [(holder, name) for holder, name in holders if isinstance(holder, nn.Embedding)]
     holders = [held for held in holders if held not in tables]
     if site.swap == "parameter" or owner is model or any(type(holder) is not type(owner) for holder, _ in holders):
+        if change:
+            raise WeightError(f"{site.name} stands in a bigger forward, where its input cannot be changed")
         packed: PackedWeight = QuantWeight(canonical, spec, site.dtype, scale, transposed=site.transposed)
         del canonical
         for holder, name in holders:
@@ -77,7 +82,12 @@ def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parame
         if bias is not None and device is not None:
             bias = nn.Parameter(bias.detach().to(device), requires_grad=bias.requires_grad)
         origin = Origin(module=holder, weight=name, bias=bias_leaf, transposed=site.transposed)
-        linear = QuantLinear(canonical, bias, spec, site.dtype, origin, scale)
+        if change:
+            pre_scale = change.scale if device is None or change.scale is None else change.scale.to(device)
+            linear: QuantLinear = ReorderedLinear(canonical, bias, spec, site.dtype, origin, scale,
+                                                  pre_scale=pre_scale, hadamard=change.hadamard)
+        else:
+            linear = QuantLinear(canonical, bias, spec, site.dtype, origin, scale)
         if first is not None:  # a tied weight: the second holder reads the same packed tensors
             linear.tie(first)
         first = linear if first is None else first
@@ -119,7 +129,8 @@ def share_scales(model: nn.Module) -> int:
     rounded once. Returns how many then read another's."""
     shared = 0
     for parent in model.modules():
-        packed = [child for child in parent.children() if isinstance(child, PackedWeight) and child.activation_scale]
+        packed = [child for child in parent.children() if isinstance(child, ReorderedLinear) or (
+            isinstance(child, PackedWeight) and child.activation_scale)]
         for i, layer in enumerate(packed):
             shared += any(layer.share_scale(before) for before in packed[:i])
     return shared

@@ -90,4 +90,4 @@ def test_outliers_cost_less(name: str, tmp_path: Path) -> None:
     assert output_error(both, reference, data) < 0.5 * output_error(nearest, reference, data)
     qpass.save(model, tmp_path)
     assert torch.equal(output_of(qpass.load(tmp_path), data[0]), output_of(model, data[0]))
-    assert any("nothing can take factors off" in note for note in qpass.explain(model).notes) == (name == "gpt2")
+    assert any("no parameter can take factors off" in note for note in qpass.explain(model).notes) == (name == "gpt2")

@@ -36,4 +36,5 @@ def multiply_blocks(x: Tensor, size: int, halves: tuple[Tensor, Tensor] | None =
     left, right = halves_of(size) if halves is None else halves
     y = x.float().reshape(-1, len(left), len(right)) @ right.to(device=x.device, dtype=torch.float32)
     y = (y.transpose(1, 2) @ left.to(device=x.device, dtype=torch.float32)).transpose(1, 2)
-    return (y * size**-0.5).reshape(x.shape).to(x.dtype)
+    found: Tensor = y * size**-0.5
+    return found.reshape(x.shape).to(x.dtype)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qpass.calibrate.block_work import BlockWork, SiteWork, first_tensor, rounding_hook
+from qpass.calibrate.block_work import BlockWork, SiteWork, first_tensor
+from qpass.calibrate.change_inputs import rounding_hook
 from qpass.calibrate.rounding_math import LearnedRounding
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
 from qpass.recipes.algorithm import AutoRound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from qpass.activation_args import ActivationArgs
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.blocks import Block
+from qpass.calibrate.change_inputs import input_hook, rounding_hook
 from qpass.calibrate.pairs import Pair
-from qpass.calibrate.watch_inputs import OnInput, input_of, watch_inputs
+from qpass.calibrate.watch_inputs import OnInput, watch_inputs
 from qpass.decide.decision import Decision
 from qpass.errors import CalibrationError
+from qpass.hadamard import multiply_blocks
 from qpass.input_change import InputChange
-from qpass.kernels.reference.activation import quantize_asymmetric, quantize_symmetric
 from qpass.recipes.algorithm_table import Algorithm
 from qpass.site import Site
 from qpass.spec import LinearSpec
@@ -75,7 +75,7 @@ class SiteWork:
     @property
     def takes_change(self) -> bool:
         """Whether the layer can change its input at run time: it is a module of its own, and has its weight alone."""
-        return self.site.swap == "module" and bool(self.site.owner) and not self.site.aliases
+        return takes_change(self.site, self.spec)
 
     def settle(self, canonical: CanonicalWeight) -> None:
         """These integers are the result; from now on the block multiplies with what they stand for."""
@@ -123,7 +123,14 @@ class BlockWork:
             self._hooks.pop(site.name).remove()
         site.change = change
         if change:
-            self._hooks[site.name] = site.owner.register_forward_pre_hook(_input_hook(change), with_kwargs=True)
+            self._hooks[site.name] = site.owner.register_forward_pre_hook(input_hook(change), with_kwargs=True)
+
+    def mix_inputs(self, sizes: Mapping[str, int]) -> None:
+        """Let the sites named here mix their inputs from now on, in blocks of so many channels."""
+        for name, size in sizes.items():
+            if (site := self.sites.get(name)) is not None:
+                self.change_input(site, replace(site.change, hadamard=size))
+                site.weight = multiply_blocks(site.weight.float(), size)
 
     def take_off_hooks(self) -> None:
         """Leave the modules of the block as they were."""
@@ -221,6 +228,12 @@ class BlockWork:
             yield
 
 
+def takes_change(site: Site, spec: LinearSpec) -> bool:
+    """Whether the layer of a site can change its input: a module of its own, its weight its own and in integers."""
+    return spec.weight.type == "int" and spec.weight.granularity in ("per_tensor", "per_channel", "per_group") and (
+        site.swap == "module" and bool(site.owner) and not site.aliases and len(site.shape) == 2)
+
+
 def counted_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """`x` [..., K] as float32 rows; those of masked tokens are left out, where `x` still has one row a token."""
     flat = x.detach().reshape(-1, x.shape[-1])
@@ -238,46 +251,6 @@ def sites_of(model: nn.Module, decisions: Sequence[Decision]) -> dict[str, SiteW
         found[decision.site.name] = SiteWork(site=decision.site, spec=decision.spec, owner=owner,
                                              parameter=model.get_parameter(decision.site.name))
     return found
-
-
-def rounded(x: Tensor, args: ActivationArgs) -> Tensor:
-    """`x` [..., K] as the product sees it once its dynamic quantization has rounded it."""
-    if args.symmetric:
-        q, scale = quantize_symmetric(x)
-        return (q.float() * scale).to(x.dtype)
-    q, scale, zero_point = quantize_asymmetric(x)
-    return ((q.float() - zero_point) * scale).to(x.dtype)
-
-
-def rounds_input(work: SiteWork) -> bool:
-    """Whether `rounding_hook` can round this site's input: int8 per token, in a module of its own."""
-    args = work.spec.activation
-    return args is not None and work.site.swap == "module" and (
-        args.type, args.bits, args.granularity, args.dynamic) == ("int", 8, "per_token", True)
-
-
-def rounding_hook(work: SiteWork, *, straight_through: bool = False) -> Callable[..., Any] | None:
-    """A forward pre-hook, to be registered with kwargs, that rounds the site's input as its scheme says, for int8 per
-    token in a module of its own.
-
-    `straight_through` lets gradients pass as if nothing was rounded.
-    """
-    args = work.spec.activation
-    if args is None or not rounds_input(work):
-        return None
-
-    return _input_hook(lambda x: x + (rounded(x, args) - x).detach() if straight_through else rounded(x, args))
-
-
-def _input_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A forward pre-hook, to be registered with kwargs, that puts `change` of a layer's input in its place."""
-    def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        x = input_of(given, named)
-        y = change(x)
-        return tuple(y if value is x else value for value in given), {
-            name: y if value is x else value for name, value in named.items()}
-
-    return hook
 
 
 def first_tensor(output: object) -> Tensor:

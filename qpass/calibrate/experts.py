@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qpass.calibrate.activation_store import ActivationStore
-from qpass.calibrate.block_work import BlockWork, rounded
+from qpass.calibrate.block_work import BlockWork
+from qpass.calibrate.change_inputs import rounded
 from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, polish
 from qpass.calibrate.hessian import Hessian
 from qpass.calibrate.scale_search import canonical_of, find_grid, grid_ends, round_to_grid

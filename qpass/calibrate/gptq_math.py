@@ -17,6 +17,7 @@ from qpass.calibrate.scale_search import Grid, storable
 
 _MOST_DAMPENING = 1e3
 _SOLVED_WHOLE = 256  # columns
+_AT_ONCE = 64  # columns: more spread their errors slower
 _HELD = 1e-3  # part of a scale's own curvature that holds it where it is
 
 
@@ -72,7 +73,8 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     size = len(lower)
     if size <= _SOLVED_WHOLE:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return inverse
     half = size // 2
     first, last = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
     found = torch.zeros_like(lower)
@@ -88,6 +90,7 @@ def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends:
     `order` [K] is the order in which columns are rounded, the one that `factor` was made in.
     """
     n, k = weight.shape
+    block_size = min(block_size, _AT_ONCE)
     group = order // (k // grid.scale.shape[1])
     # Columns as rows, so that each step reads and writes memory in one piece.
     w = weight.t()[order].contiguous()

@@ -90,7 +90,7 @@ class _Walk:
 
     def takers(self, node: fx.Node, path: tuple[fx.Node, ...]) -> tuple[Taker, ...]:
         """What can divide the channels of the tensor at the end of `path`, which begins with the reader of `node`."""
-        if path and len(node.users) > 1 and not _splits(node, path[0]):
+        if path and len(node.users) > 1 and not splits(node, path[0]):
             return ()
         product = self.products.get(node)
         if product is not None:
@@ -120,14 +120,14 @@ class _Walk:
                 product.bias is not None and node is not product.result):
             return ()
         assert view is not None
-        index = _channels(node, path)
+        index = channels_along(node, path)
         if index is None:
             return ()
         rows = Taker(parameter=view.name, dim=1 if product.transposed else 0, index=index)
         return (rows,) if product.bias is None else (rows, Taker(parameter=product.bias, dim=0, index=index))
 
     def _norm(self, node: fx.Node, path: tuple[fx.Node, ...]) -> tuple[Taker, ...]:
-        index = _channels(path[0], path[1:])
+        index = channels_along(path[0], path[1:])
         given = [self._vector(value) for value in node.args[2:4] if value is not None]
         if index is None or not given or node.args[2] is None or any(vector is None for vector in given):
             return ()
@@ -136,7 +136,7 @@ class _Walk:
     def _factor(self, node: fx.Node, path: tuple[fx.Node, ...]) -> tuple[Taker, ...]:
         operands = [value for value in node.args[:2] if isinstance(value, fx.Node)]
         for value in operands:
-            vector, index = self._vector(value), _channels(node, path[1:])
+            vector, index = self._vector(value), channels_along(node, path[1:])
             if vector is not None and index is not None:
                 return (Taker(parameter=vector[0], dim=0, index=index, offset=vector[1]),)
         whole = [value for value in operands if _shape(value) == _shape(node)]
@@ -149,7 +149,7 @@ class _Walk:
     def _sum(self, node: fx.Node, path: tuple[fx.Node, ...]) -> tuple[Taker, ...]:
         first, second = node.args[:2]
         for value, other in ((first, second), (second, first)):
-            vector, index = self._vector(value), _channels(node, path[1:])
+            vector, index = self._vector(value), channels_along(node, path[1:])
             if vector is not None and index is not None and isinstance(other, fx.Node) and vector[1] == 0:
                 rest = self.takers(other, path)
                 return (*rest, Taker(parameter=vector[0], dim=0, index=index)) if rest else ()
@@ -182,7 +182,7 @@ class _Walk:
         return node
 
 
-def _channels(start: fx.Node, path: tuple[fx.Node, ...]) -> tuple[int, ...] | None:
+def channels_along(start: fx.Node, path: tuple[fx.Node, ...]) -> tuple[int, ...] | None:
     """For each last-dim entry of the tensor after `path`, the entry of `start`'s last dim that it comes from."""
     shape = _shape(start)
     seen: Any = torch.arange(shape[-1]).expand(shape)
@@ -205,7 +205,7 @@ def _channels(start: fx.Node, path: tuple[fx.Node, ...]) -> tuple[int, ...] | No
     return tuple(rows[0].tolist()) if bool((rows == rows[0]).all()) else None
 
 
-def _splits(node: fx.Node, user: fx.Node) -> bool:
+def splits(node: fx.Node, user: fx.Node) -> bool:
     """Whether each user of `node` takes a part of its own."""
     return user.target is operator.getitem and len({u.args[1] for u in node.users if u.target is operator.getitem
                                                     }) == len(node.users)

@@ -42,16 +42,16 @@ def rotate(model: nn.Module, capture: Capture, sample: Sample | None, seed: int,
         return notes or ["rotation: no products of this model read a stream that others write; nothing is rotated"]
     before = {name: parameter.data for name, parameter in parameters.items()}
     with in_eval_mode(model), torch.no_grad():
-        wanted = None if sample is None else _run(model, sample)
+        wanted = None if sample is None else run_on(model, sample)
         heads = {head: _untie(model, parameters, head) for stream in streams for head in _tied_heads(stream)}
         try:
             _change(parameters, heads, streams, seed)
-            got = None if sample is None else _run(model, sample)
+            got = None if sample is None else run_on(model, sample)
         except BaseException:
             _undo(model, parameters, before, heads)
             raise
     moved = 0.0 if got is None or wanted is None else float((got - wanted).norm() / wanted.norm())
-    if not moved <= _TOLERANCE.get(next(iter(before.values())).dtype.itemsize, 0.1):
+    if not moved <= allowed(next(iter(before.values())).dtype):
         _undo(model, parameters, before, heads)
         return [*notes, f"rotation: the model's output moved by {moved:.1%}, more than rounding does; taken back"]
     if heads:
@@ -153,7 +153,13 @@ def _along(tensor: Tensor, dim: int) -> Tensor:
     return tensor if dim == -1 else tensor.transpose(-1, -2).contiguous()
 
 
-def _run(model: nn.Module, sample: Sample) -> Tensor:
+def allowed(dtype: torch.dtype) -> float:
+    """How far, of its size, rounding alone may move the output of a model in `dtype`."""
+    return _TOLERANCE.get(dtype.itemsize, 0.1)
+
+
+def run_on(model: nn.Module, sample: Sample) -> Tensor:
+    """The model's first output, float32."""
     return first_tensor(model(*sample.args, **sample.kwargs)).float()
 
 

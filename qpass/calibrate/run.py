@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -70,17 +71,23 @@ def aimed_at(algorithms: Sequence[Algorithm], decisions: Sequence[Decision]) -> 
 
 
 def without_data(model: nn.Module, decisions: Sequence[Decision], aimed: Mapping[Algorithm, frozenset[str]],
-                 install: Install) -> list[str]:
-    """Run algorithms that need no data, one site after another. Returns notes for the report."""
+                 install: Install, mixed: Mapping[str, int] = MappingProxyType({})) -> list[str]:
+    """Run algorithms that need no data, one site after another; sites in `mixed` mix their inputs in blocks of so many
+    channels. Returns notes for the report."""
     notes: list[str] = []
     for decision in decisions:
         block = Block(path=decision.site.owner, sites=(decision.site.name,), last_reader=0)
         work = BlockWork(block=block, module=model, sites=sites_of(model, [decision]), masks=(), notes=notes,
                          calls=ActivationStore(Budget(None, Path())), aimed=aimed)
-        with own_tensors(model.get_submodule(decision.site.owner), recurse=False):
+        with own_tensors(model.get_submodule(decision.site.owner), recurse=False), ExitStack() as undo:
+            undo.callback(work.take_off_hooks)
+            work.mix_inputs(mixed)
             for algorithm in aimed:
                 import_module(algorithm.wiring).calibrate(algorithm, work)
-        install(decision, work.sites[decision.site.name].canonical, None)
+            if decision.site.name in mixed:
+                work.round_the_rest()
+        site = work.sites[decision.site.name]
+        install(decision, site.canonical, None, change=site.change)
     return notes
 
 
@@ -89,9 +96,12 @@ class Calibration:
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], decisions: Sequence[Decision],
                  aimed: Mapping[Algorithm, frozenset[str]], samples: Sequence[Sample], limits: Limits,
-                 pairs: Sequence[Pair] = (), experts: Mapping[ExpertsSite, Sequence[Decision]] | None = None) -> None:
-        """`experts`: the decisions of all weights of each module of experts."""
-        self.pairs, self.experts = pairs, experts or {}
+                 pairs: Sequence[Pair] = (), experts: Mapping[ExpertsSite, Sequence[Decision]] | None = None,
+                 mixed: Mapping[str, int] = MappingProxyType({})) -> None:
+        """`experts`: the decisions of all weights of each module of experts. `mixed`: sites that mix their inputs, in
+        blocks of so many channels, which nothing before them can scale then."""
+        self.pairs = [pair for pair in pairs if not any(name in mixed for name, _ in pair.readers)]
+        self.experts, self.mixed = experts or {}, mixed
         self.model, self.blocks, self.aimed, self.samples, self.limits = model, blocks, aimed, samples, limits
         self.decisions = {decision.site.name: decision for decision in decisions}
         self.propagate = any(algorithm.propagates for algorithm in aimed)
@@ -121,6 +131,7 @@ class Calibration:
                         work.float_calls, work.targets = ActivationStore(budget), ActivationStore(budget)
                         self._float_calls(number, work.float_calls, exact)
                         exact[number] = work.targets
+                    work.mix_inputs(self.mixed)
                     for stores in (outputs, exact):
                         for earlier in [n for n in stores if n < number and self.blocks[n].last_reader <= number]:
                             stores.pop(earlier).clear()
@@ -195,7 +206,7 @@ class Calibration:
 
     def _fingerprint(self) -> str:
         said = json.dumps([[a.to_data() for a in self.aimed], self.limits.seed,
-                           [f"{name} {d.spec}" for name, d in self.decisions.items()]])
+                           [f"{name} {d.spec}" for name, d in self.decisions.items()], dict(self.mixed)])
         return fingerprint_of(self.model, self.samples, said)
 
 

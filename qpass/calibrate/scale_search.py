@@ -58,8 +58,10 @@ def _find(grouped: Tensor, spec: LinearSpec, method: str, dtype: torch.dtype, we
     groups = _Groups(across.flatten(1), None if full is None else full.flatten(1), compensated)
     found = (_search_symmetric(groups, qmin, qmax, dtype, signed=method == "signed") if spec.weight.symmetric else
              _search_asymmetric(groups, qmin, qmax, dtype))
-    return Grid(*(None if part is None else part.view(spec.groups, -1).t().contiguous() for part in (
-        found.scale, found.zero_point)))
+    scale, zero = (None if part is None else part.view(spec.groups, -1).t().contiguous()
+                   for part in (found.scale, found.zero_point))
+    assert scale is not None
+    return Grid(scale, zero)
 
 
 def round_to_grid(weight: Tensor, grid: Grid, spec: LinearSpec, dtype: torch.dtype) -> CanonicalWeight:

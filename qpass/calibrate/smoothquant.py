@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qpass.calibrate.awq import rounded_to_nearest
-from qpass.calibrate.block_work import BlockWork, SiteWork, rounded, rounds_input
+from qpass.calibrate.block_work import BlockWork, SiteWork
+from qpass.calibrate.change_inputs import rounded, rounds_input
 from qpass.calibrate.fold import common_factors, fold_checked, scale_checked, told_of_inputs
 from qpass.calibrate.gptq import by_input
 from qpass.calibrate.pairs import Pair
@@ -28,7 +29,8 @@ def calibrate(settings: SmoothQuant, work: BlockWork) -> None:
     groups = [group for group in by_input(sites) if group[0].name in pairs or (
         settings.run_time and all(site.takes_change for site in group))]
     taken = {site.name for group in groups for site in group}
-    left, scaled = [site.name for site in sites if site.name not in taken], []
+    left = [site.name for site in sites if site.name not in taken]
+    scaled: list[str] = []
     if not groups:
         work.notes += told_of_inputs("smoothquant", left, scaled)
         return

@@ -11,6 +11,7 @@ from qpass.checkpoints.checkpoint_names import Assembly
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
+from qpass.hadamard import multiply_blocks
 from qpass.weight import CanonicalWeight, dequantize_weight
 
 Found = WeightRead | FloatRead | None
@@ -55,10 +56,12 @@ def decoded(read: WeightRead, shape: tuple[int, ...], why: str, *, transposed: b
 def float_weight(weight: CanonicalWeight, read: WeightRead) -> Tensor:
     """float32 [N, K] that multiplies the input as it is: columns in the input's order, its scale multiplied in."""
     order, scale = weight.tensors.pop("input_order", None), weight.tensors.pop("pre_scale", None)
+    mixed = weight.tensors.pop("hadamard", None)
     full = dequantize_weight(weight, read.spec)
     if order is not None:
         full = full[:, order.long().argsort()]
-    return full if scale is None else full * scale.float()
+    full = full if scale is None else full * scale.float()
+    return full if mixed is None else multiply_blocks(full, int(mixed))
 
 
 def _ask(name: str, shape: tuple[int, ...], reader: Reader | None, *, linear: bool) -> Found:
@@ -103,8 +106,8 @@ def _joined(reads: list[Found], shape: tuple[int, ...]) -> WeightRead | None:
     def read_all(tensors: dict[str, Tensor], spec: object) -> CanonicalWeight:
         parts = [one.read({short: tensors[f"{i}.{short}"] for short in one.tensors}, one.spec).tensors
                  for i, one in enumerate(same)]
-        if any("input_order" in part or "pre_scale" in part for part in parts):
-            raise ValueError("weights that permute or scale their input cannot be joined")
+        if any({"input_order", "pre_scale", "hadamard"} & set(part) for part in parts):
+            raise ValueError("weights that permute, scale or mix their input cannot be joined")
         return CanonicalWeight({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     return WeightRead(spec=replace(first.spec, out_features=shape[0]), read=read_all,

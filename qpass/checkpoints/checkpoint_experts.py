@@ -262,7 +262,7 @@ def _read_piece(piece: Piece, checkpoint: Checkpoint, dtype: torch.dtype, device
                                  piece.read.spec)
     except (ValueError, WeightError) as error:
         raise CheckpointError(f"{where} in {checkpoint.path}: {error}") from error
-    if {"input_order", "pre_scale"} & set(weight.tensors):
-        raise CheckpointError(f"{where} in {checkpoint.path} permutes or scales its input, which packed experts "
+    if {"input_order", "pre_scale", "hadamard"} & set(weight.tensors):
+        raise CheckpointError(f"{where} in {checkpoint.path} permutes, scales or mixes its input, which packed experts "
                               "cannot; load the float checkpoint and quantize it")
     return weight

@@ -80,8 +80,10 @@ def fill_layers(model: nn.Module, layers: Sequence[Layer], checkpoint: Checkpoin
         except (ValueError, WeightError) as error:
             raise CheckpointError(f"{layer.paths[0]} in {checkpoint.path}: {error}") from error
         del named
-        inputs = {"order": canonical.tensors.pop("input_order", None),
-                  "pre_scale": canonical.tensors.pop("pre_scale", None)}
+        mixed = canonical.tensors.pop("hadamard", None)
+        inputs: dict[str, Any] = {"hadamard": None if mixed is None else int(mixed),
+                                  "order": canonical.tensors.pop("input_order", None),
+                                  "pre_scale": canonical.tensors.pop("pre_scale", None)}
         of = dtype or _weight_of(model, layer, layer.paths[0]).dtype
         call = LinearCall(spec=_as_read(layer.read.spec, canonical), device=device, dtype=of)
         call = replace(call, spec=computable(call, exact=exact)[0])
@@ -106,7 +108,7 @@ def _as_read(spec: LinearSpec, canonical: CanonicalWeight) -> LinearSpec:
     return spec
 
 
-def _put(model: nn.Module, layer: Layer, parts: _Parts, inputs: Mapping[str, torch.Tensor | None],
+def _put(model: nn.Module, layer: Layer, parts: _Parts, inputs: Mapping[str, Any],
          checkpoint: Checkpoint) -> None:
     canonical, spec, dtype, scale = parts
     first: PackedWeight | None = None
@@ -115,8 +117,8 @@ def _put(model: nn.Module, layer: Layer, parts: _Parts, inputs: Mapping[str, tor
         if layer.module and owner is not model:
             first = _put_linear(model, owner, layer, first, parts, inputs)
             continue
-        if any(tensor is not None for tensor in inputs.values()):
-            raise CheckpointError(f"{path} in {checkpoint.path} permutes or scales its input, which is read for linear "
+        if any(value is not None for value in inputs.values()):
+            raise CheckpointError(f"{path} in {checkpoint.path} permutes, scales or mixes its input, read for linear "
                                   "layers only")
         first = first or QuantWeight(canonical, spec, dtype, scale, transposed=layer.transposed)
         owner._parameters.pop(layer.leaf)
@@ -124,7 +126,7 @@ def _put(model: nn.Module, layer: Layer, parts: _Parts, inputs: Mapping[str, tor
 
 
 def _put_linear(model: nn.Module, owner: nn.Module, layer: Layer, first: PackedWeight | None, parts: _Parts,
-                inputs: Mapping[str, torch.Tensor | None]) -> PackedWeight:
+                inputs: Mapping[str, Any]) -> PackedWeight:
     if isinstance(owner, PackedWeight):  # one module under two names
         return owner
     canonical, spec, dtype, scale = parts
@@ -132,7 +134,7 @@ def _put_linear(model: nn.Module, owner: nn.Module, layer: Layer, first: PackedW
     origin = Origin(module=owner, weight=layer.leaf, bias=bias_leaf, transposed=layer.transposed)
     bias = owner._parameters[bias_leaf] if bias_leaf else None
     linear: QuantLinear
-    if any(tensor is not None for tensor in inputs.values()):
+    if any(value is not None for value in inputs.values()):
         linear = ReorderedLinear(canonical, bias, spec, dtype, origin, scale, **inputs)
     else:
         linear = QuantLinear(canonical, bias, spec, dtype, origin, scale)

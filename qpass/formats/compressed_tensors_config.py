@@ -17,6 +17,7 @@ from qpass.errors import CheckpointError, RecipeError
 from qpass.formats.compressed_tensors import is_packed
 from qpass.formats.compressed_tensors_experts import Member, float_experts, members_of_experts
 from qpass.formats.compressed_tensors_floats import FLOAT_FORMATS, float_args, float_fields
+from qpass.formats.compressed_tensors_transform import Mixing, read_transforms, write_transforms
 from qpass.formats.patterns import matches
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedWeight, QuantLinear
@@ -64,6 +65,15 @@ class LayerConfig:
     storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
+    mixings: tuple[Mixing, ...] = ()
+
+    def mixed(self, name: str, classes: Sequence[str], channels: int) -> int | None:
+        """The size of the blocks in which the layer of this name mixes its input of so many channels, if it does."""
+        sizes = [mixing.size or channels for mixing in self.mixings if mixing.holds(name, classes)]
+        if len(sizes) > 1 or any(size & (size - 1) or channels % size for size in sizes):
+            raise CheckpointError(f"transform_config mixes the {channels} inputs of {name} in blocks of "
+                                  f"{', '.join(map(str, sizes))}; one power of two that divides them is read")
+        return sizes[0] if sizes else None
 
     def group_of(self, name: str, classes: Sequence[str]) -> Group | None:
         """The group that holds the module of this name and these classes, or the parameter of this name (no class)."""
@@ -129,7 +139,9 @@ def write_config(model: nn.Module, recipe: Mapping[str, Any] | None = None,
     own = {"experts": rounded, "recipe": None if recipe is None else dict(recipe),
            "layers": {name: _storage(layer) for name, layer in layers if not _was_linear(layer)},
            "tied": _tied(model, layers)}
-    return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+    transforms = write_transforms(model)
+    more = {} if transforms is None else {"transform_config": transforms}
+    return {**more, "quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None,
             "global_compression_ratio": None, "qpass": own}
 
@@ -162,9 +174,9 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
     if layout not in (*_FORMATS, None):
         raise CheckpointError(f"{where}: compressed-tensors format {layout!r} is not read by this version; it reads "
                               f"{', '.join(_FORMATS[:3])} and the formats of floats; {_DECOMPRESS}")
-    for key in ("sparsity_config", "transform_config"):
-        if (value := config.get(key)) and (key != "sparsity_config" or value.get("format", "dense") != "dense"):
-            raise CheckpointError(f"{where}: {key} is set, and this version cannot honour it: {value}; {_DECOMPRESS}")
+    if (value := config.get("sparsity_config")) and value.get("format", "dense") != "dense":
+        raise CheckpointError(f"{where}: sparsity_config is set, and this version cannot honour it: {value}; "
+                              f"{_DECOMPRESS}")
     raw = config.get("config_groups")
     if not isinstance(raw, Mapping) or not raw:
         raise CheckpointError(f"{where}: quantization_config has no config_groups, so nothing says which layers are "
@@ -173,7 +185,8 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
     own = config.get("qpass") or {}
     groups = (*_experts(groups, own.get("experts") or {}, where), *groups)
     return LayerConfig(groups=groups, ignore=tuple(config.get("ignore") or ()), storage=own.get("layers") or {},
-                       recipe=own.get("recipe"), tied=own.get("tied") or {})
+                       recipe=own.get("recipe"), tied=own.get("tied") or {},
+                       mixings=read_transforms(config.get("transform_config"), where))
 
 
 def _experts(groups: tuple[Group, ...], said: Mapping[str, Any], where: str) -> Iterator[Group]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qpass.codecs.fp8 import FLOATS
 from qpass.errors import CheckpointError
@@ -17,8 +19,13 @@ from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
+from qpass.weight import CanonicalWeight
 
 _BESIDE = ("weight_g_idx", "pre_quant_scale", "weight_zero_point")  # of zeros, where symmetric; older versions wrote it
+
+
+def _read_mixed(size: int, tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
+    return CanonicalWeight({**read_weight(tensors, spec).tensors, "hadamard": torch.tensor(size)})
 
 
 class CompressedTensorsReader(Reader):
@@ -34,13 +41,18 @@ class CompressedTensorsReader(Reader):
     def weight(self, place: Place) -> WeightRead | FloatRead | None:
         classes = () if place.path == place.name else place.classes
         group = self.config.group_of(place.path, classes)
+        mixed = self.config.mixed(place.path, classes, place.shape[-1]) if place.linear and len(place.shape) == 2 else (
+            None)
         if group is None or len(place.shape) != 2:
+            self._refuse_mixed(place, mixed)
             return None
         tensors = self.checkpoint.tensors
         if f"{place.path}.weight_scale" not in tensors and (not place.linear or self._is_float(place.path)):
+            self._refuse_mixed(place, mixed)
             return None
         n, k = place.shape
         if isinstance(codec := codec_of(group.weight), RowCodec):
+            self._refuse_mixed(place, mixed)
             stored = {name: f"{place.path}.{tensor_on_disk(name)}" for name in codec.names}
             return codec_read(self.checkpoint, place.path, group.weight, place.shape, stored, group.activation)
         try:
@@ -51,7 +63,13 @@ class CompressedTensorsReader(Reader):
         names = names_found(spec, lambda name: f"{place.path}.{name}" in tensors)
         self._check(place.path, spec, names, group.name)
         names += tuple(name for name in _BESIDE if name not in names and f"{place.path}.{name}" in tensors)
-        return WeightRead(spec=spec, tensors={name: f"{place.path}.{name}" for name in names}, read=read_weight)
+        return WeightRead(spec=spec, tensors={name: f"{place.path}.{name}" for name in names},
+                          read=read_weight if mixed is None else partial(_read_mixed, mixed))
+
+    def _refuse_mixed(self, place: Place, mixed: int | None) -> None:
+        if mixed is not None:
+            raise CheckpointError(f"{self.checkpoint.path}: transform_config mixes the input of {place.path}, which "
+                                  "this version does for weights in integers alone")
 
     def _is_float(self, path: str) -> bool:
         """Whether the files have it in float though a target means it: `ignore` may name it as its tool called it."""
@@ -59,6 +77,8 @@ class CompressedTensorsReader(Reader):
         return stored is not None and stored.dtype in FLOATS
 
     def leftover(self, name: str) -> str | None:
+        if self.config.mixings and name.endswith("_input.weight"):
+            return "the Hadamard matrix of a transform, which is known"
         unused = name.endswith(".input_global_scale")
         return "a static activation scale, which this machine does not need" if unused else None
 

@@ -44,9 +44,10 @@ class WeightRead:
     """A quantized weight: its numbers' meaning, its tensors by the reader's own short names, and how to read them.
 
     `read(tensors, spec)` gets those tensors under the short names, and gives the canonical weight of `spec`; it raises
-    ValueError that says which tensor is wrong and how. The canonical tensors may have two more names:
+    ValueError that says which tensor is wrong and how. The canonical tensors may have three more names:
     `input_order` int32 [K], if canonical column i belongs to input input_order[i]; `pre_scale` [K], by which the
-    (unpermuted) input is multiplied first. A static activation scale stands among `tensors` as
+    (unpermuted) input is multiplied first; `hadamard`, a number: before that blocks of so many inputs are mixed by
+    Sylvester's Hadamard matrix over its norm. A static activation scale stands among `tensors` as
     `input_scale`, and `input_zero_point`. `note` is a sentence for the report.
     """
 

@@ -40,9 +40,9 @@ class ReorderedLinear(QuantLinear):
     hadamard_left: Tensor | None
     hadamard_right: Tensor | None
 
-    def __init__(self, weight: CanonicalWeight, bias: nn.Parameter | None, spec: LinearSpec, dtype: torch.dtype,
-                 origin: Origin | None = None, scale: ActivationScale | None = None, *, order: Tensor | None = None,
-                 pre_scale: Tensor | None = None, hadamard: int | None = None) -> None:
+    def __init__(self, weight: CanonicalWeight | Packed, bias: nn.Parameter | None, spec: LinearSpec,
+                 dtype: torch.dtype, origin: Origin | None = None, scale: ActivationScale | None = None, *,
+                 order: Tensor | None = None, pre_scale: Tensor | None = None, hadamard: int | None = None) -> None:
         self.hadamard = hadamard
         self._given = {name: tensor for name, tensor in (("input_order", order), ("pre_scale", pre_scale))
                        if tensor is not None}

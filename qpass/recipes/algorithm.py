@@ -61,7 +61,7 @@ class Gptq(Algorithm):
 
     dampening_frac  part of the Hessian's mean diagonal that is added to the diagonal; raised tenfold, and said, where
                     the Hessian is not positive definite
-    block_size      columns whose errors are spread at once; a matter of speed alone
+    block_size      columns whose errors are spread at once, 64 at the most; a matter of speed alone
     actorder        "static": columns in order of falling activation energy, groups and scales as without (nothing on
                     disk changes); None: as they stand
     scales          how the scales are found, see Scales.method
@@ -80,7 +80,7 @@ class Gptq(Algorithm):
     name: ClassVar[str] = "gptq"
     wiring: ClassVar[str] = "qpass.calibrate.gptq"
     dampening_frac: float = 0.01
-    block_size: int = 64
+    block_size: int = 128
     actorder: str | None = "static"
     scales: str = "signed"
     propagate: bool = True

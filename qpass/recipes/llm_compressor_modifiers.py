@@ -8,6 +8,7 @@ from typing import Any
 from qpass.errors import RecipeError
 from qpass.recipes.algorithm import AutoRound, Awq, Gptq, Rotation, SmoothQuant
 from qpass.recipes.algorithm_table import Algorithm
+from qpass.recipes.rotation import ROTATIONS
 
 # Fields that say how the work is done or which layers are meant, and change no number of the algorithm itself.
 _ELSEWHERE = frozenset({
@@ -59,16 +60,21 @@ def _awq(fields: dict[str, Any]) -> Algorithm:
 
 
 def _spinquant(fields: dict[str, Any]) -> Algorithm:
-    rotations = fields.pop("rotations", ("R1", "R2"))
-    if list(rotations) != ["R1"]:
-        raise RecipeError(f"SpinQuantModifier has rotations={list(rotations)}; of them R1, of the residual stream, is "
-                          "available alone")
+    rotations = tuple(str(getattr(name, "value", name)).upper() for name in fields.pop("rotations", ("R1", "R2")))
+    if unknown := [name for name in rotations if name not in ROTATIONS]:
+        raise RecipeError(f"SpinQuantModifier has rotations={list(rotations)}; {', '.join(ROTATIONS)} are available, "
+                          f"{', '.join(unknown)} is not: queries and keys are not rotated here")
     kind = fields.pop("transform_type", "hadamard")
     if kind not in ("hadamard", "random-hadamard"):
         raise RecipeError(f"SpinQuantModifier has transform_type={kind!r}; hadamard and random-hadamard are available")
     if fields.pop("learnable", False):
         raise RecipeError("SpinQuantModifier has learnable=True; rotations are drawn here, not learned")
-    return Rotation()
+    fields.pop("precision", None)  # of how it is computed, float32 here
+    size = fields.pop("transform_block_size", None)
+    if size is not None and set(rotations) != {"R4"}:
+        raise RecipeError(f"SpinQuantModifier has transform_block_size={size} for {', '.join(rotations)}; blocks are "
+                          "available for R4 alone, R1 mixes all channels and R2 a whole head")
+    return Rotation(rotations=rotations, block=size)
 
 
 _MODIFIERS: dict[str, Callable[[dict[str, Any]], Algorithm]] = {

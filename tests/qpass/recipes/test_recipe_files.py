@@ -107,7 +107,7 @@ def test_llm_compressor_modifiers() -> None:
     for name, fields, message in (("GPTQModifier", {"actorder": "group"}, "use static"),
                                   ("SmoothQuantModifier", {"mappings": [["a", "b"]]}, "read from the model's graph"),
                                   ("GPTQModifier", {"sparsity": 0.5}, "sparsity=0.5, which cannot be expressed"),
-                                  ("SpinQuantModifier", {}, "R1, of the residual stream, is available alone"),
+                                  ("SpinQuantModifier", {"rotations": ["R1", "R3"]}, "queries and keys are not"),
                                   ("SpinQuantModifier", {"rotations": ["R1"], "learnable": True}, "not learned"),
                                   ("SparseGPTModifier", {}, "SparseGPTModifier asks for an algorithm")):
         with pytest.raises(RecipeError, match=message):

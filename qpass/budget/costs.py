@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpass.calibrate.block_work import first_tensor, rounded
+from qpass.calibrate.block_work import first_tensor
+from qpass.calibrate.change_inputs import rounded
 from qpass.calibrate.run import own_tensors
 from qpass.calibrate.samples import Sample
 from qpass.calibrate.watch_inputs import input_of

@@ -17,7 +17,7 @@ from qpass.errors import CheckpointError, RecipeError
 from qpass.formats.compressed_tensors import is_packed
 from qpass.formats.compressed_tensors_experts import Member, float_experts, members_of_experts
 from qpass.formats.compressed_tensors_floats import FLOAT_FORMATS, float_args, float_fields
-from qpass.formats.compressed_tensors_transform import Mixing, read_transforms, write_transforms
+from qpass.formats.compressed_tensors_transform import DECOMPRESS, Mixing, read_transforms, write_transforms
 from qpass.formats.patterns import matches
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedWeight, QuantLinear
@@ -27,8 +27,6 @@ from qpass.spec import LinearSpec
 
 METHOD = "compressed-tensors"
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "qpass", *FLOAT_FORMATS.values())
-_DECOMPRESS = ("decompress it with the compressed-tensors package (from_pretrained, then save_pretrained), and "
-               "quantize the float model")
 _STRATEGY = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_token": "token"}
 _GRANULARITY = {strategy: granularity for granularity, strategy in _STRATEGY.items()}
 
@@ -173,10 +171,10 @@ def read_config(config: Mapping[str, Any], where: str) -> LayerConfig:
                               "the float model")
     if layout not in (*_FORMATS, None):
         raise CheckpointError(f"{where}: compressed-tensors format {layout!r} is not read by this version; it reads "
-                              f"{', '.join(_FORMATS[:3])} and the formats of floats; {_DECOMPRESS}")
+                              f"{', '.join(_FORMATS[:3])} and the formats of floats; {DECOMPRESS}")
     if (value := config.get("sparsity_config")) and value.get("format", "dense") != "dense":
         raise CheckpointError(f"{where}: sparsity_config is set, and this version cannot honour it: {value}; "
-                              f"{_DECOMPRESS}")
+                              f"{DECOMPRESS}")
     raw = config.get("config_groups")
     if not isinstance(raw, Mapping) or not raw:
         raise CheckpointError(f"{where}: quantization_config has no config_groups, so nothing says which layers are "

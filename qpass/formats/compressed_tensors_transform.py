@@ -17,6 +17,8 @@ from qpass.errors import CheckpointError
 from qpass.formats.patterns import matches
 from qpass.layers.reordered_linear import ReorderedLinear
 
+DECOMPRESS = ("decompress it with the compressed-tensors package (from_pretrained, then save_pretrained), and "
+              "quantize the float model")
 _FOLDED = ("weight_input", "weight_output")
 
 
@@ -59,11 +61,14 @@ def read_transforms(config: Any, where: str) -> tuple[Mixing, ...]:
     if not config:
         return ()
     groups = config.get("config_groups") if isinstance(config, Mapping) else None
-    if not isinstance(groups, Mapping):
-        raise CheckpointError(f"{where}: transform_config is {config!r}, and must have config_groups")
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) and isinstance(group.get("apply"), list)
+                                                  and all(isinstance(part, Mapping) for part in group["apply"])
+                                                  for group in groups.values()):
+        raise CheckpointError(f"{where}: transform_config is {config!r}, and must have config_groups, each with a list "
+                              f"of what it is applied to; {DECOMPRESS}")
     found = []
     for name, group in groups.items():
-        for part in group.get("apply") or () if isinstance(group, Mapping) else ():
+        for part in group["apply"]:
             if part.get("location") in _FOLDED:
                 continue
             if part.get("location") != "input" or group.get("type") != "hadamard" or group.get("randomize"):
@@ -71,7 +76,7 @@ def read_transforms(config: Any, where: str) -> tuple[Mixing, ...]:
                 raise CheckpointError(
                     f"{where}: transform_config has {name!r}, a transform of type {group.get('type')!r} on "
                     f"{part.get('location')!r}{order} when the model runs, and of these this version reads Hadamard "
-                    "matrices on a layer's input; load it with the tool that made it, or quantize the float model")
+                    f"matrices on a layer's input; {DECOMPRESS}")
             size = group.get("head_dim")
             if size is not None and (type(size) is not int or size < 1 or size & (size - 1)):
                 raise CheckpointError(f"{where}: transform_config has {name!r} in blocks of {size!r}, which is no "

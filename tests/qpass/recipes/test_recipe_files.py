@@ -104,7 +104,11 @@ def test_llm_compressor_modifiers() -> None:
     assert of("GPTQModifier", block_size=64, actorder=None, offload_hessians=True) == (
         Gptq(block_size=64, actorder=None),)
     assert of("GPTQModifier", actorder="weight") == of("GPTQModifier") == (Gptq(),)
+    assert of("SpinQuantModifier") == (Rotation(rotations=("R1", "R2")),)
+    assert of("SpinQuantModifier", rotations=["R4"], transform_type="hadamard", transform_block_size=128) == (
+        Rotation(rotations=("R4",), block=128),)
     for name, fields, message in (("GPTQModifier", {"actorder": "group"}, "use static"),
+                                  ("SpinQuantModifier", {"transform_block_size": 64}, "for R4 alone"),
                                   ("SmoothQuantModifier", {"mappings": [["a", "b"]]}, "read from the model's graph"),
                                   ("GPTQModifier", {"sparsity": 0.5}, "sparsity=0.5, which cannot be expressed"),
                                   ("SpinQuantModifier", {"rotations": ["R1", "R3"]}, "queries and keys are not"),

@@ -11,6 +11,7 @@
 
 #include "avx2_vector.h"
 #include "avx2_quantize.h"
+#include "avx2_four_rows.h"
 #include "avx2_product_q4.h"
 #include "avx2_panel_q4.h"
 #include "avx2_product_q8.h"

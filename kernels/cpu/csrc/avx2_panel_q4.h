@@ -116,30 +116,20 @@ void unpack_panel(const Weight& w, int64_t block, int64_t k, int64_t inputs, int
     }
 }
 
-// Four inputs of a row, `at` bytes from x, times the codes of 8 outputs each, into p and q; and sums += such products.
-#define QPASS_MULTIPLY(at, p, q)                                              \
-  "vpbroadcastd " #at "(%1), %%ymm" #q "\n\tvpmaddubsw %%ymm" #q ", %%ymm12, %%ymm" #p \
-  "\n\tvpmaddubsw %%ymm" #q ", %%ymm13, %%ymm" #q "\n\t"
-#define QPASS_ADD(p, q, a, b) \
-  "vpaddw %%ymm" #p ", %%ymm" #a ", %%ymm" #a "\n\tvpaddw %%ymm" #q ", %%ymm" #b ", %%ymm" #b "\n\t"
-#define QPASS_LINE(codes, x0, x1, x2, x3)                                                             \
-  "vmovdqa " #codes "(%0), %%ymm12\n\tvmovdqa " #codes "+32(%0), %%ymm13\n\t"                         \
-  QPASS_MULTIPLY(x0, 8, 9) QPASS_MULTIPLY(x1, 10, 11) QPASS_ADD(8, 9, 0, 1) QPASS_MULTIPLY(x2, 8, 9)  \
-  QPASS_ADD(10, 11, 2, 3) QPASS_MULTIPLY(x3, 10, 11) QPASS_ADD(8, 9, 4, 5) QPASS_ADD(10, 11, 6, 7)
 #define QPASS_BEGIN(at, a, b) "vpbroadcastd " #at "(%3), %%ymm" #a "\n\tvmovdqa %%ymm" #a ", %%ymm" #b "\n\t"
 #define QPASS_END(at, a) \
   "vpmaddwd %%ymm14, %%ymm" #a ", %%ymm" #a "\n\tvpaddd " #at "(%4), %%ymm" #a ", %%ymm" #a "\n\tvmovdqa %%ymm" #a ", " #at "(%4)\n\t"
 
-// The products of a run of inputs, added to `total`. In assembly, because GCC adds products to each other first, or keeps
-// some of the eight sums in memory, which takes a quarter to a half of the speed; products wait for the next row's before
-// they are added, which takes turns on the ports for multiplications and additions best.
+#define QPASS_LINE4(codes, x0, x1, x2, x3) QPASS_LINE("vpbroadcastd", "vpmaddubsw", "vpaddw", codes, x0, x1, x2, x3)
+
+// The products of a run of inputs, added to `total`.
 inline __attribute__((always_inline)) void add_run(const uint8_t* codes, const int8_t* x, const int32_t* starts,
                                                    int64_t run, int32_t (&total)[4][16]) {
   int64_t turns = run / 16;
   __asm__ volatile(
       QPASS_BEGIN(0, 0, 1) QPASS_BEGIN(4, 2, 3) QPASS_BEGIN(8, 4, 5) QPASS_BEGIN(12, 6, 7)
-      "1:\n\t" QPASS_LINE(0, 0, 4, 8, 12) QPASS_LINE(64, 16, 20, 24, 28) QPASS_LINE(128, 32, 36, 40, 44)
-      QPASS_LINE(192, 48, 52, 56, 60) "add $256, %0\n\tadd $64, %1\n\tdec %2\n\tjnz 1b\n\t"
+      "1:\n\t" QPASS_LINE4(0, 0, 4, 8, 12) QPASS_LINE4(64, 16, 20, 24, 28) QPASS_LINE4(128, 32, 36, 40, 44)
+      QPASS_LINE4(192, 48, 52, 56, 60) "add $256, %0\n\tadd $64, %1\n\tdec %2\n\tjnz 1b\n\t"
       "vpcmpeqw %%ymm14, %%ymm14, %%ymm14\n\tvpabsw %%ymm14, %%ymm14\n\t"
       QPASS_END(0, 0) QPASS_END(32, 1) QPASS_END(64, 2) QPASS_END(96, 3)
       QPASS_END(128, 4) QPASS_END(160, 5) QPASS_END(192, 6) QPASS_END(224, 7)
@@ -148,9 +138,7 @@ inline __attribute__((always_inline)) void add_run(const uint8_t* codes, const i
         "xmm11", "xmm12", "xmm13", "xmm14");
 }
 
-#undef QPASS_MULTIPLY
-#undef QPASS_ADD
-#undef QPASS_LINE
+#undef QPASS_LINE4
 #undef QPASS_BEGIN
 #undef QPASS_END
 

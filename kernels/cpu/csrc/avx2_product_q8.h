@@ -62,6 +62,28 @@ void widen(const uint8_t* tile, int64_t tiles, int16_t* panel) {
     }
 }
 
+#define QPASS_LINE8(codes, x0, x1, x2, x3) QPASS_LINE("vpbroadcastq", "vpmaddwd", "vpaddd", codes, x0, x1, x2, x3)
+#define QPASS_ZERO(a) "vpxor %%xmm" #a ", %%xmm" #a ", %%xmm" #a "\n\t"
+#define QPASS_KEEP(at, a) "vmovdqa %%ymm" #a ", " #at "(%3)\n\t"
+
+// Four rows times 4 lines of 8 outputs and 4 inputs, `turns` times.
+inline __attribute__((always_inline)) void add_lines(const int16_t* lines, const int16_t* x, int64_t turns,
+                                                     int32_t (&sum)[4][2][8]) {
+  __asm__ volatile(
+      QPASS_ZERO(0) QPASS_ZERO(1) QPASS_ZERO(2) QPASS_ZERO(3) QPASS_ZERO(4) QPASS_ZERO(5) QPASS_ZERO(6) QPASS_ZERO(7)
+      "1:\n\t" QPASS_LINE8(0, 0, 8, 16, 24) QPASS_LINE8(64, 32, 40, 48, 56) QPASS_LINE8(128, 64, 72, 80, 88)
+      QPASS_LINE8(192, 96, 104, 112, 120) "add $256, %0\n\tsub $-128, %1\n\tdec %2\n\tjnz 1b\n\t"
+      QPASS_KEEP(0, 0) QPASS_KEEP(32, 1) QPASS_KEEP(64, 2) QPASS_KEEP(96, 3)
+      QPASS_KEEP(128, 4) QPASS_KEEP(160, 5) QPASS_KEEP(192, 6) QPASS_KEEP(224, 7)
+      : "+r"(lines), "+r"(x), "+r"(turns) : "r"(sum)
+      : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
+        "xmm11", "xmm12", "xmm13");
+}
+
+#undef QPASS_LINE8
+#undef QPASS_ZERO
+#undef QPASS_KEEP
+
 // Four rows times a panel of `runs` times 32 inputs, of which the first is run `first` of the row.
 __attribute__((noinline)) void multiply_four(const Weight& w, int64_t block, const int16_t* panel, int64_t first,
                                              int64_t runs, const int16_t* x, const int32_t* sums, Partial& to) {
@@ -71,25 +93,16 @@ __attribute__((noinline)) void multiply_four(const Weight& w, int64_t block, con
     const int16_t *lines = panel + h * runs * 256, *from = x;
     for (int64_t run = 0; run < runs && group < w.groups;) {  // after the last group the rest is padding
       const int64_t now = left < runs - run ? left : runs - run;
-      __m256i a[4], b[4], total[4];
-      for (int m = 0; m < 4; m++) a[m] = b[m] = _mm256_setzero_si256();
-#pragma GCC unroll 2
-      for (int64_t i = 0; i < now * 8; i++, lines += 32, from += 16) {
-        const __m256i u = _mm256_load_si256((const __m256i*)lines), v = _mm256_load_si256((const __m256i*)lines + 1);
-#pragma GCC unroll 4
-        for (int m = 0; m < 4; m++) {
-          long long codes;
-          __builtin_memcpy(&codes, from + m * 4, 8);
-          const __m256i xs = _mm256_set1_epi64x(codes);
-          a[m] = _mm256_add_epi32(a[m], _mm256_madd_epi16(u, xs));
-          b[m] = _mm256_add_epi32(b[m], _mm256_madd_epi16(v, xs));
-        }
-      }
+      alignas(32) int32_t sum[4][2][8];  // of each row, outputs 0 to 3 and 4 to 7, two sums each
+      add_lines(lines, from, now * 2, sum);
+      lines += now * 256, from += now * 128;
+      __m256i total[4];
       run += now;
       left -= now;
-      for (int m = 0; m < 4; m++) {  // a holds outputs 0 to 3, b 4 to 7, two sums each
+      for (int m = 0; m < 4; m++) {
         __m256i* held = (__m256i*)(to.total[m] + h * 8);
-        total[m] = _mm256_add_epi32(*held, _mm256_permute4x64_epi64(_mm256_hadd_epi32(a[m], b[m]), 0xd8));
+        const __m256i pairs = _mm256_hadd_epi32(*(__m256i*)sum[m][0], *(__m256i*)sum[m][1]);
+        total[m] = _mm256_add_epi32(*held, _mm256_permute4x64_epi64(pairs, 0xd8));
         *held = left ? total[m] : _mm256_setzero_si256();
       }
       if (left) continue;

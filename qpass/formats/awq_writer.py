@@ -32,6 +32,8 @@ class AwqWriter:
             return f"AWQ packs 8 outputs a word, and there are {spec.out_features}"
         if any(getattr(layer, name, None) is not None for name in ("input_order", "pre_scale")):
             return "AWQ has neither an order nor a scale of the inputs"
+        if getattr(layer, "hadamard", None) is not None:
+            return "AWQ does not mix inputs"
         return None
 
     def describe(self, layer: Writable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

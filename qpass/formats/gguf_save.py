@@ -143,7 +143,7 @@ def _packed(name: str, layer: PackedWeight, names: GgufNames) -> GgufEntry:
     there, spec = _name(name, names), layer.spec
     rows = _rows(there, name, spec.out_features, names)
     n, k = spec.shape
-    moved = getattr(layer, "input_order", None) is not None or getattr(layer, "pre_scale", None) is not None
+    moved = any(getattr(layer, name, None) is not None for name in ("input_order", "pre_scale", "hadamard"))
     kind = None if moved else weight_kind(spec)
     if kind is None:
         float_kind = plain_bytes(torch.empty(1, 1, dtype=layer.dtype))[0]

@@ -40,6 +40,8 @@ class GptqWriter:
             return f"GPTQ fills whole int32 words, and [{n}, {k}] of {bits} bits does not"
         if getattr(layer, "pre_scale", None) is not None:
             return "GPTQ has no scale of the inputs"
+        if getattr(layer, "hadamard", None) is not None:
+            return "GPTQ does not mix inputs"
         return None
 
     def describe(self, layer: Writable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -28,8 +28,8 @@ class ModelOptWriter:
         """A sentence if this format has no place for the layer's numbers."""
         if layer.spec.weight.type not in _TYPES:
             return f"it is written for nvfp4 whose scales are multiplied, not {layer.spec.weight.type}"
-        if getattr(layer, "pre_scale", None) is not None:
-            return "a scale of the inputs is not written"
+        if any(getattr(layer, name, None) is not None for name in ("pre_scale", "hadamard")):
+            return "a scale or a mixing of the inputs is not written"
         return None
 
     def describe(self, layer: Writable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -106,6 +106,39 @@ def test_other_transforms_are_refused(change: dict[str, Any], why: str, tmp_path
         qpass.load(tmp_path)
 
 
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_formats_that_do_not_mix_refuse(format: str, tmp_path: Path) -> None:
+    scheme = qpass.PRESETS["w4a16_asym" if format == "awq" else "w4a16"].with_group_size(32)
+    recipe = qpass.Recipe(scheme, algorithms=[{"rotation": {"rotations": ["R4"]}}])
+    model = qpass.quantize(small_model("llama"), recipe, progress=False)
+    with pytest.raises(CheckpointError, match="does not mix inputs"):
+        qpass.save(model, tmp_path / "saved", format=format)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_a_compiled_graph_mixes_and_rounds() -> None:
+    torch.manual_seed(0)
+    model, x = Mlp().eval(), torch.randn(1, 5, 64)
+    qpass.quantize(model, {"scheme": "w8a8", "algorithms": [{"rotation": {"rotations": ["R4"]}}]}, progress=False,
+                   example_inputs=x)
+    assert mixed_layers(model) == ["down"]
+    want = model(x)
+    with torch.no_grad():
+        got = torch.compile(model)(x)
+    assert (got - want).norm() < 0.02 * want.norm()
+    row = next(row for row in qpass.explain(model).rows if row.name == "down.weight")
+    assert "in the kernel" not in row.activation, row.activation  # it stands in the graph, after the mixing
+
+
 def test_settings() -> None:
     with pytest.raises(RecipeError, match="R1, R2, R4"):
         qpass.Recipe("w4a16", algorithms=[{"rotation": {"rotations": ["R3"]}}])

@@ -2,7 +2,7 @@
 //
 // Written out because GCC adds products to each other first, or keeps some of the eight sums in memory, which takes a
 // quarter to a half of the speed. Products wait for the next row's before they are added: Zen 3 has two ports for
-// multiplications, which additions take too, and gets to 1.55 multiplications a cycle this way, 1.4 in the plain order.
+// multiplications, which additions take too, and gets to 1.55 multiplications a cycle this way, 1.5 in the plain order.
 //
 // Registers: ymm0 to 7 the sums, two a row; 8 to 11 products and inputs; 12 and 13 the codes. %0 points to the codes, %1
 // to the inputs of the four rows.

@@ -9,7 +9,7 @@
 namespace qpass {
 namespace {
 
-constexpr int64_t kUnpackRows = 12;  // measured: with fewer, unpacking costs more than it saves
+constexpr int64_t kUnpackRows = 12;  // measured: 1.04 times as fast with 12, 1.08 with 16; fewer were not tried
 constexpr int64_t kStretch = 1024;   // inputs of a panel: 16 KB, half of the L1 cache
 
 // What four rows and 16 outputs have come to between two stretches; `total` of the group that is not at its end.

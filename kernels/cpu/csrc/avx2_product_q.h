@@ -2,7 +2,7 @@
 //
 // 4 bits: maddubs(code 0..15, x) adds two products, at most 2 * 15 * 128 = 3840, so the 8 lines of a block can be added
 // in int16 (30720) before they are widened; a line's low nibbles are 32 inputs, its high nibbles the next 32.
-// Groups of 64 inputs and their multiples have a faster way, avx2_product_q4.h.
+// Groups of 64 inputs and their multiples have a faster way, avx2_product_q4.h, and many rows another, avx2_panel_q4.h.
 // 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows. Eight and
 // more rows have a faster way, avx2_product_q8.h.
 // Integer scales: a run's sum, its offset taken off, times the run's multiplier, adds up in int32 over the whole row.

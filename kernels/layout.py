@@ -21,7 +21,8 @@ class Layout:
     `rows(packed, spec, ids)` gives the rows `ids` [M] of the weight and reads no others; a layout without it cannot
     serve as the table of an embedding. `quantize(weight, spec, into, largest)` packs what quantize_weight of
     qpass/weight.py gives, bit for bit, faster than the two do, in the tensors `into` where they fit and it can;
-    `finite(weight)` says whether a weight holds neither NaN nor Inf. Both give None for a weight that they do not take.
+    `largest(weight)` is the largest magnitude in a weight, float32 [], Inf or NaN if it holds one. Both give None for a
+    weight that they do not take.
 
     `even(packed, spec)` is the same weight with tensors whose shapes and dtypes do not depend on its values, as experts
     that share one tensor need; without it `pack` gives such.
@@ -35,7 +36,7 @@ class Layout:
     unpack: Callable[[Packed, LinearSpec], CanonicalWeight]
     rows: Callable[[Packed, LinearSpec, Tensor], CanonicalWeight] | None = None
     quantize: Callable[[Tensor, LinearSpec, Packed | None, Tensor | None], Packed | None] | None = None
-    finite: Callable[[Tensor], bool | None] | None = None
+    largest: Callable[[Tensor], Tensor | None] | None = None
     even: Callable[[Packed, LinearSpec], Packed] | None = None
 
 

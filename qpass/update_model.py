@@ -18,7 +18,7 @@ from qpass.layers.packed_layers import PackedLayer, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.layers.reordered_linear import ReorderedLinear
 from qpass.scheme import RowCodec, codec_of
-from qpass.swap.round_weight import known_finite, quantized
+from qpass.swap.round_weight import known_finite, known_largest, quantized
 from qpass.swap.swap_experts import quantized_experts
 from qpass.weight import CanonicalWeight, check_weight
 
@@ -80,9 +80,11 @@ def _share_scales(places: Iterable[_Place], given: Mapping[str, Tensor]) -> None
             groups.setdefault((parent, float(scale)), []).append(place)
     for group in groups.values():
         if len(group) > 1:
-            ends = [torch.stack(given[place.found(given)[0]].detach().aminmax()).cpu().float() for place in group]
+            known = [place.largest if place.largest is not None else place.stored(
+                torch.stack(given[place.found(given)[0]].detach().aminmax()).abs().amax()) for place in group]
+            largest = torch.stack([found.cpu() for found in known]).amax()
             for place in group:
-                place.largest = torch.stack(ends).abs().amax().to(place.layer.device)
+                place.largest = largest.to(place.layer.device)
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -187,7 +189,13 @@ class _Linear(_Place):
         return dict(zip(kernel(self.layer.spec.kernel).layout.names(self.layer.spec), self.layer.packed, strict=True))
 
     def check(self, name: str, tensor: Tensor) -> None:
-        check_weight(tensor, name, allow_nonfinite=known_finite(tensor, self.layer.spec))
+        found = known_largest(tensor, self.layer.spec)
+        check_weight(tensor, name, allow_nonfinite=found is not None and bool(found.isfinite()))
+        self.largest = None if found is None else self.stored(found)
+
+    def stored(self, largest: Tensor) -> Tensor:
+        """The largest magnitude of a weight, float32 [], when that has become the layer's dtype."""
+        return largest.to(device=self.layer.device, dtype=self.layer.dtype).float()
 
     def write(self, given: Mapping[str, Tensor]) -> None:
         layer, name = self.layer, self.found(given)[0]

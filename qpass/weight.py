@@ -79,8 +79,8 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
     """Round `weight` [N, K] to `spec.weight`; scales are stored in `scale_dtype`, by default the weight's own
     (float32 for a float64 weight, for they are computed in float32).
 
-    `largest` is the largest magnitude, float32 [], of the weights that share one scale for the tensor with this one,
-    where the format has such a scale. Non-finite values become 0 (callers refuse them first with `check_weight`).
+    `largest` is the largest magnitude, float32 [], in this weight and those that share one scale for the tensor with
+    it; formats without such a scale do not look at it. Non-finite values become 0 (callers refuse them first with `check_weight`).
     Works in blocks of rows.
     """
     scale_dtype = scale_dtype or (torch.float32 if weight.dtype is torch.float64 else weight.dtype)

@@ -1,6 +1,7 @@
 """Native weights: a float weight in; integers, or codes and scales as kernels want them packed, out of native code.
 
-All take weights [N, K] on the CPU, contiguous, in float32, bfloat16 or float16, and count NaN and Inf as 0.
+All take weights [N, K] on the CPU, contiguous, in float32, bfloat16 or float16, and, but for `largest`, count NaN and
+Inf as 0.
 """
 
 from __future__ import annotations
@@ -92,13 +93,13 @@ def amax(weight: Tensor, group_size: int) -> Tensor:
     return found
 
 
-def all_finite(weight: Tensor) -> bool:
-    """Whether a contiguous weight of float32, bfloat16 or float16 holds neither NaN nor Inf."""
-    dtype = DTYPE_INDEX[weight.dtype]
-    code = library().qp_all_finite(weight.data_ptr(), dtype, weight.numel(), torch.get_num_threads())
-    if code < 0:
-        succeed(code)
-    return bool(code == 0)
+def largest(weight: Tensor) -> Tensor:
+    """The largest magnitude, float32 [], of a contiguous weight of float32, bfloat16 or float16 with any number of
+    dimensions, 0 of an empty one; Inf or NaN if it holds one, and so what says whether all of it is finite."""
+    found = torch.empty(())
+    succeed(library().qp_largest(weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.numel(), found.data_ptr(),
+                                 torch.get_num_threads()))
+    return found
 
 
 def _floats(weight: Tensor) -> tuple[int, int, int, int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpass.integer_scales import factor
 from qpass.kernels.cpu import native, native_weights
-from qpass.kernels.cpu.x86_encode import finite, integers_known
+from qpass.kernels.cpu.x86_encode import integers_known, largest
 from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
 from qpass.kernels.registry import LinearCall, register_kernel
@@ -144,7 +144,7 @@ def _even(packed: Packed, spec: LinearSpec) -> Packed:
 
 
 X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize,
-                    finite=finite, even=_even)
+                    largest=largest, even=_even)
 """Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
 
 

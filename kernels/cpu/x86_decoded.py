@@ -69,7 +69,7 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
 
 
 X86_DECODED = Layout(name="x86_decoded", names=_names, pack=_pack, unpack=_unpack, quantize=x86_encode.quantize,
-                     finite=x86_encode.finite)
+                     largest=x86_encode.largest)
 """Tiles of 16 outputs x 64 inputs as in x86_tile64, with the scales, offsets and tables of csrc/decoded.h."""
 
 

@@ -23,16 +23,17 @@ _EXPONENT: dict[str, Element] = {"mxfp4": "e2m1", "mxfp8": "e4m3", "mxfp6_e2m3":
 _BOOKS = {"nf4": NF4, "fp4": FP4}
 
 
-def finite(weight: Tensor) -> bool | None:
-    """Whether a weight holds neither NaN nor Inf; None for one that is not taken."""
-    return native_weights.all_finite(weight) if _taken(weight) else None
+def largest(weight: Tensor) -> Tensor | None:
+    """The largest magnitude of a weight, float32 [], Inf or NaN if it holds one; None for one that is not taken."""
+    return native_weights.largest(weight) if _taken(weight) else None
 
 
 def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
              ) -> Packed | None:
     """`weight` [N, K] as the layout x86_decoded packs it, in the tensors of `into` where they fit; or None.
 
-    `largest` is the largest magnitude of all weights that share a scale for the tensor with this one, if any do.
+    `largest` is the largest magnitude of this weight and of all that share a scale for the tensor with it, if it is
+    known already.
     """
     numbers, weight = spec.weight, weight.detach()
     if not _taken(weight):
@@ -47,7 +48,7 @@ def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, large
         table = {"table": values(E2M1, _CPU)} if numbers.type == "mxfp4" else {}
         return {**made, **table, **(_ones(spec) if numbers.type == "mxfp8" else {})}
     if numbers.type == "nvfp4" and whole:
-        shared = global_scale_of(native_weights.amax(weight, spec.in_features).amax() if largest is None else largest)
+        shared = global_scale_of(_amax(weight) if largest is None else largest)
         made = native_weights.encode_pack(weight, spec.group_size, "e2m1", "nested", shared, into=into)
         gain = _ones(spec)["gain"]
         gain[:spec.out_features] = 1 / shared
@@ -57,7 +58,7 @@ def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, large
         made = native_weights.encode_pack(weight, spec.group_size, "codebook", "absmax", _bounds(code), into=into)
         return {**made, "table": code}
     if numbers.type == "fp8":
-        return {**_fp8(weight, spec, into), **_ones(spec)}
+        return {**_fp8(weight, spec, into, largest), **_ones(spec)}
     return None
 
 
@@ -92,11 +93,18 @@ def _bounds(code: Tensor) -> Tensor:
     return torch.cat(((ordered[1:] + ordered[:-1]) / 2, order.float()))
 
 
-def _fp8(weight: Tensor, spec: LinearSpec, into: Packed | None) -> Packed:
+def _amax(weight: Tensor) -> Tensor:
+    return native_weights.amax(weight, weight.shape[1]).amax()
+
+
+def _fp8(weight: Tensor, spec: LinearSpec, into: Packed | None, largest: Tensor | None) -> Packed:
     n, granularity = spec.out_features, spec.weight.granularity
-    if granularity not in ("per_tensor", "per_block"):
+    if granularity == "per_tensor":
+        scale = stored_scale((_amax(weight) if largest is None else largest) / LARGEST, weight.dtype).expand(n)
+    elif granularity == "per_block":
+        of_blocks = torch.nn.functional.pad(native_weights.amax(weight, spec.group_size), (0, 0, 0, -n % spec.group_size))
+        of_blocks = of_blocks.unflatten(0, (-1, spec.group_size)).amax(1)
+        scale = stored_scale(of_blocks / LARGEST, weight.dtype).repeat_interleave(spec.group_size, 0)[:n]
+    else:
         return native_weights.encode_pack(weight, spec.group_size, "e4m3", "amax", into=into)
-    most, side = native_weights.amax(weight, spec.group_size), n if granularity == "per_tensor" else spec.group_size
-    of_blocks = torch.nn.functional.pad(most, (0, 0, 0, -n % side)).unflatten(0, (-1, side)).amax(1)
-    scale = stored_scale(of_blocks / LARGEST, weight.dtype).repeat_interleave(side, 0)[:n]
     return native_weights.encode_pack(weight, spec.group_size, "e4m3", "given", scale, into=into)

@@ -19,8 +19,14 @@ def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None, larg
     return quantize_weight(weight, spec, largest=largest) if packed is None else packed
 
 
+def known_largest(weight: Tensor, spec: LinearSpec) -> Tensor | None:
+    """The largest magnitude in `weight`, float32 [], Inf or NaN if it holds one, where the kernel's layout finds it
+    faster than plain torch would; else None."""
+    largest = kernel(spec.kernel).layout.largest
+    return None if largest is None else largest(weight.detach())
+
+
 def known_finite(weight: Tensor, spec: LinearSpec) -> bool:
-    """Whether the kernel's layout can say that `weight` holds neither NaN nor Inf, as it does faster than check_weight;
-    False leaves it open."""
-    finite = kernel(spec.kernel).layout.finite
-    return finite is not None and finite(weight.detach()) is True
+    """Whether it is known from `known_largest` that `weight` holds neither NaN nor Inf; False leaves it open."""
+    largest = known_largest(weight, spec)
+    return largest is not None and bool(largest.isfinite())

@@ -59,6 +59,20 @@ def test_equal_to_the_new_model_quantized(case: str, tiny_model: Build, token_id
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
+@pytest.mark.parametrize("preset", ["nvfp4", "fp8_per_tensor"])
+def test_a_scale_of_the_whole_tensor_is_that_of_what_is_stored(preset: str, tiny_model: Build) -> None:
+    """New weights in float32 for a model in bfloat16, their largest between two numbers of it."""
+    recipe = qpass.Recipe(preset, on_indivisible="skip")
+    model = qpass.quantize(tiny_model("llama").bfloat16(), recipe, progress=False)
+    new = tiny_model("llama", seed=1)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.view(-1)[5] = 1.0 + 2**-8 + 2**-12
+    qpass.update(model, new)
+    expected = qpass.quantize(new.bfloat16(), recipe, progress=False).state_dict()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
 def test_compiled_graphs_stay(tiny_llama: Build, token_ids: torch.Tensor) -> None:
     model = qpass.quantize(tiny_llama(num_hidden_layers=1), "w4a8", progress=False)
     compiled = torch.compile(model, fullgraph=True)

@@ -91,8 +91,8 @@ int32_t qp_float_attention(const int64_t* sizes, int32_t dtype, const struct qp_
                            const struct qp_rows* v, const struct qp_rows* mask, int32_t mask_dtype, int32_t causal,
                            float scale, void* out, int64_t out_count, int32_t threads);
 
-// 0 if every number is finite, 1 if one is NaN or Inf.
-int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, int32_t threads);
+// The largest magnitude of `count` numbers, 0 of none; Inf or NaN if one of them is.
+int32_t qp_largest(const void* w, int32_t dtype, int64_t count, float* largest, int32_t threads);
 
 }  // extern "C"
 

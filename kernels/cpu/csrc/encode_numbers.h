@@ -58,8 +58,8 @@ struct Numbers<Element::e2m3> {
   static constexpr float largest = 7.5f;
 };
 
-// The e4m3 bytes of e2m3's codes 0 to 7, its subnormals; those of the others are 48 more than they.
-constexpr uint8_t kSmallSixes[8] = {0, 0x20, 0x28, 0x2c, 0x30, 0x32, 0x34, 0x36};
+// The e4m3 bytes of e2m3's codes 0 to 7, its subnormals, and of 8, which is 1; those of all others too are 48 more than they.
+constexpr uint8_t kSmallSixes[16] = {0, 0x20, 0x28, 0x2c, 0x30, 0x32, 0x34, 0x36, 0x38};
 
 // The code of a magnitude, nearest, ties to even, too large the largest. Next to 1.5 * 2^(23 - mantissa) times the power
 // of two below it, or below the least normal, the sum's bits count the steps that a code counts.

@@ -75,8 +75,8 @@ namespace {
 
 struct Plain {
   template <class T>
-  static void numbers(const Job& job, const T* w, Group& found) {
-    numbers_plain(job, w, found);
+  static void numbers(const Job& job, const T* w, int64_t groups, Group* found) {
+    for (int64_t g = 0; g < groups; g++) numbers_plain(job, w + g * job.group_size, found[g]);
   }
   template <class T>
   static void codes(const Job& job, const T* w, const Group& group, int8_t* q) {
@@ -86,7 +86,25 @@ struct Plain {
 
 struct Avx2 {
   template <class T>
-  QPASS_AVX2 static void numbers(const Job& job, const T* w, Group& found) {
+  QPASS_AVX2 static void numbers(const Job& job, const T* w, int64_t groups, Group* found) {
+    for (int64_t g = 0; g < groups;) {
+      const int64_t many = g + 8 <= groups && numbers_8(job, w + g * job.group_size, found + g) ? 8 : 1;
+      if (many == 1) numbers_1(job, w + g * job.group_size, found[g]);
+      g += many;
+    }
+  }
+  template <class T>
+  QPASS_AVX2 static bool numbers_8(const Job& job, const T* w, Group* found) {
+    if (sizeof(T) != 2 || job.group_size % 32) return false;
+    __m256 least = _mm256_setzero_ps(), most;
+    if (!(job.symmetric ? largest_of_8(w, job.group_size, most) : ranges_of_8(w, job.group_size, least, most))) return false;
+    float scale[8], zero_point[8];
+    numbers_of_8(job, w, least, most, scale, zero_point);
+    for (int g = 0; g < 8; g++) found[g] = {scale[g], zero_point[g], 1};
+    return true;
+  }
+  template <class T>
+  QPASS_AVX2 static void numbers_1(const Job& job, const T* w, Group& found) {
     if (job.group_size % 32) return numbers_plain(job, w, found);
     bool all_finite;
     float least = 0, most;
@@ -109,8 +127,8 @@ struct Avx2 {
 template <class How, class T>
 void quantize_row(const Job& job, const T* w, int64_t groups, int8_t* q, void* scale, int8_t* zero_point, int64_t first,
                   int64_t step, Group* found) {
+  How::numbers(job, w, groups, found);
   for (int64_t g = 0; g < groups; g++) {
-    How::numbers(job, w + g * job.group_size, found[g]);
     store_float(scale, job.dtype, first + g * step, found[g].scale);
     if (zero_point) zero_point[first + g * step] = (int8_t)found[g].zero_point;
   }
@@ -149,24 +167,6 @@ float sum_of(int64_t sum, int64_t K, const Group& group) {
 }
 
 void pack_any(const int8_t* rows, int64_t stride, int32_t bits, uint8_t* out) { pack_tile(rows, stride, bits, out); }
-
-// Whether one of `count` numbers of 16 bits has all bits of `mask`, as NaN and Inf have those of the exponent.
-#define QPASS_ANY(name, attribute)                                            \
-  attribute bool name(const void* w, int64_t count, int32_t dtype) {          \
-    if (dtype == 0) {                                                         \
-      int32_t any = 0;                                                        \
-      for (int64_t i = 0; i < count; i++)                                     \
-        any |= -((((const int32_t*)w)[i] & 0x7f800000) == 0x7f800000);        \
-      return any != 0;                                                        \
-    }                                                                         \
-    const int16_t mask = dtype == 1 ? 0x7f80 : 0x7c00;                        \
-    int16_t any = 0;                                                          \
-    for (int64_t i = 0; i < count; i++)                                       \
-      any |= (int16_t)(-((int16_t)(((const int16_t*)w)[i] & mask) == mask));  \
-    return any != 0;                                                          \
-  }
-QPASS_ANY(any_plain, )
-QPASS_ANY(any_avx2, __attribute__((target("avx2"))))
 
 const char* check(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size, int32_t bits,
                   const void* q, const void* scale, const void* zero_point, int32_t symmetric) {
@@ -250,20 +250,4 @@ extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_byte
     }
   }
   return failed ? fail("quantize_pack: out of memory") : 0;
-}
-
-extern "C" int32_t qp_all_finite(const void* w, int32_t dtype, int64_t count, int32_t threads) {
-  if ((!w && count) || count < 0 || dtype < 0 || dtype > 2) return fail("all_finite: a null pointer, size or dtype that cannot be");
-  constexpr int64_t part = 1 << 16;
-  const int64_t parts = (count + part - 1) / part;
-  const int32_t team = team_size(threads, parts);
-  const auto any = machine_runs(1) ? any_avx2 : any_plain;
-  const int64_t size = bytes_of((DType)dtype);
-  int32_t bad = 0;
-#pragma omp parallel for num_threads(team) if (team > 1) reduction(| : bad)
-  for (int64_t p = 0; p < parts; p++) {
-    const int64_t last = (p + 1) * part < count ? (p + 1) * part : count;
-    bad |= any((const uint8_t*)w + p * part * size, last - p * part, dtype);
-  }
-  return bad ? 1 : 0;
 }

@@ -83,6 +83,34 @@ def test_quotients_at_and_next_to_ties(case: str) -> None:
         same((flat * scale).bfloat16(), numbers)
 
 
+@pytest.mark.parametrize("case", ["fp8 groups", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4", "int3", "int2 asym"])
+def test_rows_of_many_groups(case: str) -> None:
+    """Scales are made for 8 groups at a time, and those that are left over one by one; NaN in one of them or none."""
+    for dtype in DTYPES:
+        weight = adversarial(18, 1216, dtype)  # 19 groups of 64, and no whole number of eights of any size
+        weight[9:, ::97] *= 1e-3
+        same(weight, CASES[case])
+
+
+def test_every_quotient_of_fp8() -> None:
+    """All significands of bfloat16 divided by all, over the exponents that e4m3 has and those just outside."""
+    fraction = torch.arange(128, 256).bfloat16()
+    exponent = torch.arange(-13, 8).exp2()[:, None] / 128
+    weight = (fraction * exponent).flatten().bfloat16().repeat(128, 1)
+    weight[:, 1::2] *= -1
+    scale = (fraction / 128).float()[:, None]
+    packed = native_weights.encode_pack(weight, weight.shape[1], "e4m3", "given", scale)
+    spec = spec_of(CASES["fp8 channel"], *weight.shape)
+    back = X86_DECODED.unpack({**packed, "gain": torch.ones(128)}, spec).tensors["weight"]
+    want = (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(back.view(torch.uint8), want.view(torch.uint8))
+    weight[:, 7] = 3e4  # far above what the scale was made for
+    packed = native_weights.encode_pack(weight, weight.shape[1], "e4m3", "given", scale)
+    back = X86_DECODED.unpack({**packed, "gain": torch.ones(128)}, spec).tensors["weight"]
+    want[:, 7] = 448
+    assert torch.equal(back.view(torch.uint8), want.view(torch.uint8))
+
+
 def test_written_into_tensors_that_are_there() -> None:
     for numbers in CASES.values():
         spec = spec_of(numbers, 64, 192)

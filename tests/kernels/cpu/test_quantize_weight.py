@@ -43,7 +43,7 @@ def adversarial(n: int, k: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize(("k", "group"), [(96, 32), (77, None), (1, None), (384, 128)])
+@pytest.mark.parametrize(("k", "group"), [(96, 32), (77, None), (1, None), (384, 128), (608, 32)])
 def test_equals_the_formulas_bit_for_bit(dtype: torch.dtype, symmetric: bool, bits: int, k: int,
                                          group: int | None) -> None:
     for weight in (adversarial(41, k, dtype), (torch.randn(33, k) * 0.02).to(dtype)):
@@ -108,15 +108,16 @@ def test_the_layout_declines_what_it_does_not_take() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_finite(dtype: torch.dtype) -> None:
+def test_largest(dtype: torch.dtype) -> None:
     weight = torch.randn(70, 1001).to(dtype)
+    assert torch.equal(native_weights.largest(weight), weight.abs().amax().float())
     weight[0, 0], weight[-1, -1] = torch.finfo(dtype).max, torch.finfo(dtype).min
-    assert native_weights.all_finite(weight) and native_weights.all_finite(weight[:0])
+    assert native_weights.largest(weight) == torch.finfo(dtype).max and native_weights.largest(weight[:0]) == 0
     for wrong in ("nan", "inf", "-inf"):
         for place in ((0, 0), (35, 500), (69, 1000)):
             broken = weight.clone()
             broken[place] = float(wrong)
-            assert not native_weights.all_finite(broken)
+            assert not native_weights.largest(broken).isfinite()
 
 
 def test_sizes_are_checked() -> None:

@@ -80,8 +80,8 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
     (float32 for a float64 weight, for they are computed in float32).
 
     `largest` is the largest magnitude, float32 [], in this weight and those that share one scale for the tensor with
-    it; formats without such a scale do not look at it. Non-finite values become 0 (callers refuse them first with `check_weight`).
-    Works in blocks of rows.
+    it; formats without such a scale do not look at it. Non-finite values become 0 (callers refuse them first with
+    `check_weight`). Works in blocks of rows.
     """
     scale_dtype = scale_dtype or (torch.float32 if weight.dtype is torch.float64 else weight.dtype)
     codec = codec_of(spec.weight)
@@ -156,8 +156,8 @@ def _encoded(weight: Tensor, spec: LinearSpec, codec: RowCodec, scale_dtype: tor
     apart = codec.unit(args, (n, k)) > 0 and all(two[name][1][0] == 2 * one[name][1][0] for name in one)
     step = max(unit, _ROWS_AT_ONCE_ELEMENTS // max(k, 1) // unit * unit) if apart else max(n, 1)
     rows = (weight[row:row + step].float().nan_to_num(0.0, 0.0, 0.0) for row in range(0, max(n, 1), step))
-    parts = [codec.encode(part, args, scale_dtype) if largest is None else
-             codec.encode_within(part, args, scale_dtype, largest.to(part.device)) for part in rows]
+    parts = [codec.encode_within(part, args, scale_dtype, largest.to(part.device)) if codec.one_scale and
+             largest is not None else codec.encode(part, args, scale_dtype) for part in rows]
     return parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -102,9 +102,10 @@ def _fp8(weight: Tensor, spec: LinearSpec, into: Packed | None, largest: Tensor 
     if granularity == "per_tensor":
         scale = stored_scale((_amax(weight) if largest is None else largest) / LARGEST, weight.dtype).expand(n)
     elif granularity == "per_block":
-        of_blocks = torch.nn.functional.pad(native_weights.amax(weight, spec.group_size), (0, 0, 0, -n % spec.group_size))
-        of_blocks = of_blocks.unflatten(0, (-1, spec.group_size)).amax(1)
-        scale = stored_scale(of_blocks / LARGEST, weight.dtype).repeat_interleave(spec.group_size, 0)[:n]
+        side = spec.group_size
+        most = torch.nn.functional.pad(native_weights.amax(weight, side), (0, 0, 0, -n % side))
+        most = most.unflatten(0, (-1, side)).amax(1)
+        scale = stored_scale(most / LARGEST, weight.dtype).repeat_interleave(side, 0)[:n]
     else:
         return native_weights.encode_pack(weight, spec.group_size, "e4m3", "amax", into=into)
     return native_weights.encode_pack(weight, spec.group_size, "e4m3", "given", scale, into=into)

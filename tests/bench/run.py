@@ -18,6 +18,7 @@ from pathlib import Path
 import model
 import model_tables
 import moe
+import online
 import products
 from cells import TABLES
 from goals import outcomes
@@ -26,14 +27,15 @@ from peers import find_peers
 from tables import goals_text, table_text
 
 HERE = Path(__file__).parent
-PARTS = ("kernels", "model", "moe", "capture")
+PARTS = ("kernels", "model", "moe", "online", "capture")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     began, failed = time.perf_counter(), 0
     for part in options.only:
-        failed += {"kernels": _kernels, "model": _model, "moe": _moe, "capture": _capture}[part](options)
+        failed += {"kernels": _kernels, "model": _model, "moe": _moe, "online": _online,
+                   "capture": _capture}[part](options)
     print(f"\n{time.perf_counter() - began:.0f} s in all")
     return failed
 
@@ -97,6 +99,14 @@ def _moe(options: argparse.Namespace) -> int:
 def _keep_mixtures(options: argparse.Namespace, path: Path | None, made: moe.Mixtures) -> None:
     if path is not None:
         write_json(path, {**_when(options), **moe.as_data(made)})
+
+
+def _online(options: argparse.Namespace) -> int:
+    made = online.run(options.threads)
+    print(f"\n== new weights and caches\n{machine_line(options.threads)}\n\n{online.text(made)}", flush=True)
+    if options.json:
+        write_json(options.json / "online.json", {**_when(options), **online.as_data(made)})
+    return len(made.why_not)
 
 
 def _capture(options: argparse.Namespace) -> int:

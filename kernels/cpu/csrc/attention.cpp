@@ -76,17 +76,27 @@ QPASS_AVX2_INLINE float dot(const float* x, const float* y, int64_t size) {
 QPASS_AVX2 void softmax(float* s, int64_t size) {
   float most = -INFINITY, total = 0;
   bool numbers = true;
-  for (int64_t t = 0; t < size; t++) {
+  int64_t t = 0;
+  __m256 largest = _mm256_set1_ps(-INFINITY), wrong = _mm256_setzero_ps();
+  for (; t + 8 <= size; t += 8) {
+    const __m256 x = _mm256_loadu_ps(s + t);
+    largest = _mm256_max_ps(largest, x);
+    wrong = _mm256_or_ps(wrong, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  }
+  alignas(32) float parts[8];
+  _mm256_store_ps(parts, largest);
+  for (float part : parts) most = part > most ? part : most;
+  for (; t < size; t++) {
     most = s[t] > most ? s[t] : most;
     numbers &= s[t] == s[t];
   }
+  numbers &= _mm256_movemask_ps(wrong) == 0;
   if (most == -INFINITY || !numbers) {
-    for (int64_t t = 0; t < size; t++) s[t] = numbers ? 0 : NAN;
+    for (t = 0; t < size; t++) s[t] = numbers ? 0 : NAN;
     return;
   }
   __m256 sum = _mm256_setzero_ps();
-  int64_t t = 0;
-  for (; t + 8 <= size; t += 8) {
+  for (t = 0; t + 8 <= size; t += 8) {
     const __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + t), _mm256_set1_ps(most)));
     _mm256_storeu_ps(s + t, e);
     sum = _mm256_add_ps(sum, e);

@@ -29,7 +29,7 @@ SOURCES = Path(__file__).parent / "csrc"
 _HASH = hashlib.sha256().digest_size
 PARTS = {
     "products": ("shim", "driver", "experts", "isas", "plain", "avx2", "vnni", "amx", "pack", "quantize_weight",
-                 "runtime"),
+                 "largest", "runtime"),
     "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "pack", "encode_weight", "runtime"),
     "attention": ("shim_attention", "attention_float", "runtime"),
     "cache": ("attention", "runtime"),

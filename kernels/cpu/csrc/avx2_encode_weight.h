@@ -32,14 +32,6 @@ struct Avx2 {
     return all_finite;
   }
 
-  template <class T>
-  QPASS_AVX2 static uint32_t magnitude(const T* w, int64_t size) {
-    const int64_t whole = size & ~int64_t(15);
-    bool all_finite;
-    const uint32_t found = largest16(w, whole, all_finite), rest = magnitude_plain(w + whole, size - whole);
-    return rest > found ? rest : found;
-  }
-
   QPASS_AVX2 static void powers(const Job& job, const float* most, float* divisor, uint8_t* scale) {
     const int offset = job.element == Element::e4m3 ? 8 : 2, mantissa = job.element == Element::e2m3 ? 3 : 1;
     const __m256i up = _mm256_set1_epi32(1 << (22 - mantissa)), less = _mm256_set1_epi32(offset);

@@ -22,17 +22,6 @@ uint32_t largest_plain(const T* w, int64_t size) {
   return most;
 }
 
-// The same with NaN and Inf as they are: larger than every number.
-template <class T>
-uint32_t magnitude_plain(const T* w, int64_t size) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < size; i++) {
-    const uint32_t u = bits_at(w, i) & 0x7fffffffu;
-    most = u > most ? u : most;
-  }
-  return most;
-}
-
 template <class T, Element kElement>
 void codes_plain(const Job& job, const T* w, int64_t size, float divisor, int8_t* q) {
   constexpr uint32_t sign = kElement == Element::e2m1 ? 8 : 128;
@@ -114,10 +103,6 @@ struct Plain {
     most = float_of(largest_plain(w, size));
     return false;
   }
-  template <class T>
-  static uint32_t magnitude(const T* w, int64_t size) {
-    return magnitude_plain(w, size);
-  }
   static void scales(const Job& job, int64_t row, const float* most, float* divisor, void* scale) {
     scales_plain(job, row, most, divisor, scale);
   }
@@ -172,13 +157,6 @@ void encode(const Job& job, const void* w, int64_t row, int8_t* q, void* scale) 
   if (job.dtype == DType::f32) return encode_as<How>(job, (const float*)w, row, q, scale);
   if (job.dtype == DType::bf16) return encode_as<How>(job, (const uint16_t*)w, row, q, scale);
   encode_as<How>(job, (const Half*)w, row, q, scale);
-}
-
-template <class How>
-uint32_t magnitude_of(const void* w, DType dtype, int64_t size) {
-  if (dtype == DType::f32) return How::magnitude((const float*)w, size);
-  if (dtype == DType::bf16) return How::magnitude((const uint16_t*)w, size);
-  return How::magnitude((const Half*)w, size);
 }
 
 void pack_any(const int8_t* rows, int64_t stride, int32_t bits, uint8_t* out) { pack_tile(rows, stride, bits, out); }
@@ -260,22 +238,5 @@ extern "C" int32_t qp_amax(const void* w, int32_t dtype, int64_t w_bytes, int64_
         largest((const Half*)w + first, size, most);
       amax[n * groups + g] = most;
     }
-  return 0;
-}
-
-extern "C" int32_t qp_largest(const void* w, int32_t dtype, int64_t count, float* largest, int32_t threads) {
-  if ((!w && count) || !largest || count < 0 || dtype < 0 || dtype > 2)
-    return fail("largest: a null pointer, size or dtype that cannot be");
-  constexpr int64_t part = 1 << 16;
-  const int64_t parts = (count + part - 1) / part, size = bytes_of((DType)dtype);
-  const int32_t team = team_size(threads, parts);
-  const auto of = available_isa(1) ? magnitude_of<Avx2> : magnitude_of<Plain>;
-  uint32_t most = 0;
-#pragma omp parallel for num_threads(team) if (team > 1) reduction(max : most)
-  for (int64_t p = 0; p < parts; p++) {
-    const uint32_t found = of((const char*)w + p * part * size, (DType)dtype, p + 1 < parts ? part : count - p * part);
-    most = found > most ? found : most;
-  }
-  *largest = float_of(most);
   return 0;
 }

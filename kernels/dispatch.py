@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import qpass.kernels.cpu.x86_ops
+import qpass.kernels.cuda.ops  # noqa: F401  (both: ops that graphs compiled earlier call)
 from qpass.experts_spec import ExpertsSpec
 from qpass.kernels.reference.activation import quantize_static, static_rows
 from qpass.kernels.registry import Kernel, kernel

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from qpass.scheme import codec_of
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
-Packed = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Packed: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True, kw_only=True)

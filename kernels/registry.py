@@ -11,16 +11,19 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
-import torch
-from torch import Tensor
-
+from qpass.dtype import DType, dtype_name
 from qpass.errors import DuplicateRegistration, NoKernel
 from qpass.experts_spec import ExpertsSpec
 from qpass.kernels.isa import machine_refuses
 from qpass.kernels.layout import CANONICAL, Layout
 from qpass.spec import LinearSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Call: TypeAlias = "LinearCall | ExpertsCall"
 Refuses = Callable[[Any], "str | None"]
@@ -39,23 +42,37 @@ _SIGNATURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearCall:
+class _Where:
+    """Device and dtype of the activations; as names too, so that asking what would run needs no torch. Whoever compares
+    them compares `device_type` and `dtype_name`."""
+
+    device: torch.device | str
+    dtype: torch.dtype | DType
+
+    @property
+    def device_type(self) -> str:
+        """`cpu`, `cuda`, ..."""
+        return str(self.device).partition(":")[0]
+
+    @property
+    def dtype_name(self) -> DType:
+        """`bfloat16`, `float32`, ..."""
+        return self.dtype if isinstance(self.dtype, str) else dtype_name(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCall(_Where):
     """What is known of a call before it is made; sizes of the batch are not, kernels take any."""
 
     op: ClassVar[str] = "linear"
     spec: LinearSpec
-    device: torch.device
-    dtype: torch.dtype
-
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertsCall:
+class ExpertsCall(_Where):
     """The same of a layer of experts; `bias` says whether they have biases."""
 
     op: ClassVar[str] = "experts"
     spec: ExpertsSpec
-    device: torch.device
-    dtype: torch.dtype
     bias: bool = False
 
     def parts(self) -> list[LinearCall]:
@@ -123,8 +140,8 @@ class Kernel:
         if not self.serves(spec.family):
             which = self.scheme if isinstance(self.scheme, str) else f"{len(self.scheme)} other families"
             return f"computes {which}, not {spec.family}"
-        if self.device not in ("*", call.device.type):
-            return f"runs on {self.device}, not {call.device.type}"
+        if self.device not in ("*", call.device_type):
+            return f"runs on {self.device}, not {call.device_type}"
         return machine_refuses(self.isa) or self.takes(call)
 
     def takes(self, call: Call) -> str | None:
@@ -155,6 +172,12 @@ class Choice:
 
 
 KERNELS: dict[str, Kernel] = {}
+_BUILTIN = (
+    ("linear", "*", "reference.linear"), ("linear", "cpu", "cpu.x86"), ("linear", "cpu", "cpu.x86_decoded"),
+    ("linear", "cpu", "cpu.x86_rounded"), ("linear", "cuda", "cuda.linear"), ("linear", "cuda", "cuda.torch_products"),
+    ("experts", "*", "reference.experts"), ("experts", "*", "experts_loop"), ("experts", "cpu", "cpu.x86_experts"),
+    ("experts", "cuda", "cuda.experts"),
+)
 _forced: list[str] = []
 
 
@@ -194,8 +217,9 @@ def register_kernel(*, scheme: str | tuple[str, ...], device: str, op: str = "li
 
 
 def kernel(name: str) -> Kernel:
-    """The registered kernel of this name; loads the built-in ones first."""
-    load_builtin()
+    """The registered kernel of this name; loads the built-in ones if need be."""
+    if name not in KERNELS:
+        load_builtin()
     try:
         return KERNELS[name]
     except KeyError:
@@ -208,7 +232,7 @@ def choose(call: Call, *, where: str = "", prepare: bool = False) -> Choice:
     With `prepare` the kernel is also made ready, which may compile it; one that cannot be made ready refuses with
     the reason. Planning leaves it out, swapping sets it before weights are packed.
     """
-    load_builtin()
+    load_builtin(call)
     forced = _forced[-1] if _forced else os.environ.get("QPASS_KERNEL")
     wanted = kernel(forced) if forced else None
     if wanted is not None and wanted.op == call.op:
@@ -225,7 +249,7 @@ def choose(call: Call, *, where: str = "", prepare: bool = False) -> Choice:
             why = f"runs on weights packed for {candidate.linear}, and {wanted.name} was forced"
         if why is None:
             return Choice(kernel=candidate, refusals=refusals)
-        if candidate.serves(call.spec.family) and candidate.device in ("*", call.device.type):
+        if candidate.serves(call.spec.family) and candidate.device in ("*", call.device_type):
             refusals[candidate.name] = why
     raise NoKernel(f"no kernel for {call.spec} at {where or 'a layer'} on {call.device}:\n"
                    + "\n".join(f"  {name}: {why}" for name, why in refusals.items()))
@@ -242,19 +266,11 @@ def force_kernel(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def load_builtin() -> None:
-    """Import the kernels that come with qpass; compiles nothing."""
-    import qpass.kernels.cpu.x86
-    import qpass.kernels.cpu.x86_decoded
-    import qpass.kernels.cpu.x86_experts
-    import qpass.kernels.cpu.x86_rounded
-    import qpass.kernels.cuda.experts
-    import qpass.kernels.cuda.linear
-    import qpass.kernels.cuda.ops
-    import qpass.kernels.cuda.torch_products
-    import qpass.kernels.experts_loop
-    import qpass.kernels.reference.experts
-    import qpass.kernels.reference.linear  # noqa: F401
+def load_builtin(call: Call | None = None) -> None:
+    """Import the kernels that come with qpass, of all of them those that `call` is a question for; compiles nothing."""
+    for op, device, module in _BUILTIN:
+        if call is None or (op == call.op and device in ("*", call.device_type)):
+            import_module(f"qpass.kernels.{module}")
 
 
 def _why_not(candidate: Kernel, call: Call, prepare: bool) -> str | None:

@@ -157,7 +157,7 @@ def _refusals(node: fx.Node, product: Product, text: str) -> dict[str, str]:
                            bias=product.bias[0] is not None)
     chosen = kernel(call.spec.kernel)
     better = [k for k in KERNELS.values() if k.priority > chosen.priority and k.op == call.op
-              and k.scheme in ("*", call.spec.family) and k.device in ("*", call.device.type)]
+              and k.scheme in ("*", call.spec.family) and k.device in ("*", call.device_type)]
     return {k.name: why for k in better if (why := k.why_not(call)) is not None}
 
 

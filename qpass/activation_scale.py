@@ -9,12 +9,15 @@ asymmetric  scale = (max(high, 0) - min(low, 0)) / 255,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.errors import WeightError
 from qpass.scheme import ActivationArgs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qpass.checkpoints.checkpoint_layers import Contents, Layer
 from qpass.checkpoints.fill_model import fill_layers
+from qpass.dtype import dtype_name
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint, Stored
 from qpass.formats.reader import Place, WeightRead
@@ -28,7 +29,7 @@ class LiveTensors:
         self.metadata: Mapping[str, Any]
         self._held, self.metadata = flatten_tensor_state_dict(dict(weights))
         self.tensors: Mapping[str, Stored] = {
-            name: Stored(file=_WHERE, dtype=tensor.dtype, shape=tuple(tensor.shape))
+            name: Stored(file=_WHERE, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
             for name, tensor in self._held.items()}
 
     def read(self, names: Iterable[str], at: int | None = None) -> dict[str, Tensor]:

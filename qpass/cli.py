@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from qpass import __version__
 from qpass.errors import QPassError
+from qpass.import_when_used import import_when_used
 
 _AsWritten = argparse.RawDescriptionHelpFormatter
+_WITHOUT_TORCH = ("inspect",)
 _EXAMPLES = """examples:
   qpass demo                                               watch a small language model become W4A8 and answer
   qpass plan ./Llama-3.2-1B --recipe w4a8                  what would be done, from config.json alone
@@ -35,10 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     show_all = options.traceback or bool(os.environ.get("QPASS_DEBUG"))
-    if arguments is None and options.command == "inspect":  # as the process's own command, after which it ends
-        from qpass.torch_for_headers import import_torch_without_tracing
-
-        import_torch_without_tracing()
+    if arguments is None and options.command in _WITHOUT_TORCH:  # as the process's own command, after which it ends
+        import_when_used("torch", "numpy")
     from qpass import cli_commands
 
     try:

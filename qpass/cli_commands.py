@@ -15,7 +15,6 @@ from typing import Any
 import qpass
 from qpass.checkpoints.model_folder import TokenizerFiles, check_folder, is_quantized, load_float, load_meta
 from qpass.errors import CheckpointError, QPassError
-from qpass.recipes.recipe_files import as_recipe
 
 _CHATTY = ("torchao", "transformers", "torch.utils._pytree", "torch.distributed", "torch._inductor", "torch._dynamo",
            "torch._export", "torch.export", "accelerate")
@@ -128,6 +127,8 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe of --recipe, changed by --ignore, --override and --strict."""
+    from qpass.recipes.recipe_files import as_recipe
+
     recipe = as_recipe(options.recipe)
     overrides = {rule.target: rule.scheme for rule in recipe.overrides} | dict(options.override)
     ignore = recipe.ignore if options.ignore is None else options.ignore

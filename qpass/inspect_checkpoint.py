@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
-
-from qpass.decide.decide_sites import effective_text
 from qpass.errors import CheckpointError, NoKernel
 from qpass.formats.checkpoint import Checkpoint, understood
 from qpass.formats.format_registry import Format, open_checkpoint
@@ -18,7 +15,7 @@ from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
 from qpass.reports.bands import pattern, without_indices
 from qpass.reports.text_table import Column, human_bytes, text_table
-from qpass.spec import LinearSpec
+from qpass.spec import LinearSpec, effective_text
 
 _COLUMNS: tuple[Column, ...] = (("n", ">"), ("layer", "<"), ("shape", ">"), ("numbers", "<"), ("stored", ">"),
                                 ("would run on", "<"))
@@ -109,10 +106,10 @@ def _layers(checkpoint: Checkpoint, reader: Reader) -> list[LayerFound]:
 
 @lru_cache(maxsize=256)  # of hundreds of layers most are alike
 def _kernel(asked: LinearSpec) -> str:
-    call = LinearCall(spec=asked, device=torch.device("cpu"), dtype=torch.bfloat16)
+    call = LinearCall(spec=asked, device="cpu", dtype="bfloat16")
     try:
         spec, kept = computable(call)
-        name = choose(LinearCall(spec=spec, device=call.device, dtype=call.dtype)).kernel.name
+        name = choose(replace(call, spec=spec)).kernel.name
     except (NoKernel, CheckpointError) as error:
         return str(error).splitlines()[0]
     return f"{name} ({kept})" if kept else name

@@ -16,8 +16,12 @@ same direction; a model's outputs feel that more than errors that point anywhere
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_MULTIPLIER = 15
 """A code of 4 bits times this still fits int8: |-8 * 15| = 120."""

@@ -13,6 +13,7 @@ from torch import nn
 from qpass.checkpoints.checkpoint_layers import Contents, match_contents
 from qpass.checkpoints.fill_model import fill_floats, fill_layers, read_float, tie_tables
 from qpass.checkpoints.replan_layers import replan
+from qpass.dtype import is_float, torch_dtype
 from qpass.errors import CheckpointError, QPassError
 from qpass.formats.checkpoint import Checkpoint, understood
 from qpass.formats.format_registry import Format, open_checkpoint
@@ -125,7 +126,7 @@ def _stream_float(checkpoint: Checkpoint, recipe: Recipe, device: torch.device, 
     if model is None:
         model = empty_model(checkpoint.path, checkpoint.config)
         if dtype is None and not {"dtype", "torch_dtype"} & checkpoint.config.keys():
-            dtype = next((s.dtype for s in checkpoint.tensors.values() if s.dtype.is_floating_point), None)
+            dtype = next((torch_dtype(s.dtype) for s in checkpoint.tensors.values() if is_float(s.dtype)), None)
     check_model(model)
     contents = match_contents(model, checkpoint, None)
     for parameter in model.parameters() if dtype is not None else ():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpass.decide.decide_sites import decide, effective_text, stored_bytes
+from qpass.decide.decide_sites import decide, stored_bytes
 from qpass.decide.decision import Decision
 from qpass.decide.match import entries
 from qpass.errors import AlreadyQuantized
@@ -24,7 +24,7 @@ from qpass.reports.table import bits_per_weight, render_html, render_plan
 from qpass.reports.text_table import human_bytes
 from qpass.rows import PlanRow
 from qpass.scheme import PRESETS, ActivationArgs
-from qpass.spec import LinearSpec
+from qpass.spec import LinearSpec, effective_text
 
 __all__ = ["Decision", "Plan", "Totals", "decide", "make_plan", "plan_row"]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qpass.checkpoints.publish_folder import publish_folder
 from qpass.errors import CheckpointError
-from qpass.formats import compressed_tensors_config
+from qpass.formats.compressed_tensors_config import METHOD
+from qpass.formats.compressed_tensors_config_writer import write_config
 from qpass.formats.layer_writer import LayerWriter, Writable, writable_layers
 from qpass.formats.safetensors_file import INDEX, SINGLE, Entry, split_shards, write_file
 from qpass.formats.writer_table import writers
@@ -58,7 +59,7 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
         quantization: dict[str, Any] | None = writer.config(model, layers)
     else:
         said = (plan.recipe.to_dict(), plan.asked) if plan is not None else ()
-        quantization = compressed_tensors_config.write_config(model, *said)
+        quantization = write_config(model, *said)
     shards = split_shards(list(_entries(model, writer, layers)), _bytes(max_shard_size))
     target = Path(folder).expanduser()
     with publish_folder(target, lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:
@@ -71,12 +72,12 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
 
 def _writer(model: nn.Module, format: str) -> tuple[LayerWriter | None, dict[str, Writable]]:
     """The writer of a format other than compressed-tensors, and the layers that it writes."""
-    if format == compressed_tensors_config.METHOD:
+    if format == METHOD:
         return None, {}
     known = writers()
     if format not in known:
         raise CheckpointError(f"no format is written under the name {format!r}; there are "
-                              f"{', '.join([compressed_tensors_config.METHOD, *known, 'gguf'])}")
+                              f"{', '.join([METHOD, *known, 'gguf'])}")
     return known[format], writable_layers(model, known[format])
 
 

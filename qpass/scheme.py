@@ -12,15 +12,17 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from qpass.activation_args import ActivationArgs as ActivationArgs
 from qpass.activation_args import Granularity as Granularity
 from qpass.activation_args import activation_words as activation_words
+from qpass.dtype import DType, dtype_name
 from qpass.errors import DuplicateRegistration, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Codec(Protocol):
@@ -142,13 +144,13 @@ class RowCodec(ABC):
     def check(self, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int]) -> None:
         """Raise ValueError, saying which tensor, unless they are what `stored` says."""
         for name, (dtypes, size) in self.stored(args, shape).items():
-            found = tensors[name]
-            if found.dtype not in dtypes or tuple(found.shape) != size:
-                raise ValueError(f"{tensor_on_disk(name)} is {found.dtype} {list(found.shape)}, and the layer "
-                                 f"{list(shape)} needs {' or '.join(map(str, dtypes))} {list(size)}")
+            found, dtype = tensors[name], dtype_name(tensors[name].dtype)
+            if dtype not in dtypes or tuple(found.shape) != size:
+                raise ValueError(f"{tensor_on_disk(name)} is {dtype} {list(found.shape)}, and the layer "
+                                 f"{list(shape)} needs {' or '.join(dtypes)} {list(size)}")
 
 
-Stored = tuple[tuple[torch.dtype, ...], tuple[int, ...]]
+Stored = tuple[tuple[DType, ...], tuple[int, ...]]
 
 
 def tensor_on_disk(name: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from qpass.scheme import ActivationArgs, WeightArgs, family_of
+from qpass.scheme import ActivationArgs, WeightArgs, activation_words, family_of
 
 _PATTERN = re.compile(
     r"(?P<family>\S+) (?P<type>\w+?)(?P<bits>\d):(?P<group>[gb]\d+|channel|tensor):(?P<sym>sym|asym)"
@@ -90,6 +90,16 @@ class LinearSpec:
         activation = _activation(m) if m["xtype"] else None
         return LinearSpec(family=m["family"], weight=weight, activation=activation, out_features=int(m["n"]),
                           in_features=int(m["k"]), kernel=m["kernel"], exact=bool(m["exact"]))
+
+
+def effective_text(spec: LinearSpec) -> str:
+    """What really runs, in a few words: `w4a8 g64`, `w8a8 channel`, `w4a16 g128 asym`, `w4a8 channel, x asym`,
+    `w4a8 g64 integer scales`."""
+    w, a = spec.weight, spec.activation
+    group = f"g{w.group_size}" if w.group_size else w.granularity.removeprefix("per_")
+    asym = ("" if w.symmetric else " asym") + ("" if w.scales == "amax" else f" {w.scales} scales")
+    words = () if a is None else activation_words(a)
+    return f"{spec.family} {group}{asym}" + (f", x {' '.join(words)}" if words else "")
 
 
 def _activation(m: re.Match[str]) -> ActivationArgs:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 import qpass.codecs  # noqa: F401  (so that every type that a spec can name is known)
 from qpass.errors import WeightError
 from qpass.integer_scales import integer_scales
 from qpass.scheme import RowCodec, codec_of
 from qpass.spec import LinearSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROWS_AT_ONCE_ELEMENTS = 1 << 18  # float32 work space of 1 MB, so that a layer costs little more than its result
 
@@ -124,8 +127,10 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, scale_dtype: torch.dtype |
     return CanonicalWeight(tensors)
 
 
-def dequantize_weight(weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight as quantized, [N, K] in `dtype`, or any number of its rows: (q - zero_point) * scale in float32."""
+def dequantize_weight(weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight as quantized, [N, K] in `dtype` (float32), or any number of its rows: (q - zero_point) * scale in
+    float32."""
+    dtype = dtype or torch.float32
     codec = codec_of(spec.weight)
     if isinstance(codec, RowCodec):
         whole = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device=weight.device)

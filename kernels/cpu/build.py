@@ -30,7 +30,6 @@ from qpass.kernels.cpu.compile_library import (
 from qpass.kernels.isa import machine_has
 
 _HERE = Path(__file__).parent
-_TORCH = Path(torch.__file__).parent
 _WHAT = {"products": "CPU kernels", "decoded": "CPU kernels for float weights", "attention": "CPU kernel for attention",
          "cache": "CPU kernel for attention over a quantized cache"}
 
@@ -76,7 +75,7 @@ def build(part: str = "products") -> Path:
             if not whole(target):
                 _say(f"compiling the {_WHAT[part]} for this machine; this is done once and takes some seconds")
                 start = time.monotonic()
-                compile_library(command, _TORCH, target, sources_of(part, machine_has()))
+                compile_library(command, Path(torch.__file__).parent, target, sources_of(part, machine_has()))
                 _say(f"compiled in {time.monotonic() - start:.1f} s, kept in {target.parent}")
     except OSError as why:
         raise BuildFailed(f"needs to write the native library to {target.parent}, which failed ({why}); "

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE = 2 << 20
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it

@@ -9,19 +9,21 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from qpass.errors import NoKernel
 from qpass.kernels.cpu import build, compile_library, large_pages
 from qpass.weight import CanonicalWeight
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ISA_INDEX = {"x86_64": 0, "avx2": 1, "avx512_vnni": 2, "amx_int8": 3}
 """An instruction set's number in the library, by its name in the registry."""
-
-DTYPE_INDEX = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -62,6 +64,21 @@ def prepare(part: str = "products") -> str | None:
     except NoKernel as why:
         return str(why)
     return None
+
+
+@cache
+def dtype_index() -> dict[torch.dtype, int]:
+    """The library's numbers for dtypes of activations and scales."""
+    return {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@cache
+def op(name: str) -> Callable[..., Any]:
+    """The op `qpass_x86::<name>`. Asking defines the ops, which asking for a kernel does not."""
+    from qpass.kernels.cpu.x86_ops import OPS
+
+    found: Callable[..., Any] = getattr(OPS, name).default
+    return found
 
 
 def loaded(part: str = "products") -> bool:
@@ -139,7 +156,7 @@ def quantize(x: Tensor, isa: str, *, symmetric: bool = True) -> tuple[Tensor, Te
     m, k = x.shape
     q, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1)
     zero_point = None if symmetric else torch.empty(m, 1)
-    succeed(library().qp_quantize(ISA_INDEX[isa], x.data_ptr(), DTYPE_INDEX[x.dtype], m, k, q.data_ptr(),
+    succeed(library().qp_quantize(ISA_INDEX[isa], x.data_ptr(), dtype_index()[x.dtype], m, k, q.data_ptr(),
                                    scale.data_ptr(), None if zero_point is None else zero_point.data_ptr()))
     return q, scale, zero_point
 

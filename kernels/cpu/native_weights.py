@@ -7,14 +7,17 @@ Inf as 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import DType, torch_dtype
 from qpass.kernels.cpu import large_pages
-from qpass.kernels.cpu.native import DTYPE_INDEX, library, padded, succeed
+from qpass.kernels.cpu.native import dtype_index, library, padded, succeed
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Element = Literal["e2m1", "e4m3", "e2m3", "codebook"]
 """What a code stands for; e2m3 as the byte of e4m3 that has its value."""
@@ -22,13 +25,13 @@ Element = Literal["e2m1", "e4m3", "e2m3", "codebook"]
 Rule = Literal["exponent", "nested", "amax", "given", "absmax"]
 """How scales are made and what they are given, as qp_encode_pack of csrc/abi.h says."""
 
-_SCALES = {"exponent": torch.uint8, "nested": torch.float8_e4m3fn, "absmax": torch.float32}
+_SCALES: dict[str, DType] = {"exponent": "uint8", "nested": "float8_e4m3fn", "absmax": "float32"}
 
 
 def takes(weight: Tensor) -> bool:
     """Whether the functions here take this weight."""
     # A transposed weight would be copied whole first; plain torch reads it some rows at a time.
-    return (weight.device.type == "cpu" and weight.dtype in DTYPE_INDEX and weight.is_contiguous()
+    return (weight.device.type == "cpu" and weight.dtype in dtype_index() and weight.is_contiguous()
             and weight.numel() > 0)
 
 
@@ -73,8 +76,9 @@ def encode_pack(weight: Tensor, group_size: int, element: Element, rule: Rule, g
     n, k = weight.shape
     blocks, groups = padded(n, 32) // 16, -(-k // group_size)
     width, dtype = (4, torch.uint8) if element in ("e2m1", "codebook") else (8, torch.float8_e4m3fn)
+    scales = torch_dtype(_SCALES[rule]) if rule in _SCALES else weight.dtype
     packed = _room({"qweight": ((blocks * 2 * padded(k, 64) * width,), dtype),
-                    "scale": ((blocks, groups, 16), _SCALES.get(rule, weight.dtype))}, into)
+                    "scale": ((blocks, groups, 16), scales)}, into)
     given = torch.empty(0) if given is None else given.contiguous()
     assert given.dtype == torch.float32
     succeed(library("decoded").qp_encode_pack(
@@ -97,14 +101,14 @@ def largest(weight: Tensor) -> Tensor:
     """The largest magnitude, float32 [], of a contiguous weight of float32, bfloat16 or float16 with any number of
     dimensions, 0 of an empty one; Inf or NaN if it holds one, and so what says whether all of it is finite."""
     found = torch.empty(())
-    succeed(library().qp_largest(weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.numel(), found.data_ptr(),
+    succeed(library().qp_largest(weight.data_ptr(), dtype_index()[weight.dtype], weight.numel(), found.data_ptr(),
                                  torch.get_num_threads()))
     return found
 
 
 def _floats(weight: Tensor) -> tuple[int, int, int, int, int]:
     n, k = weight.shape
-    return weight.data_ptr(), DTYPE_INDEX[weight.dtype], weight.nbytes, n, k
+    return weight.data_ptr(), dtype_index()[weight.dtype], weight.nbytes, n, k
 
 
 def _room(wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], into: Mapping[str, Tensor] | None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import FLOATS, dtype_name
 from qpass.integer_scales import factor
 from qpass.kernels.cpu import native, native_weights
 from qpass.kernels.cpu.x86_encode import integers_known, largest
-from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
 from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILIES = ("w4a8", "w8a8", "w4a16", "w8a16")
 ISAS = {"amx": ("amx_int8", 40), "vnni": ("avx512_vnni", 30), "avx2": ("avx2", 20), "plain": ("x86_64", 10)}
@@ -24,7 +26,7 @@ _LARGEST_GROUP = (1 << 17) - 1  # times 128 * 128, the largest sum of products t
 _ROWS_AT_A_TIME = 256
 _INTEGER_ROWS = 5  # of 16 bytes a block, before the multipliers of integer scales
 _ZERO_POINT, _COLSUM, _BIAS = 1, 2, 4
-_BYTES = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # scales that torch cannot fill: padded with bytes of 0
+_BYTES = ("float8_e4m3fn", "float8_e8m0fnu")  # scales that torch cannot fill: padded with bytes of 0
 
 
 def _names(spec: LinearSpec) -> tuple[str, ...]:
@@ -36,7 +38,7 @@ def _names(spec: LinearSpec) -> tuple[str, ...]:
 def blocked(rows: Tensor, fill: float) -> Tensor:
     """[N, G] -> [Np / 16, G, 16], padded outputs holding `fill`."""
     n, groups = rows.shape
-    seen, pad = (rows.view(torch.uint8), 0) if rows.dtype in _BYTES else (rows, fill)
+    seen, pad = (rows.view(torch.uint8), 0) if dtype_name(rows.dtype) in _BYTES else (rows, fill)
     whole = seen.new_full((native.padded(n, 32), groups), pad)
     whole[:n] = seen
     return whole.view(-1, 16, groups).transpose(1, 2).contiguous().view(rows.dtype)
@@ -44,12 +46,12 @@ def blocked(rows: Tensor, fill: float) -> Tensor:
 
 def unblocked(blocks: Tensor, n: int) -> Tensor:
     """The inverse of `blocked`."""
-    seen = blocks.view(torch.uint8) if blocks.dtype in _BYTES else blocks
+    seen = blocks.view(torch.uint8) if dtype_name(blocks.dtype) in _BYTES else blocks
     return seen.transpose(1, 2).reshape(-1, blocks.shape[1])[:n].contiguous().view(blocks.dtype)
 
 
 def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
-    if weight.scale.dtype not in native.DTYPE_INDEX:
+    if weight.scale.dtype not in native.dtype_index():
         raise TypeError(f"scales must be float32, bfloat16 or float16 to be packed for x86, got {weight.scale.dtype}")
     packed = {"qweight": native.pack(weight, spec.weight.bits), "scale": _packed_scale(weight.scale, spec)}
     if weight.zero_point is not None:
@@ -73,7 +75,7 @@ def _packed_scale(scale: Tensor, spec: LinearSpec) -> Tensor:
     multiplier, channel = parts
     channels = blocked(channel[:, None], 1).flatten()
     dtype = torch.zeros(len(channels), dtype=torch.int8)
-    dtype[0] = native.DTYPE_INDEX[scale.dtype]
+    dtype[0] = native.dtype_index()[scale.dtype]
     flat = torch.cat((channels.view(torch.int8), dtype, blocked(multiplier, 1).flatten()))
     return flat.view(-1, spec.groups + _INTEGER_ROWS, 16)
 
@@ -86,7 +88,7 @@ def _scale(packed: Packed) -> Tensor:
     flat, padded = scale.flatten(), scale.shape[0] * 16
     channel = flat[:padded * 4].view(torch.float32).view(-1, 1, 16)
     multiplier = flat[padded * 5:].view(scale.shape[0], -1, 16)
-    dtype = {index: dtype for dtype, index in native.DTYPE_INDEX.items()}[int(flat[padded * 4])]
+    dtype = {index: dtype for dtype, index in native.dtype_index().items()}[int(flat[padded * 4])]
     return (multiplier * channel).to(dtype)
 
 
@@ -152,8 +154,8 @@ def _refuses(call: LinearCall) -> str | None:
     spec = call.spec
     if spec.weight.type != "int":
         return f"computes integer weights, not {spec.weight.type}"
-    if call.dtype not in native.DTYPE_INDEX:
-        return f"takes float32, bfloat16 or float16 activations, not {str(call.dtype).removeprefix('torch.')}"
+    if call.dtype_name not in FLOATS:
+        return f"takes float32, bfloat16 or float16 activations, not {call.dtype_name}"
     if spec.groups > 1 and spec.group_size % 32 != 0:
         return f"needs group_size % 32 == 0, got {spec.group_size}"
     if spec.group_size > _LARGEST_GROUP:
@@ -195,7 +197,7 @@ def _native_call(index: int) -> Callable[[str, Sequence[Any]], tuple[Callable[..
         quantized = op.startswith("linear_q")
         x, rest = tuple(args[:3 if quantized else 1]), args[3 if quantized else 1:]
         packed, bias, which = rest[0], rest[1], rest[2]
-        target = getattr(OPS, op).default
+        target = native.op(op)
         if not op.endswith("_list"):
             spec = LinearSpec.parse(which)
             last = rest[3] if quantized else _activation(spec)
@@ -218,7 +220,7 @@ def _register(family: str, short: str) -> None:
     @register_kernel(name=f"linear_{family}_{short}", scheme=family, device="cpu", isa=isa, layout=X86_TILE64,
                      refuses=_refuses, priority=priority, prepare=native.prepare, native_call=_native_call(index))
     def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        return OPS.linear.default(x, *_one(packed, spec), bias, spec.out_features, spec.in_features,  # type: ignore[no-any-return]
+        return native.op("linear")(x, *_one(packed, spec), bias, spec.out_features, spec.in_features,  # type: ignore[no-any-return]
                                    spec.weight.bits, _activation(spec), index)
 
     @linear.form("linear_list")
@@ -227,7 +229,7 @@ def _register(family: str, short: str) -> None:
         parts = _several(packed, bias, specs)
         if parts is None:
             raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
-        return OPS.linear_list.default(x, *parts, specs[0].in_features, specs[0].weight.bits,  # type: ignore[no-any-return]
+        return native.op("linear_list")(x, *parts, specs[0].in_features, specs[0].weight.bits,  # type: ignore[no-any-return]
                                         _activation(specs[0]), index)
 
     if not family.endswith("a8"):
@@ -236,7 +238,7 @@ def _register(family: str, short: str) -> None:
     @linear.form("linear_q")
     def linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: Sequence[Tensor],
                  bias: Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-        return OPS.linear_q.default(xq, x_scale, x_zero_point, *_one(packed, spec), bias,  # type: ignore[no-any-return]
+        return native.op("linear_q")(xq, x_scale, x_zero_point, *_one(packed, spec), bias,  # type: ignore[no-any-return]
                                      spec.out_features, spec.in_features, spec.weight.bits, dtype, index)
 
     @linear.form("linear_q_list")
@@ -245,7 +247,7 @@ def _register(family: str, short: str) -> None:
         parts = _several(packed, bias, specs)
         if parts is None:
             raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
-        return OPS.linear_q_list.default(xq, x_scale, x_zero_point, *parts,  # type: ignore[no-any-return]
+        return native.op("linear_q_list")(xq, x_scale, x_zero_point, *parts,  # type: ignore[no-any-return]
                                           specs[0].in_features, specs[0].weight.bits, dtype, index)
 
 

@@ -31,7 +31,7 @@ def refuses(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, valu
         return f"runs on the CPU, the query is on {query.device}"
     if (why := machine_refuses("avx2") or native.refuses("cache")) is not None:
         return why
-    if query.dtype not in native.DTYPE_INDEX:
+    if query.dtype not in native.dtype_index():
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if query.shape[2] > MOST_ROWS:
         return f"is for at most {MOST_ROWS} tokens at a time, got {query.shape[2]}"
@@ -61,7 +61,7 @@ def cache_attention_avx2(query: Tensor, keys: Tensor, key_scale: Tensor, values:
     count = 0 if mask is None else _span(mask)
     k, v = _cached(keys, key_scale), _cached(values, value_scale)
     native.succeed(native.library("cache").qp_attention(
-        q.data_ptr(), native.DTYPE_INDEX[q.dtype], (ctypes.c_int64 * 7)(b, heads, keys.shape[1], m, s, d, dv),
+        q.data_ptr(), native.dtype_index()[q.dtype], (ctypes.c_int64 * 7)(b, heads, keys.shape[1], m, s, d, dv),
         KINDS[kind], ctypes.byref(k), ctypes.byref(v), None if mask is None else mask.data_ptr(),
         0 if mask is None else 1 if mask.dtype == torch.bool else 2, (ctypes.c_int64 * 3)(*strides), count,
         int(causal), scaling, softcap, out.data_ptr(), torch.get_num_threads()), "cache")
@@ -73,7 +73,7 @@ def _cached(codes: Tensor, scale: Tensor) -> _Cached:
     return _Cached(codes=codes.data_ptr(), scale=scale.data_ptr(), batch=codes.stride(0), head=codes.stride(1),
                    token=codes.stride(2), scale_batch=steps[0], scale_head=steps[1], scale_token=steps[2],
                    scale_group=steps[3], bytes=_span(codes), scales=_span(scale), groups=scale.shape[-1],
-                   scale_dtype=native.DTYPE_INDEX[scale.dtype])
+                   scale_dtype=native.dtype_index()[scale.dtype])
 
 
 def _span(tensor: Tensor) -> int:

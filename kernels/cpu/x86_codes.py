@@ -7,11 +7,11 @@ bit for bit. Codes are int8 [N, K]: those of a table less 8, floats of 8 bits as
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
 
 from qpass.codecs.elements import (
     E2M1,
@@ -28,9 +28,10 @@ from qpass.codecs.int8_absmax import PART
 from qpass.formats.bits import pack_rows, unpack_rows
 from qpass.spec import LinearSpec
 
-_CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Tensors = dict[str, Tensor]
+Tensors: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Parts:
     table: Tensor | None = None
     gain: Tensor | None = None
     kept: Tensor | None = None
-    dtype: torch.dtype = torch.int8
+    dtype: torch.dtype = field(default_factory=lambda: torch.int8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def _fours(codes: Tensor) -> Tensor:
 
 
 def _take_e2m1(tensors: Tensors, spec: LinearSpec) -> Parts:
-    return Parts(codes=_nibbles(unpack_nibbles(tensors["packed"])), scale=tensors["scale"], table=values(E2M1, _CPU))
+    return Parts(codes=_nibbles(unpack_nibbles(tensors["packed"])), scale=tensors["scale"], table=values(E2M1, "cpu"))
 
 
 def _give_e2m1(parts: Parts, spec: LinearSpec) -> Tensors:
@@ -138,7 +139,7 @@ def _nvfp4(kept: str) -> Coding:
 @lru_cache(maxsize=2)
 def _sixes(kind: str) -> tuple[Tensor, Tensor]:
     """The e4m3 byte of each code of 6 bits, all of which e4m3 holds exactly, and the way back."""
-    bytes_ = values(E3M2 if kind == "mxfp6_e3m2" else E2M3, _CPU).to(torch.float8_e4m3fn).view(torch.int8)
+    bytes_ = values(E3M2 if kind == "mxfp6_e3m2" else E2M3, "cpu").to(torch.float8_e4m3fn).view(torch.int8)
     back = torch.zeros(256, dtype=torch.uint8)
     back[bytes_.view(torch.uint8).long()] = torch.arange(64, dtype=torch.uint8)
     return bytes_, back

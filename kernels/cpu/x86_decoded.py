@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import FLOATS, dtype_name
 from qpass.kernels.cpu import native, x86_encode
 from qpass.kernels.cpu.x86 import blocked, unblocked
 from qpass.kernels.cpu.x86_codes import FAMILIES, Parts, coding_of
-from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.layout import Layout, Packed
 from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ISAS = {"avx2": ("avx2", 15), "plain": ("x86_64", 5)}
 _KIND = {"": 0, "offset": 1, "zero": 2, "zero_point": 2}
 _TABLE, _GAIN, _BIAS = 4, 8, 16
-_SCALES = (*native.DTYPE_INDEX, torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn)
+_SCALES = (*FLOATS, "uint8", "float8_e8m0fnu", "float8_e4m3fn")
 
 
 def _names(spec: LinearSpec) -> tuple[str, ...]:
@@ -34,7 +36,7 @@ def _names(spec: LinearSpec) -> tuple[str, ...]:
 def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
     coding = coding_of(spec)
     parts = coding.take(weight.tensors, spec)
-    if parts.scale.dtype not in _SCALES:
+    if dtype_name(parts.scale.dtype) not in _SCALES:
         raise TypeError(f"scales must be float32, bfloat16, float16, e8m0 or e4m3, got {parts.scale.dtype}")
     packed = {"qweight": _pack_codes(parts), "scale": blocked(parts.scale, 1)}
     if parts.third is not None:
@@ -76,8 +78,8 @@ X86_DECODED = Layout(name="x86_decoded", names=_names, pack=_pack, unpack=_unpac
 def refuses(call: LinearCall) -> str | None:
     """Why csrc/decoded.h does not multiply with this weight, or None."""
     spec = call.spec
-    if call.dtype not in native.DTYPE_INDEX:
-        return f"takes float32, bfloat16 or float16 activations, not {str(call.dtype).removeprefix('torch.')}"
+    if call.dtype_name not in FLOATS:
+        return f"takes float32, bfloat16 or float16 activations, not {call.dtype_name}"
     if spec.groups > 1 and spec.group_size % 16 != 0:
         return f"needs group_size % 16 == 0, got {spec.group_size}"
     if spec.weight.type in ("nf4", "fp4") and spec.in_features % spec.group_size != 0:
@@ -118,10 +120,10 @@ def _native_call(index: int) -> Callable[[str, Sequence[Any]], tuple[Callable[..
         native.library("decoded")
         x, packed, bias, which = args[:4]
         if op == "linear":
-            return OPS.decoded.default, (x, *arguments(packed, bias, LinearSpec.parse(which)), index)
+            return native.op("decoded"), (x, *arguments(packed, bias, LinearSpec.parse(which)), index)
         if op == "linear_list":
             specs = [LinearSpec.parse(text) for text in which]
-            return OPS.decoded_list.default, (x, *_list_arguments(packed, bias, specs), index)
+            return native.op("decoded_list"), (x, *_list_arguments(packed, bias, specs), index)
         return None
 
     return call
@@ -135,12 +137,12 @@ def _register(short: str) -> None:
                      refuses=refuses, priority=priority, prepare=partial(native.prepare, "decoded"),
                      native_call=_native_call(index))
     def linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        return OPS.decoded.default(x, *arguments(packed, bias, spec), index)  # type: ignore[no-any-return]
+        return native.op("decoded")(x, *arguments(packed, bias, spec), index)  # type: ignore[no-any-return]
 
     @linear.form("linear_list")
     def linear_list(x: Tensor, packed: Sequence[Tensor], bias: Sequence[Tensor | None], specs: Sequence[LinearSpec]
                     ) -> list[Tensor]:
-        return OPS.decoded_list.default(x, *_list_arguments(packed, bias, specs), index)  # type: ignore[no-any-return]
+        return native.op("decoded_list")(x, *_list_arguments(packed, bias, specs), index)  # type: ignore[no-any-return]
 
 
 for _short in ISAS:

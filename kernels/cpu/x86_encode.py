@@ -5,8 +5,9 @@ Of the types that are made here, bit for bit what the codec and the layout give.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from qpass.codecs.codebook import FP4, NF4
 from qpass.codecs.elements import E2M1, values
@@ -18,7 +19,9 @@ from qpass.kernels.layout import Packed
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 
-_CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _EXPONENT: dict[str, Element] = {"mxfp4": "e2m1", "mxfp8": "e4m3", "mxfp6_e2m3": "e2m3"}
 _BOOKS = {"nf4": NF4, "fp4": FP4}
 
@@ -45,14 +48,14 @@ def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, large
     whole = spec.in_features % spec.group_size == 0
     if numbers.type in _EXPONENT and whole:
         made = native_weights.encode_pack(weight, spec.group_size, _EXPONENT[numbers.type], "exponent", into=into)
-        table = {"table": values(E2M1, _CPU)} if numbers.type == "mxfp4" else {}
+        table = {"table": values(E2M1, "cpu")} if numbers.type == "mxfp4" else {}
         return {**made, **table, **(_ones(spec) if numbers.type == "mxfp8" else {})}
     if numbers.type == "nvfp4" and whole:
         shared = global_scale_of(_amax(weight) if largest is None else largest)
         made = native_weights.encode_pack(weight, spec.group_size, "e2m1", "nested", shared, into=into)
         gain = _ones(spec)["gain"]
         gain[:spec.out_features] = 1 / shared
-        return {**made, "table": values(E2M1, _CPU), "gain": gain, "global_scale": shared}
+        return {**made, "table": values(E2M1, "cpu"), "gain": gain, "global_scale": shared}
     if numbers.type in _BOOKS and whole:
         code = torch.tensor(_BOOKS[numbers.type])
         made = native_weights.encode_pack(weight, spec.group_size, "codebook", "absmax", _bounds(code), into=into)

@@ -12,7 +12,6 @@ from qpass.activation_args import ActivationArgs
 from qpass.experts_spec import GATE_FUNCTIONS, ExpertsSpec
 from qpass.kernels.cpu import native
 from qpass.kernels.cpu.x86 import FAMILIES, ISAS, X86_TILE64
-from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.registry import ExpertsCall, kernel, register_kernel
 from qpass.spec import LinearSpec
 
@@ -69,7 +68,7 @@ def _native_call(isa: int) -> Callable[[str, Sequence[Any]], tuple[Callable[...,
         spec = ExpertsSpec.parse(text)
         assert spec.up is not None
         last = args[count + 3] if quantized else _activation(spec.up)
-        return getattr(OPS, op).default, (*args[:count], *_arguments(packed, bias, spec), last, isa)
+        return native.op(op), (*args[:count], *_arguments(packed, bias, spec), last, isa)
 
     return call
 
@@ -85,7 +84,7 @@ def _register(family: str, short: str) -> None:
     def experts(x: Tensor, index: Tensor, weight: Tensor, packed: Sequence[Tensor], bias: Sequence[Tensor | None],
                 spec: ExpertsSpec) -> Tensor:
         assert spec.up is not None
-        return OPS.experts.default(x, index, weight, *_arguments(packed, bias, spec),  # type: ignore[no-any-return]
+        return native.op("experts")(x, index, weight, *_arguments(packed, bias, spec),  # type: ignore[no-any-return]
                                    _activation(spec.up), number)
 
     if not family.endswith("a8"):
@@ -95,7 +94,7 @@ def _register(family: str, short: str) -> None:
     def experts_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, index: Tensor, weight: Tensor,
                   packed: Sequence[Tensor], bias: Sequence[Tensor | None], spec: ExpertsSpec,
                   dtype: torch.dtype) -> Tensor:
-        return OPS.experts_q.default(xq, x_scale, x_zero_point, index, weight,  # type: ignore[no-any-return]
+        return native.op("experts_q")(xq, x_scale, x_zero_point, index, weight,  # type: ignore[no-any-return]
                                      *_arguments(packed, bias, spec), dtype, number)
 
 

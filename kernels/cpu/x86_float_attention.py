@@ -17,7 +17,7 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         return f"runs on the CPU, the query is on {query.device}"
     if (why := machine_refuses("avx2") or native.refuses("attention")) is not None:
         return why
-    if query.dtype not in native.DTYPE_INDEX or key.dtype != query.dtype or value.dtype != query.dtype:
+    if query.dtype not in native.dtype_index() or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"takes one of float32, bfloat16 and float16, got {query.dtype}, {key.dtype} and {value.dtype}"
     for what, size in (("keys", query.shape[-1]), ("values", value.shape[-1])):
         if not isinstance(size, int) or size % 8:

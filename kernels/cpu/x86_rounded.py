@@ -9,17 +9,18 @@ which groups of 512 do not reach, and beyond it rounds. The product of both is t
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qpass.kernels.cpu import native
 from qpass.kernels.cpu.x86_codes import FAMILIES
 from qpass.kernels.cpu.x86_decoded import ISAS, X86_DECODED, arguments, refuses
-from qpass.kernels.cpu.x86_ops import OPS
 from qpass.kernels.reference.activation import cannot_round, quantize_activation, rounded
 from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.spec import LinearSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _FLOATS = tuple(family.removesuffix("16") + number for family in FAMILIES for number in ("fp8", "fp4"))
 _INTEGERS = tuple(f"w{bits}a8" for bits in (2, 3, 5, 6, 7))
@@ -44,7 +45,7 @@ def _register(short: str) -> None:
 
     def product(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, spec: LinearSpec) -> Tensor:
         native.library()
-        y: Tensor = OPS.decoded.default(x, *arguments(packed, bias, spec), index)
+        y: Tensor = native.op("decoded")(x, *arguments(packed, bias, spec), index)
         return y
 
     @register_kernel(name=f"linear_round_{short}", scheme=_FLOATS, device="cpu", isa=isa, layout=X86_DECODED,

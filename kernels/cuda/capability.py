@@ -15,10 +15,11 @@ CAPABILITIES = {70: "Volta", 75: "Turing", 80: "Ampere", 89: "Ada", 90: "Hopper"
 _assumed: list[int] = []
 
 
-def capability_of(device: torch.device) -> int | None:
+def capability_of(device: torch.device | str) -> int | None:
     """75, 80, 89, 90, ... of a CUDA device; None for another device, or where there is no GPU to ask."""
     if _assumed:
         return _assumed[-1]
+    device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return _capability(device.index if device.index is not None else torch.cuda.current_device())
@@ -40,7 +41,7 @@ def assume(capability: int) -> Iterator[None]:
         _assumed.pop()
 
 
-def needs(least: int, device: torch.device, what: str = "") -> str | None:
+def needs(least: int, device: torch.device | str, what: str = "") -> str | None:
     """None if the device has `sm_<least>` or there is no GPU to ask; otherwise the sentence that says what it has."""
     found = capability_of(device)
     if found is None or found >= least:

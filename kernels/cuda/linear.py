@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.dtype import FLOATS
 from qpass.kernels.cuda.capability import needs, triton_refuses
 from qpass.kernels.cuda.launch import Rows, multiply, operands
 from qpass.kernels.cuda.layouts import CUDA_TILES, LARGEST_GROUP
@@ -40,8 +41,8 @@ def refuses(call: LinearCall) -> str | None:
     spec = call.spec
     if (why := machine_refuses(call)) is not None:
         return why
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 or float16 activations, not {str(call.dtype).removeprefix('torch.')}"
+    if call.dtype_name not in FLOATS:
+        return f"takes float32, bfloat16 or float16 activations, not {call.dtype_name}"
     size, groups = spec.group_size, spec.weight.granularity in ("per_group", "per_block")
     if spec.weight.granularity == "per_block" and size != 128:
         return f"needs blocks of 128, got {size}"
@@ -56,7 +57,7 @@ def refuses(call: LinearCall) -> str | None:
 
 def machine_refuses(call: LinearCall) -> str | None:
     """Why a GPU lacks what the product needs, or None; without a GPU to ask, None."""
-    if call.device.type == "cuda" and torch.cuda.is_available() and (why := triton_refuses()) is not None:
+    if call.device_type == "cuda" and torch.cuda.is_available() and (why := triton_refuses()) is not None:
         return why
     kind = kind_of(call.spec.family)
     return needs(LEAST[kind], call.device, {"fp8": "float8 products"}.get(kind, "tensor cores that Triton uses"))

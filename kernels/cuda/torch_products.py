@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpass.dtype import FLOATS
 from qpass.kernels.cuda import linear as triton_linear
 from qpass.kernels.cuda.capability import needs
 from qpass.kernels.cuda.layouts import CUDA_TILES, names
@@ -27,8 +28,8 @@ def _whole_rows(call: LinearCall) -> str | None:
     weight = call.spec.weight
     if weight.granularity not in ("per_channel", "per_tensor"):
         return f"needs one scale a row or tensor, got {weight.grouping}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 or float16 activations, not {str(call.dtype).removeprefix('torch.')}"
+    if call.dtype_name not in FLOATS:
+        return f"takes float32, bfloat16 or float16 activations, not {call.dtype_name}"
     return None
 
 
@@ -42,7 +43,7 @@ def _fp8_refuses(call: LinearCall) -> str | None:
     activation = call.spec.activation
     if activation is None or activation.static or activation.granularity != "per_token":
         return "rounds activations per token, dynamically"
-    if call.dtype == torch.float32:
+    if call.dtype_name == "float32":
         return "gives bfloat16 or float16, not float32"
     return needs(89, call.device, "float8 products") or _whole_rows(call)
 

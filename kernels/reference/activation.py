@@ -16,12 +16,16 @@ nothing of the token, so there Inf is the largest code and NaN is lost.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from qpass.activation_args import ActivationArgs
 from qpass.codecs.elements import E2M1, to_codes, values
 from qpass.codecs.microscaling import GROUP, power_of_two, shared_exponent
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPS = 1e-10  # keeps an all-zero token from dividing by zero; far below any real activation
 

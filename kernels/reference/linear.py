@@ -7,9 +7,9 @@ are scaled and added in float32, as every kernel does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.kernels.layout import CANONICAL
 from qpass.kernels.reference.activation import cannot_round, quantize_activation
@@ -17,6 +17,9 @@ from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.scheme import RowCodec, codec_of
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight, row_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def unpack(packed: Sequence[Tensor], spec: LinearSpec) -> CanonicalWeight:
@@ -32,7 +35,7 @@ def _refuses(call: LinearCall) -> str | None:
     if call.spec.exact:
         return cannot_round(activation, call.spec.in_features)
     words = " ".join((activation.granularity.replace("_", " "), *(("static",) if activation.static else ())))
-    return f"activation rounding to {activation.number} {words} is not computed on {call.device.type}"
+    return f"activation rounding to {activation.number} {words} is not computed on {call.device_type}"
 
 
 @register_kernel(scheme="*", device="*", priority=0, refuses=_refuses)

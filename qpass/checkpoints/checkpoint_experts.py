@@ -17,6 +17,7 @@ from qpass.capture.capture_model import capture
 from qpass.checkpoints.checkpoint_names import Assembly, find_assemblies
 from qpass.checkpoints.float_experts import bias_parts, fill_biases, fill_float_weights, float_parts
 from qpass.decide.decide_experts import ROUNDED, Parts, spec_of_block
+from qpass.dtype import is_float, itemsize
 from qpass.errors import CheckpointError, WeightError
 from qpass.experts_site import ExpertsSite
 from qpass.find.experts_rows import gate_first
@@ -163,7 +164,7 @@ def _is_float(checkpoint: Checkpoint, name: str, assemblies: Mapping[str, Assemb
     """Whether all that makes up this parameter stands in the files as floats of 16 bits or more."""
     assembly = assemblies.get(name)
     stored = [checkpoint.tensors.get(part) for part in (assembly.names if assembly is not None else (name,))]
-    return all(one is not None and one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in stored)
+    return all(one is not None and is_float(one.dtype) and itemsize(one.dtype) > 1 for one in stored)
 
 
 def _stacked(site: ExpertsSite, which: int, reader: Reader) -> tuple[tuple[Piece, ...], ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qpass.checkpoints.assemble_reads import Found, assemble
 from qpass.checkpoints.checkpoint_names import Assembly, find_assemblies
+from qpass.dtype import dtype_name, is_float
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint, Stored
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
@@ -216,9 +217,9 @@ def _optional(model: nn.Module, name: str, tensor: Tensor) -> bool:
 
 
 def _differs(there: Stored, tensor: Tensor) -> str | None:
-    if there.shape == tuple(tensor.shape) and there.dtype.is_floating_point == tensor.is_floating_point():
+    if there.shape == tuple(tensor.shape) and is_float(there.dtype) == tensor.is_floating_point():
         return None
-    return (f"in {there.file.name} is {there.dtype} {list(there.shape)}, the model has {tensor.dtype} "
+    return (f"in {there.file.name} is {there}, the model has {dtype_name(tensor.dtype)} "
             f"{list(tensor.shape)}")
 
 
@@ -226,7 +227,7 @@ def _no_bias(name: str, owners: set[str], checkpoint: Checkpoint) -> bool:
     """Whether this is a bias of zeros: older tools gave every layer that they quantized one."""
     path, _, leaf = name.rpartition(".")
     stored = checkpoint.tensors[name]
-    return (leaf == "bias" and path in owners and len(stored.shape) == 1 and stored.dtype.is_floating_point
+    return (leaf == "bias" and path in owners and len(stored.shape) == 1 and is_float(stored.dtype)
             and not bool(checkpoint.source.read([name])[name].any()))
 
 

@@ -8,13 +8,16 @@ They round differently, so all are kept. Codes are packed as compressed-tensors 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+import torch
+
+from qpass.dtype import FLOATS
 from qpass.formats.bits import pack_rows, unpack_rows
 from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Affine(RowCodec):
@@ -27,7 +30,7 @@ class Affine(RowCodec):
         size = args.group_size or k
         if k % size:
             raise ValueError(f"groups of {size} do not divide {k} inputs")
-        return {"packed": ((torch.int32,), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (n, k // size)),
+        return {"packed": (("int32",), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (n, k // size)),
                 self.names[2]: (FLOATS, (n, k // size))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:

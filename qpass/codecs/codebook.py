@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.scheme import RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # bitsandbytes functional.py, create_normal_map(offset=0.9677083) and the FP4 map, both over their largest value.
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -33,8 +36,8 @@ class Codebook(RowCodec):
         count = shape[0] * shape[1]
         if args.group_size is None:
             raise ValueError("codebook weights need a block size")
-        return {"packed": ((torch.uint8,), (-(-count // 2),)),
-                "absmax": ((torch.float32,), (-(-count // args.group_size),)), "code": ((torch.float32,), (16,))}
+        return {"packed": (("uint8",), (-(-count // 2),)),
+                "absmax": (("float32",), (-(-count // args.group_size),)), "code": (("float32",), (16,))}
 
     def unit(self, args: WeightArgs, shape: tuple[int, int]) -> int:
         return math.lcm(2, args.group_size or 1) // math.gcd(math.lcm(2, args.group_size or 1), shape[1])

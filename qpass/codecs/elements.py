@@ -7,9 +7,12 @@ none of these formats has infinities or NaN. Rounding is to nearest, ties to the
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 E2M1, E3M2, E2M3 = (2, 1), (3, 2), (2, 3)  # exponent bits, mantissa bits
 
@@ -27,7 +30,7 @@ def magnitudes(element: tuple[int, int]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def values(element: tuple[int, int], device: torch.device) -> Tensor:
+def values(element: tuple[int, int], device: torch.device | str) -> Tensor:
     """float32 value of every code, the negative ones last."""
     table = torch.tensor(magnitudes(element), dtype=torch.float32, device=device)
     return torch.cat([table, -table])

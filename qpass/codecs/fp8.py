@@ -7,15 +7,18 @@ and that dtype's eps in place of zero.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import FLOAT8, DType
 from qpass.scheme import ActivationArgs, RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LARGEST = 448.0  # of e4m3fn
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
-ELEMENTS = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES: tuple[DType, ...] = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 
 
 class Fp8(RowCodec):
@@ -24,7 +27,7 @@ class Fp8(RowCodec):
     names = ("weight", "scale")
 
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
-        return {"weight": (ELEMENTS, shape), "scale": (FLOATS, scale_shape(args, shape))}
+        return {"weight": (FLOAT8, shape), "scale": (SCALES, scale_shape(args, shape))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         scale = stored_scale(largest(weight, args) / LARGEST, scale_dtype)

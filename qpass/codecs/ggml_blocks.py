@@ -7,12 +7,15 @@ tool's own Python reference, so reading one of these needs that package.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.errors import QPassError, RecipeError
 from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # name -> (number in `enum ggml_type`, weights in a block, bytes in a block, bits as the name says them)
 BLOCKS = {
@@ -36,7 +39,7 @@ class GgmlBlocks(RowCodec):
         n, k = shape
         if k % self.size or args.group_size != self.size:
             raise ValueError(f"rows of {k} weights are not made of blocks of {self.size}")
-        return {"blocks": ((torch.uint8,), (n, k // self.size * self.nbytes))}
+        return {"blocks": (("uint8",), (n, k // self.size * self.nbytes))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         raise RecipeError(f"{args.type} is read from GGUF files, and cannot be made here")

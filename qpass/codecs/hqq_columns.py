@@ -6,11 +6,16 @@ w[i] = (q[i] - zero[i % M]) * scale[i % M].
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from qpass.codecs.affine import FLOATS, pack_unsigned, unpack_unsigned
+import torch
+
+from qpass.codecs.affine import pack_unsigned, unpack_unsigned
+from qpass.dtype import FLOATS
 from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HqqColumns(RowCodec):
@@ -23,7 +28,7 @@ class HqqColumns(RowCodec):
         if args.group_size is None or n * k % args.group_size:
             raise ValueError(f"groups of {args.group_size} do not divide {n} x {k} weights")
         groups = n * k // args.group_size
-        return {"packed": ((torch.int32,), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (groups,)),
+        return {"packed": (("int32",), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (groups,)),
                 "zero": (FLOATS, (groups,))}
 
     def unit(self, args: WeightArgs, shape: tuple[int, int]) -> int:

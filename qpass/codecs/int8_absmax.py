@@ -6,10 +6,14 @@ the product with it is the last, so that a single scale a row would round otherw
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART = 7.874015718698502e-3
 
@@ -20,7 +24,7 @@ class Int8Absmax(RowCodec):
     names = ("weight", "absmax")
 
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
-        return {"weight": ((torch.int8,), shape), "absmax": ((torch.float32,), (shape[0],))}
+        return {"weight": (("int8",), shape), "absmax": (("float32",), (shape[0],))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         absmax = weight.abs().amax(1)

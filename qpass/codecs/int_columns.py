@@ -5,13 +5,16 @@ w[n, k] = (q[n, k] - zero[n, g]) * scale[n, g] with g = group[k].
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from qpass.codecs.affine import FLOATS
+from qpass.dtype import FLOATS
 from qpass.errors import RecipeError
 from qpass.formats.bits import unpack_rows
 from qpass.scheme import RowCodec, Stored, WeightArgs, register_codec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class IntColumns(RowCodec):
@@ -22,8 +25,8 @@ class IntColumns(RowCodec):
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
         n, k = shape
         groups = -(-k // (args.group_size or max(k, 1)))
-        return {"packed": ((torch.int32,), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (n, groups)),
-                "zero": ((torch.int8,), (n, groups)), "group": ((torch.int32,), (k,))}
+        return {"packed": (("int32",), (n, -(-k * args.bits // 32))), "scale": (FLOATS, (n, groups)),
+                "zero": (("int8",), (n, groups)), "group": (("int32",), (k,))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         raise RecipeError("groups of different sizes are read from checkpoints, and cannot be made here; choose a "

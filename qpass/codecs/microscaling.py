@@ -7,9 +7,9 @@ amax rounded to a power of two with the element's mantissa in mind, less the exp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.codecs.elements import (
     E2M1,
@@ -23,7 +23,11 @@ from qpass.codecs.elements import (
     unpack_sixes,
     values,
 )
+from qpass.dtype import FLOAT8
 from qpass.scheme import ActivationArgs, RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 32
 
@@ -63,7 +67,7 @@ class MxPacked(RowCodec):
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
         n, k = shape
         _must_divide(k, args)
-        return {"packed": ((torch.uint8,), (n, k * self.bits // 8)), "scale": ((torch.uint8,), (n, k // GROUP))}
+        return {"packed": (("uint8",), (n, k * self.bits // 8)), "scale": (("uint8",), (n, k // GROUP))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         _must_divide(weight.shape[1], args)
@@ -86,8 +90,8 @@ class MxFp8(RowCodec):
 
     def stored(self, args: WeightArgs, shape: tuple[int, int]) -> dict[str, Stored]:
         _must_divide(shape[1], args)
-        return {"weight": ((torch.float8_e4m3fn, torch.float8_e5m2), shape),
-                "scale": ((torch.uint8,), (shape[0], shape[1] // GROUP))}
+        return {"weight": (FLOAT8, shape),
+                "scale": (("uint8",), (shape[0], shape[1] // GROUP))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         _must_divide(weight.shape[1], args)

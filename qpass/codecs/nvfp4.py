@@ -9,12 +9,15 @@ Source: compressed-tensors 0.20, compressors/nvfp4 and quantization/utils/helper
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.codecs.elements import E2M1, pack_nibbles, to_codes, unpack_nibbles, values
 from qpass.scheme import ActivationArgs, RowCodec, Scheme, Stored, WeightArgs, register_codec, register_scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 16
 _ROWS_AT_ONCE = 64  # so that what they need on the way stays in a cache
@@ -41,8 +44,8 @@ class NvFp4(RowCodec):
         n, k = shape
         if k % GROUP or args.group_size != GROUP:
             raise ValueError(f"nvfp4 groups are {GROUP} weights; {k} inputs in groups of {args.group_size} are none")
-        return {"packed": ((torch.uint8,), (n, k // 2)), "scale": ((torch.float8_e4m3fn,), (n, k // GROUP)),
-                self.names[2]: ((torch.float32,), (n, 1) if self.rows else (1,))}
+        return {"packed": (("uint8",), (n, k // 2)), "scale": (("float8_e4m3fn",), (n, k // GROUP)),
+                self.names[2]: (("float32",), (n, 1) if self.rows else (1,))}
 
     def encode(self, weight: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         return self.encode_within(weight, args, scale_dtype, weight.abs().amax())

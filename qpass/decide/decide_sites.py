@@ -16,9 +16,9 @@ from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose, kernel
 from qpass.recipes.recipe import OnIndivisible, OnUnsupportedActivation, Recipe
 from qpass.reports.bands import pattern, without_indices
-from qpass.scheme import RowCodec, WeightArgs, activation_words, codec_of
+from qpass.scheme import RowCodec, WeightArgs, codec_of
 from qpass.site import Site
-from qpass.spec import LinearSpec
+from qpass.spec import LinearSpec, effective_text
 
 SMALLEST_GROUP = 32
 _SHOWN = 20  # lines of a list of layers in an error; the rest is counted
@@ -48,16 +48,6 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
     decided = [_unless_no_rows(d, tied.get(d.site.name)) for d in decided]
     heads = {tied[d.site.name]: d for d in decided if d.status == "quantize" and d.site.name in tied}
     return tuple(_reading_rows(d, heads[d.site.name]) if d.site.name in heads else d for d in decided)
-
-
-def effective_text(spec: LinearSpec) -> str:
-    """What really runs, in a few words: `w4a8 g64`, `w8a8 channel`, `w4a16 g128 asym`, `w4a8 channel, x asym`,
-    `w4a8 g64 integer scales`."""
-    w, a = spec.weight, spec.activation
-    group = f"g{w.group_size}" if w.group_size else w.granularity.removeprefix("per_")
-    asym = ("" if w.symmetric else " asym") + ("" if w.scales == "amax" else f" {w.scales} scales")
-    words = () if a is None else activation_words(a)
-    return f"{spec.family} {group}{asym}" + (f", x {' '.join(words)}" if words else "")
 
 
 def stored_bytes(spec: LinearSpec, count: int, itemsize: int) -> int:

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from qpass.dtype import FLOATS
 from qpass.errors import CheckpointError
 from qpass.formats.bits import unpack_rows
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.format_registry import Format, register_format
-from qpass.formats.gptq import FLOATS
 from qpass.formats.integer_weights import as_canonical, checked_scale, integer_spec
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of a word holds each of its eight columns."""
@@ -42,11 +42,11 @@ def awq_weight(checkpoint: Checkpoint, place: Place, *, bits: Any, group_size: A
     if (k if gemv else n) % 8:
         raise CheckpointError(f"{where}: [{n}, {k}] does not fill int32 words, as AWQ needs")
     need = checkpoint.need
-    tensors = {"qweight": need(f"{path}.qweight", of=of, dtype=torch.int32,
+    tensors = {"qweight": need(f"{path}.qweight", of=of, dtype="int32",
                                shape=(n, k // 8) if gemv else (k, n // 8)),
                "scales": need(f"{path}.scales", of=of, dtype=FLOATS, shape=None if gemv else (groups, n))}
     if f"{path}.qzeros" in checkpoint.tensors or not symmetric:
-        tensors["qzeros"] = need(f"{path}.qzeros", of=of, dtype=torch.int32, shape=None if gemv else (groups, n // 8))
+        tensors["qzeros"] = need(f"{path}.qzeros", of=of, dtype="int32", shape=None if gemv else (groups, n // 8))
     return WeightRead(spec=spec, tensors=tensors, read=read_gemv if gemv else read_gemm)
 
 

@@ -6,9 +6,13 @@ For 2, 4 and 8 bits this is the same as packing each word alone; for 3, 5, 6 and
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack_rows(q: Tensor, bits: int) -> Tensor:

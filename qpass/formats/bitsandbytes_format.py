@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from qpass.codecs.fp8 import FLOATS
+from qpass.codecs.fp8 import SCALES
 from qpass.errors import CheckpointError
 from qpass.formats.codec_reads import check_scale, codec_read, spec_of
 from qpass.formats.format_registry import Format, register_format
@@ -25,6 +24,9 @@ from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STATE = "quant_state.bitsandbytes__"
 _BLOCKS = tuple(1 << bits for bits in range(5, 13))  # 32 to 4096, what the tool can make
@@ -59,13 +61,13 @@ class BitsAndBytesReader(Reader):
         if len(place.shape) != 2 or stored["weight"].nbytes != -(-count // 2) or block is None:
             raise CheckpointError(f"{prefix} in {stored['weight'].file} is {stored['weight']} with {blocks} scales, "
                                   f"which does not make up {list(place.shape)}")
-        if stored["absmax"].dtype == torch.uint8:
+        if stored["absmax"].dtype == "uint8":
             for short in ("nested_absmax", "nested_quant_map"):
-                names[short] = need(f"{prefix}.{short}", of=place.path, dtype=FLOATS)
+                names[short] = need(f"{prefix}.{short}", of=place.path, dtype=SCALES)
             need(names["nested_quant_map"], of=place.path, shape=(256,))
         if stored["state"].nbytes > _LARGEST_STATE:
             raise CheckpointError(f"{names['state']} in {stored['state'].file} has {stored['state'].nbytes} bytes")
-        need(names["code"], of=place.path, dtype=torch.float32, shape=(16,))
+        need(names["code"], of=place.path, dtype="float32", shape=(16,))
         args = WeightArgs(bits=4, type=kind, granularity="per_group", group_size=block)
         return WeightRead(spec=spec_of(args, place.shape), tensors=names, read=_read_four_bits)
 
@@ -77,7 +79,7 @@ class BitsAndBytesReader(Reader):
             name = f"{path}.weight.{_STATE}{kind}"
             if name in self.checkpoint.tensors and self.checkpoint.tensors[name].nbytes <= _LARGEST_STATE:
                 try:
-                    said = _state(self.checkpoint.source.read([name])[name]).get("shape", ())
+                    said = _state(self.checkpoint.raw(name)).get("shape", ())
                 except ValueError as error:
                     raise CheckpointError(f"{name} in {self.checkpoint.path}: {error}") from error
                 if len(said) == 2 and all(isinstance(size, int) and size > 0 for size in said):
@@ -89,7 +91,7 @@ class BitsAndBytesReader(Reader):
 
 
 def _read_four_bits(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
-    state = _state(tensors["state"])
+    state = _state(bytes(tensors["state"].reshape(-1).view(torch.uint8).tolist()))
     said = (state.get("quant_type"), state.get("blocksize"), tuple(state.get("shape", ())))
     if said != (spec.weight.type, spec.group_size, spec.shape):
         raise ValueError(f"quant_state says {said[0]}, blocks of {said[1]}, {list(said[2])}; the tensors are "
@@ -111,9 +113,9 @@ def _read_four_bits(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWe
     return CanonicalWeight({"packed": packed, "absmax": absmax, "code": tensors["code"]})
 
 
-def _state(raw: Tensor) -> Mapping[str, Any]:
+def _state(raw: bytes) -> Mapping[str, Any]:
     try:
-        found = json.loads(bytes(raw.reshape(-1).view(torch.uint8).tolist()).decode("utf-8"))
+        found = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"quant_state is not JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("shape", []), list):

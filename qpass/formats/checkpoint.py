@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import DType, itemsize
 from qpass.errors import CheckpointError, QPassError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LARGEST_JSON = 64 << 20  # bytes; a tokenizer's file has some 20 MB, a config some KB
 
@@ -26,20 +30,20 @@ class Stored:
     """
 
     file: Path
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     version: tuple[int, ...] = ()
     start: int = 0
 
     @property
     def nbytes(self) -> int:
-        count = self.dtype.itemsize
+        count = itemsize(self.dtype)
         for size in self.shape:
             count *= size
         return count
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+        return f"{self.dtype} {list(self.shape)}"
 
 
 class Source(Protocol):
@@ -76,7 +80,7 @@ class Checkpoint:
     def tensors(self) -> Mapping[str, Stored]:
         return self.source.tensors
 
-    def need(self, name: str, *, of: str, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    def need(self, name: str, *, of: str, dtype: DType | tuple[DType, ...] | None = None,
              shape: tuple[int, ...] | None = None) -> str:
         """`name`, once it is known that the tensor is there and what it must be; `of` says what needs it.
 
@@ -88,13 +92,24 @@ class Checkpoint:
             beside = sorted(n for n in self.tensors if n.startswith(path + "."))
             raise CheckpointError(f"{self.path}: {of} needs {name}; the files have "
                                   f"{', '.join(beside[:6]) or 'nothing of that layer'}")
-        wanted = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        wanted = (dtype,) if isinstance(dtype, str) else dtype
         if (wanted and there.dtype not in wanted) or (shape is not None and there.shape != shape):
-            kinds = " or ".join(str(d) for d in wanted) if wanted else ""
+            kinds = " or ".join(wanted) if wanted else ""
             raise CheckpointError(f"{name} in {there.file} is {there.dtype} {list(there.shape)}; {of} needs "
                                   f"{kinds}{' ' if kinds and shape is not None else ''}"
                                   f"{'' if shape is None else list(shape)}")
         return name
+
+    def raw(self, name: str) -> bytes:
+        """The bytes of a little tensor that is a setting, without torch where it is known at which place they stand.
+
+        Raises CheckpointError if they cannot be read.
+        """
+        if not (stored := self.tensors[name]).start:
+            return bytes(self.source.read([name])[name].reshape(-1).view(torch.uint8).tolist())
+        found = bytearray(stored.nbytes)
+        read_into(memoryview(found), stored, stored.start)
+        return bytes(found)
 
     def side(self, name: str) -> dict[str, Any]:
         """A JSON file beside the tensors; empty if there is none. Raises CheckpointError if it cannot be read."""
@@ -114,6 +129,31 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} holds {type(found).__name__}, not the fields of a config")
     return found
+
+
+def read_into(memory: memoryview, stored: Stored, start: int) -> None:
+    """Fill `memory` with what stands in the tensor's file from byte `start` on.
+
+    Raises CheckpointError, naming the file, if it changed since its header was read, or cannot be read.
+    """
+    try:
+        with open(stored.file, "rb", buffering=0) as file:
+            if file_version(file.fileno()) != stored.version:
+                raise CheckpointError(f"{stored.file} changed while it was being read; load the folder again")
+            file.seek(start)
+            while memory:  # a single read gives 2 GB at most
+                count = file.readinto(memory)
+                if not count:
+                    raise OSError("the file ends within a tensor")
+                memory = memory[count:]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {stored.file}: {error}") from error
+
+
+def file_version(file: Path | int) -> tuple[int, ...]:
+    """What tells a file (or an open one) from one that replaced it, or that was written to since."""
+    seen = os.stat(file)
+    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
 
 
 def check_inside(file: Path) -> None:

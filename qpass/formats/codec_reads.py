@@ -7,11 +7,12 @@ stands in uint8 or float8_e8m0fnu. All of that is settled here; the numbers are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.activation_scale import scale_names
+from qpass.dtype import FLOAT8, POWERS, dtype_name
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.reader import WeightRead
@@ -19,8 +20,8 @@ from qpass.scheme import ActivationArgs, RowCodec, WeightArgs, codec_of, family_
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_POWERS = (torch.uint8, torch.float8_e8m0fnu)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def spec_of(args: WeightArgs, shape: tuple[int, ...], activation: ActivationArgs | None = None) -> LinearSpec:
@@ -56,16 +57,16 @@ def codec_read(checkpoint: Checkpoint, path: str, args: WeightArgs, shape: tuple
     for name, full in tensors.items():
         dtypes, size = stored[name]
         there = checkpoint.tensors[checkpoint.need(full, of=path)]
-        allowed = {*dtypes, *(_POWERS if torch.uint8 in dtypes and name == "scale" else ())}
+        allowed = {*dtypes, *(POWERS if "uint8" in dtypes and name == "scale" else ())}
         if there.dtype not in allowed or _count(there.shape) != _count(size):
             raise CheckpointError(f"{full} in {there.file} is {there.dtype} {list(there.shape)}; {path} [{shape[0]}, "
-                                  f"{shape[1]}] as {args.type} needs {' or '.join(map(str, dtypes))} {list(size)}")
+                                  f"{shape[1]}] as {args.type} needs {' or '.join(dtypes)} {list(size)}")
 
     def read(found: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
         made = {}
         for name in codec.names:
             tensor = found[name]
-            if tensor.dtype == torch.float8_e8m0fnu and stored[name][0] == (torch.uint8,):
+            if tensor.dtype == torch.float8_e8m0fnu and stored[name][0] == ("uint8",):
                 tensor = tensor.view(torch.uint8)
             check_scale(tensor, tensors[name])
             made[name] = tensor.reshape(stored[name][1]).contiguous()
@@ -78,7 +79,8 @@ def codec_read(checkpoint: Checkpoint, path: str, args: WeightArgs, shape: tuple
 
 def check_scale(tensor: Tensor, name: str) -> None:
     """Raise ValueError if float numbers are NaN or infinite; codes in float8 are left alone."""
-    if tensor.dtype in FLOAT8 and tensor.dim() >= 2 and name.rpartition(".")[2] in ("weight", "_data", "qdata"):
+    codes = name.rpartition(".")[2] in ("weight", "_data", "qdata")
+    if codes and dtype_name(tensor.dtype) in FLOAT8 and tensor.dim() >= 2:
         return
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
         raise ValueError(f"{name} holds NaN or Inf")

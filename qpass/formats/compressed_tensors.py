@@ -14,16 +14,20 @@ read for any scheme, for the tools disagree over it (LLM Compressor 0.14 writes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.activation_scale import scale_names
+from qpass.dtype import torch_dtype
 from qpass.formats.bits import pack_rows, unpack_loose, unpack_rows
 from qpass.formats.integer_weights import checked_scale, group_order
 from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def is_packed(spec: LinearSpec) -> bool:
@@ -59,7 +63,7 @@ def describe_weight(weight: CanonicalWeight, spec: LinearSpec) -> dict[str, tupl
     """
     codec = codec_of(spec.weight)
     if isinstance(codec, RowCodec) and codec.names[0] not in weight.tensors:
-        return {tensor_on_disk(name): (weight.scale.dtype if name == "scale" else dtypes[0], shape)
+        return {tensor_on_disk(name): (weight.scale.dtype if name == "scale" else torch_dtype(dtypes[0]), shape)
                 for name, (dtypes, shape) in codec.stored(spec.weight, spec.shape).items()}
     if codec is not None:
         return {tensor_on_disk(name): (tensor.dtype, tuple(tensor.shape)) for name, tensor in weight.tensors.items()}

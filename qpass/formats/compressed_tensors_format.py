@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from qpass.codecs.fp8 import FLOATS
+from qpass.codecs.fp8 import SCALES
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.codec_reads import codec_read
@@ -20,6 +19,9 @@ from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import RowCodec, codec_of, tensor_on_disk
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BESIDE = ("weight_g_idx", "pre_quant_scale", "weight_zero_point")  # of zeros, where symmetric; older versions wrote it
 
@@ -74,7 +76,7 @@ class CompressedTensorsReader(Reader):
     def _is_float(self, path: str) -> bool:
         """Whether the files have it in float though a target means it: `ignore` may name it as its tool called it."""
         stored = self.checkpoint.tensors.get(f"{path}.weight")
-        return stored is not None and stored.dtype in FLOATS
+        return stored is not None and stored.dtype in SCALES
 
     def leftover(self, name: str) -> str | None:
         if self.config.mixings and name.endswith("_input.weight"):
@@ -111,11 +113,11 @@ class CompressedTensorsReader(Reader):
     def _check(self, path: str, spec: LinearSpec, names: tuple[str, ...], group: str) -> None:
         n, k, bits = spec.out_features, spec.in_features, spec.weight.bits
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "weight_packed": (torch.int32, (n, -(-k * bits // 32))), "weight": (torch.int8, (n, k)),
-            "weight_shape": ((torch.int64, torch.int32), (2,))}
+            "weight_packed": ("int32", (n, -(-k * bits // 32))), "weight": ("int8", (n, k)),
+            "weight_shape": (("int64", "int32"), (2,))}
         stored = self.checkpoint.tensors.get(f"{path}.weight_packed")
         if stored is not None and stored.shape == (n, words_of(bits, k)[1]):
-            expected["weight_packed"] = torch.int32, stored.shape
+            expected["weight_packed"] = "int32", stored.shape
         for name in names:
             dtype, shape = expected.get(name, (None, None))
             self.checkpoint.need(f"{path}.{name}", dtype=dtype, shape=shape,

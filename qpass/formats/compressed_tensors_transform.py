@@ -1,4 +1,4 @@
-"""compressed-tensors transforms: layers that mix their inputs to the `transform_config` of a config, and back.
+"""compressed-tensors transforms: the `transform_config` of a config in, the layers that mix their inputs out.
 
 Source: compressed-tensors 0.20, `transform/transform_config.py`, `transform_scheme.py` and `transform_args.py`. Of all
 transforms those on weights have been folded in by whoever wrote the file; of those at run time Sylvester's Hadamard
@@ -11,11 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from qpass.errors import CheckpointError
 from qpass.formats.patterns import matches
-from qpass.layers.reordered_linear import ReorderedLinear
 
 DECOMPRESS = ("decompress it with the compressed-tensors package (from_pretrained, then save_pretrained), and "
               "quantize the float model")
@@ -41,22 +38,8 @@ def _any(targets: Sequence[str], name: str, classes: Sequence[str]) -> bool:
                for target in targets)
 
 
-def write_transforms(model: nn.Module) -> dict[str, Any] | None:
-    """The `transform_config` of a model; None if none of its layers mixes its input."""
-    by_size: dict[int, list[str]] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, ReorderedLinear) and layer.hadamard is not None:
-            by_size.setdefault(layer.hadamard, []).append(name)
-    groups = {("R4" if len(by_size) == 1 else f"R4_{size}"): {
-        "type": "hadamard", "randomize": False, "requires_grad": False, "head_dim": size, "precision": "torch.float32",
-        "apply": [{"targets": names, "location": "input", "inverse": False, "ignore": []},
-                  {"targets": names, "location": "weight_input", "inverse": True, "ignore": []}]}
-        for size, names in by_size.items()}
-    return {"config_groups": groups} if groups else None
-
-
 def read_transforms(config: Any, where: str) -> tuple[Mixing, ...]:
-    """The inverse, for configs of any tool. Raises CheckpointError, saying which it is, for any other transform that
+    """The inverse of write_transforms, for configs of any tool. Raises CheckpointError, saying which it is, for any other transform that
     is to be applied when the model runs."""
     if not config:
         return ()

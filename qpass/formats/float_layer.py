@@ -9,15 +9,12 @@
 
 from __future__ import annotations
 
-import torch
-
+from qpass.dtype import FLOAT8, POWERS
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
-from qpass.formats.codec_reads import FLOAT8, codec_read, fp8_args
+from qpass.formats.codec_reads import codec_read, fp8_args
 from qpass.formats.reader import WeightRead
 from qpass.scheme import ActivationArgs, WeightArgs
-
-_POWERS = (torch.uint8, torch.float8_e8m0fnu)
 
 
 def float_layer(checkpoint: Checkpoint, path: str, shape: tuple[int, ...], *, weight: str = "weight",
@@ -33,7 +30,7 @@ def float_layer(checkpoint: Checkpoint, path: str, shape: tuple[int, ...], *, we
     Raises CheckpointError, naming the layer, if tensors are missing or do not fit each other.
     """
     codes = checkpoint.tensors.get(f"{path}.{weight}")
-    if codes is None or codes.dtype not in (*FLOAT8, torch.uint8) or len(shape) != 2:
+    if codes is None or codes.dtype not in (*FLOAT8, "uint8") or len(shape) != 2:
         return None
     n, k = shape
     names = {"weight": f"{path}.{weight}", "scale": f"{path}.{scale}"}
@@ -41,7 +38,7 @@ def float_layer(checkpoint: Checkpoint, path: str, shape: tuple[int, ...], *, we
     if codes.dtype in FLOAT8:
         if codes.shape != (n, k):
             raise CheckpointError(f"{names['weight']} in {codes.file} is {list(codes.shape)}, the layer is {[n, k]}")
-        if scales.dtype == torch.uint8 and scales.shape == (n, -(-k // 32)):
+        if scales.dtype == "uint8" and scales.shape == (n, -(-k // 32)):
             return codec_read(checkpoint, path, _group(8, "mxfp8", 32), shape, names, activation)
         try:
             args = fp8_args((n, k), scales.shape, block)
@@ -49,7 +46,7 @@ def float_layer(checkpoint: Checkpoint, path: str, shape: tuple[int, ...], *, we
             raise CheckpointError(f"{checkpoint.path}: {path}: {error}") from error
         return codec_read(checkpoint, path, args, shape, names, activation)
     names["packed"] = names.pop("weight")
-    if scales.dtype in _POWERS:
+    if scales.dtype in POWERS:
         bits = 8 * codes.shape[-1] // max(k, 1)
         kind = {4: "mxfp4", 6: element}.get(bits)
         if kind is None:
@@ -73,10 +70,10 @@ def layer_shape(checkpoint: Checkpoint, path: str, names: tuple[str, ...] = ("we
         codes, scale = checkpoint.tensors.get(f"{path}.{name}"), checkpoint.tensors.get(f"{path}.weight_scale")
         if codes is None or len(codes.shape) != 2:
             continue
-        if codes.dtype != torch.uint8:
+        if codes.dtype != "uint8":
             return codes.shape[0], codes.shape[1]
         if scale is not None and len(scale.shape) == 2:
-            return codes.shape[0], scale.shape[1] * (32 if scale.dtype in _POWERS else 16)
+            return codes.shape[0], scale.shape[1] * (32 if scale.dtype in POWERS else 16)
     return None
 
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from qpass.errors import CheckpointError, DuplicateRegistration
 from qpass.formats.checkpoint import Checkpoint, Source, read_json
 from qpass.formats.reader import Reader
 from qpass.formats.safetensors_file import is_transformers_folder
 from qpass.formats.safetensors_folder import SafetensorsFolder
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GROUP = "qpass.formats"
 _BUILTIN = ("compressed_tensors_format", "gptq", "awq", "autoround", "bitsandbytes_format", "gguf_format",

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from qpass.codecs.fp8 import FLOATS, scale_shape
+from qpass.codecs.fp8 import SCALES, scale_shape
+from qpass.dtype import FLOAT8
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint, Stored
-from qpass.formats.codec_reads import FLOAT8, FP8_STATIC, FP8_TOKEN, check_scale, fp8_args, spec_of
+from qpass.formats.codec_reads import FP8_STATIC, FP8_TOKEN, check_scale, fp8_args, spec_of
 from qpass.formats.float_layer import float_layer
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import ActivationArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UNUSED = {"input_scale": "a static activation scale", "activation_scale": "a static activation scale",
            "input_scale_ub": "an upper bound of activation scales"}
@@ -57,7 +59,7 @@ class Fp8Reader(Reader):
             args = fp8_args((n, k), table, self.block)
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.path}: {place.path}: {error}") from error
-        self.checkpoint.need(scale, of=place.path, dtype=FLOATS, shape=(experts, *there.shape[1:]))
+        self.checkpoint.need(scale, of=place.path, dtype=SCALES, shape=(experts, *there.shape[1:]))
 
         def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
             check_scale(tensors["scale"], scale)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import struct
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from qpass.errors import CheckpointError, QPassError
 from qpass.formats.gguf_file import MAGIC, GgufFile, Strings
 from qpass.formats.gguf_rope import set_rope
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _LARGEST = 1 << 24  # of any number in the metadata but those of positions; far above every model there is
 _POSITIONS = ("context_length", "original_context_length")

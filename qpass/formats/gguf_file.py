@@ -12,13 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from qpass.dtype import DType, torch_dtype
 from qpass.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
@@ -34,8 +37,8 @@ TYPES = {
     27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I8": torch.int8,
-         "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+PLAIN: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I8": "int8",
+                           "I16": "int16", "I32": "int32", "I64": "int64"}
 _MOST_DIMS = 4
 _LARGEST_ALIGNMENT = 1 << 20
 
@@ -131,7 +134,7 @@ class GgufFile:
             raise CheckpointError(f"cannot read {self.path}: {error}") from error
         flat = torch.from_numpy(raw)
         if (dtype := PLAIN.get(info.kind)) is not None:
-            return flat.view(dtype).view(shape)
+            return flat.view(torch_dtype(dtype)).view(shape)
         return flat.view(*shape[:-1], -1)
 
 

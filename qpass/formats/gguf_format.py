@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
+from qpass.dtype import itemsize
 from qpass.errors import CheckpointError, QPassError
 from qpass.formats.checkpoint import Checkpoint, Stored, check_inside
 from qpass.formats.codec_reads import spec_of
@@ -23,6 +23,9 @@ from qpass.formats.safetensors_file import is_transformers_folder
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 _UNKNOWN = "how its module computes with experts is not known"
 
 
@@ -34,7 +37,7 @@ class GgufSource:
         self.metadata: Mapping[str, Any] = self.file.metadata
         self.tensors: Mapping[str, Stored] = {
             name: Stored(file=self.file.holder(name).path, version=self.file.holder(name).version,
-                         dtype=PLAIN.get(info.kind, torch.uint8),
+                         dtype=PLAIN.get(info.kind, "uint8"),
                          shape=info.shape if info.kind in PLAIN else (*info.shape[:-1], info.row_bytes))
             for name, info in self.file.tensors.items()}
 
@@ -97,7 +100,7 @@ class GgufReader(Reader):
         info = self.file.tensors[name]
         if info.kind not in PLAIN:
             return self._decoded(name, place, "only matrices are packed")
-        if count * PLAIN[info.kind].itemsize != info.nbytes:
+        if count * itemsize(PLAIN[info.kind]) != info.nbytes:
             raise CheckpointError(f"{name} in {self.file.path} is {list(info.shape)}, the model's {place.name} is "
                                   f"{list(place.shape)}")
         return FloatRead(tensors={"plain": name}, read=read)

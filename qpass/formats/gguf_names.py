@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qpass.errors import CheckpointError, QPassError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 # The parameter of fused experts -> the file's stacks of one matrix an expert, gate before up.

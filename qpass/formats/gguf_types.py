@@ -14,15 +14,18 @@ of a half and a 6- or 8-bit integer are exact, so what is decoded later equals t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.codecs.affine import pack_unsigned
 from qpass.codecs.elements import pack_nibbles
 from qpass.codecs.ggml_blocks import BLOCKS
 from qpass.formats.gguf_file import TYPES
 from qpass.scheme import WeightArgs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BYTES = {name: nbytes for name, _, nbytes in TYPES.values()}
 _INT = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "Q6_K": 6}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qpass.codecs.affine import unpack_unsigned
+from qpass.dtype import torch_dtype
 from qpass.errors import CheckpointError
 from qpass.formats.gguf_file import ARRAY, MAGIC, PLAIN, STRING, TYPES
 from qpass.spec import LinearSpec
@@ -25,7 +26,7 @@ from qpass.weight import CanonicalWeight
 _ALIGNMENT = 32
 _NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 _SIZES = {name: (block, nbytes) for name, block, nbytes in TYPES.values()}
-_KINDS = {dtype: kind for kind, dtype in PLAIN.items()}
+_KINDS = {torch_dtype(dtype): kind for kind, dtype in PLAIN.items()}
 _BOOL, _INT32, _UINT32, _FLOAT32 = 7, 5, 4, 6
 _LARGEST_HALF = 65504.0
 _GROUP = 32

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import FLOATS
 from qpass.errors import CheckpointError
 from qpass.formats.bits import unpack_rows
 from qpass.formats.checkpoint import Checkpoint
@@ -28,7 +28,9 @@ from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
@@ -54,12 +56,12 @@ def gptq_weight(checkpoint: Checkpoint, place: Place, settings: Settings) -> Wei
     if k * bits % 32 or n * bits % 32:
         raise CheckpointError(f"{where}: [{n}, {k}] of {bits} bits does not fill int32 words, as GPTQ needs")
     need = checkpoint.need
-    tensors = {"qweight": need(f"{path}.qweight", of=of, dtype=torch.int32, shape=(k * bits // 32, n)),
-               "qzeros": need(f"{path}.qzeros", of=of, dtype=torch.int32, shape=(spec.groups, n * bits // 32)),
+    tensors = {"qweight": need(f"{path}.qweight", of=of, dtype="int32", shape=(k * bits // 32, n)),
+               "qzeros": need(f"{path}.qzeros", of=of, dtype="int32", shape=(spec.groups, n * bits // 32)),
                "scales": need(f"{path}.scales", of=of, dtype=FLOATS, shape=(spec.groups, n))}
     if f"{path}.g_idx" in checkpoint.tensors:
         short = "g_idx" if settings.ordered else "g_idx_in_order"
-        tensors[short] = need(f"{path}.g_idx", of=of, dtype=(torch.int32, torch.int64), shape=(k,))
+        tensors[short] = need(f"{path}.g_idx", of=of, dtype=("int32", "int64"), shape=(k,))
 
     def read(found: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
         return read_gptq(found, spec, settings.version)

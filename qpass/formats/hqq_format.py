@@ -7,14 +7,15 @@ columns of one group each (axis 0); codes are packed along dim 0, the first part
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from qpass.codecs.affine import pack_unsigned
+from qpass.dtype import dtype_name, is_float
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Source, Stored, check_inside
 from qpass.formats.codec_reads import check_scale, spec_of
@@ -25,6 +26,9 @@ from qpass.formats.safetensors_folder import SafetensorsFolder
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SETTINGS = frozenset({
     "axis", "channel_wise", "compute_dtype", "encoded_state_dict", "group_size", "nbits", "offload_meta", "optimize",
@@ -56,17 +60,17 @@ class HqqReader(Reader):
         groups = max(scale.shape[0] * scale.shape[1], 1) if len(scale.shape) == 2 else 0
         wrong = CheckpointError(f"{place.path}.W_q in {codes.file} is {codes} with scales {scale}, which do not make "
                                 f"up {[n, k]}")
-        if not groups or not n * k or n * k % groups or len(codes.shape) != 2 or not scale.dtype.is_floating_point:
+        if not groups or not n * k or n * k % groups or len(codes.shape) != 2 or not is_float(scale.dtype):
             raise wrong
         size, axis = n * k // groups, 1 if scale.shape[1] == 1 and scale.shape[0] != 1 else 0
         rows, columns = (groups, size) if axis == 1 else (size, groups)
         if axis == 1 and k % size:
             raise CheckpointError(f"{self.checkpoint.path}: {place.path} has groups of {size} that run across rows of "
                                   f"{k}; groups within rows, and axis 0, are read")
-        if codes.dtype == torch.int32 and codes.shape == (-(-rows // 10), columns):
+        if codes.dtype == "int32" and codes.shape == (-(-rows // 10), columns):
             bits = 3
         else:
-            bits = next((b for b in (8, 4, 2, 1) if codes.dtype == torch.uint8
+            bits = next((b for b in (8, 4, 2, 1) if codes.dtype == "uint8"
                          and codes.shape == (-(-rows * b // 8), columns)), 0)
         if not bits:
             raise wrong
@@ -78,7 +82,9 @@ class HqqReader(Reader):
         stored = self.checkpoint.tensors.get(name)
         if stored is None or stored.shape != (2,) or f"{path}.W_q" not in self.checkpoint.tensors:
             return None
-        n, k = (int(size) for size in self.checkpoint.source.read([name])[name].tolist())
+        if stored.dtype not in ("int64", "int32"):
+            raise CheckpointError(f"{name} in {stored.file} is {stored}; a shape is two integers")
+        n, k = struct.unpack("<2q" if stored.dtype == "int64" else "<2i", self.checkpoint.raw(name))
         return (n, k) if n > 0 and k > 0 else None
 
     def leftover(self, name: str) -> str | None:
@@ -119,11 +125,11 @@ class HqqPickle:
             for name, value in part.items():
                 if name == "shape" and isinstance(value, list | tuple) and all(isinstance(n, int) for n in value):
                     value = torch.tensor(value)
-                if isinstance(value, Tensor):
+                if isinstance(value, torch.Tensor):
                     self._held[f"{path}.{name}"] = value.detach()
         self.metadata: Mapping[str, Any] = {}
         self.tensors: Mapping[str, Stored] = {
-            name: Stored(file=file, dtype=tensor.dtype, shape=tuple(tensor.shape))
+            name: Stored(file=file, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
             for name, tensor in self._held.items()}
 
     def read(self, names: Iterable[str], at: int | None = None) -> dict[str, Tensor]:

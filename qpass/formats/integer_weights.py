@@ -5,16 +5,18 @@ Used by the formats that store unsigned codes in int32 words (GPTQ, AWQ, AutoRou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from qpass.errors import CheckpointError, RecipeError
 from qpass.formats.bits import pack_rows
 from qpass.formats.checkpoint import Checkpoint
 from qpass.scheme import ActivationArgs, Scheme, WeightArgs
 from qpass.spec import LinearSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def integer_spec(bits: Any, group_size: Any, symmetric: Any, shape: tuple[int, ...], where: str,

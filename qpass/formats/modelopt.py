@@ -16,16 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from qpass.codecs.fp8 import FLOATS
+from qpass.codecs.fp8 import SCALES
+from qpass.dtype import FLOAT8, FLOATS
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.codec_reads import (
-    FLOAT8,
     FP4_LOCAL,
     FP8_STATIC,
     FP8_TOKEN,
@@ -40,6 +39,9 @@ from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import ActivationArgs, WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UNUSED = {
     "k_bias": "an offset of the KV cache, which is kept in the model's dtype",
@@ -64,9 +66,9 @@ class ModelOptReader(Reader):
         if codes is None or scale is None or len(place.shape) != 2:
             return None
         static = f"{path}.input_scale" in tensors
-        if codes.dtype == torch.int8:
+        if codes.dtype == "int8":
             return self._integers(place, 8, INT8_STATIC if static else None)
-        if codes.dtype == torch.uint8 and scale.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if codes.dtype == "uint8" and scale.dtype in FLOATS:
             return self._integers(place, 4, FP8_STATIC if static else None)
         eight = codes.dtype in FLOAT8 or self.algorithm.startswith("w4a8")
         activation = None if not static else FP8_STATIC if eight else FP4_LOCAL
@@ -83,7 +85,7 @@ class ModelOptReader(Reader):
         name, one = f"{place.path}.pre_quant_scale", found.read
         if name not in self.checkpoint.tensors:
             return found
-        self.checkpoint.need(name, of=place.path, dtype=FLOATS, shape=(place.shape[1],))
+        self.checkpoint.need(name, of=place.path, dtype=SCALES, shape=(place.shape[1],))
 
         def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
             made = one(tensors, spec)
@@ -99,7 +101,7 @@ class ModelOptReader(Reader):
             raise CheckpointError(f"{self.checkpoint.path}: {path}.weight_scale has {groups} groups for {k} inputs")
         size = None if groups == 1 and bits == 8 else k // groups
         args = WeightArgs(bits=bits, granularity="per_channel" if size is None else "per_group", group_size=size)
-        self.checkpoint.need(f"{path}.weight", of=path, dtype=torch.int8 if bits == 8 else torch.uint8,
+        self.checkpoint.need(f"{path}.weight", of=path, dtype="int8" if bits == 8 else "uint8",
                              shape=(n, k) if bits == 8 else (-(-n // 2), k))
         names = {name: f"{path}.{name}" for name in ("weight", "weight_scale", "pre_quant_scale")
                  if f"{path}.{name}" in self.checkpoint.tensors}
@@ -127,7 +129,7 @@ class ModelOptReader(Reader):
         codes, scale = tensors.get(f"{path}.weight"), tensors.get(f"{path}.weight_scale")
         if codes is None or scale is None or len(codes.shape) != 2:
             return None
-        if codes.dtype == torch.uint8 and scale.dtype == torch.float32:
+        if codes.dtype == "uint8" and scale.dtype == "float32":
             return scale.shape[0], codes.shape[1]
         return layer_shape(self.checkpoint, path)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qpass.errors import CheckpointError
 from qpass.formats.codec_reads import spec_of
@@ -19,6 +19,9 @@ from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ARGS = WeightArgs(bits=4, type="mxfp4", granularity="per_group", group_size=32)
 
@@ -48,8 +51,8 @@ class Mxfp4ExpertsReader(Reader):
         if names["blocks"] not in self.checkpoint.tensors:
             return ()
         experts, rows, k = place.shape
-        self.checkpoint.need(names["blocks"], of=place.path, dtype=torch.uint8, shape=(experts, rows, k // 32, 16))
-        self.checkpoint.need(names["scales"], of=place.path, dtype=torch.uint8, shape=(experts, rows, k // 32))
+        self.checkpoint.need(names["blocks"], of=place.path, dtype="uint8", shape=(experts, rows, k // 32, 16))
+        self.checkpoint.need(names["scales"], of=place.path, dtype="uint8", shape=(experts, rows, k // 32))
 
         def read(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
             if bool((tensors["scales"] == 255).any()):

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from qpass.codecs.affine import pack_unsigned
+from qpass.dtype import FLOAT8, is_float, itemsize
 from qpass.errors import CheckpointError
-from qpass.formats.codec_reads import FLOAT8, check_scale, codec_read, fp8_args, spec_of
+from qpass.formats.codec_reads import check_scale, codec_read, fp8_args, spec_of
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class QuantoReader(Reader):
@@ -38,15 +41,15 @@ class QuantoReader(Reader):
         codes = tensors[self.checkpoint.need(names["weight"], of=place.path, shape=place.shape)]
         if codes.dtype in FLOAT8:
             return codec_read(self.checkpoint, place.path, fp8_args(place.shape, scale.shape, None), place.shape, names)
-        self.checkpoint.need(names["weight"], of=place.path, dtype=torch.int8)
-        if scale.nbytes // scale.dtype.itemsize not in (1, place.shape[0]):
+        self.checkpoint.need(names["weight"], of=place.path, dtype="int8")
+        if scale.nbytes // itemsize(scale.dtype) not in (1, place.shape[0]):
             raise CheckpointError(f"{names['scale']} in {scale.file} is {scale}, for {list(place.shape)}")
         return WeightRead(spec=spec_of(WeightArgs(bits=8), place.shape), tensors=names, read=_read_int8)
 
     def _grouped(self, place: Place, scale: tuple[int, ...]) -> WeightRead:
         prefix, (n, k) = f"{place.path}.weight", place.shape
         names = {"codes": f"{prefix}._data._data", "scale": f"{prefix}._scale", "shift": f"{prefix}._shift"}
-        codes = self.checkpoint.tensors[self.checkpoint.need(names["codes"], of=place.path, dtype=torch.uint8)]
+        codes = self.checkpoint.tensors[self.checkpoint.need(names["codes"], of=place.path, dtype="uint8")]
         rows = scale[0] if len(scale) == 2 and scale[1] == 1 else 0
         per_byte = -(-rows // codes.shape[0]) if codes.shape and codes.shape[0] else 0
         if not rows or rows % n or k % (rows // n) or per_byte not in (2, 4) or (
@@ -56,7 +59,7 @@ class QuantoReader(Reader):
         self.checkpoint.need(names["shift"], of=place.path, shape=scale)
         args = WeightArgs(bits=8 // per_byte, type="affine", granularity="per_group", group_size=k * n // rows,
                           symmetric=False)
-        if not self.checkpoint.tensors[names["shift"]].dtype.is_floating_point:
+        if not is_float(self.checkpoint.tensors[names["shift"]].dtype):
             raise CheckpointError(f"{names['shift']} is an integer; shifts of quanto since 0.2.3 are floats")
         return WeightRead(spec=spec_of(args, place.shape), tensors=names, read=_read_grouped)
 

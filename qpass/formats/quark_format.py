@@ -16,20 +16,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import FLOAT8
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
-from qpass.formats.codec_reads import FLOAT8, FP8_STATIC, INT8_STATIC, check_scale, spec_of, static_scale
+from qpass.formats.codec_reads import FP8_STATIC, INT8_STATIC, check_scale, spec_of, static_scale
 from qpass.formats.float_layer import float_layer, layer_shape
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
 from qpass.scheme import ActivationArgs, WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _REORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _UNUSED = {
@@ -63,9 +66,9 @@ class QuarkReader(Reader):
             return None
         dtypes = next((found for pattern, found in self.named if fnmatchcase(path, pattern)), self.everywhere)
         static = f"{path}.input_scale" in tensors
-        if codes.dtype == torch.int8:
+        if codes.dtype == "int8":
             return self._int8(place, INT8_STATIC if static else None)
-        if codes.dtype == torch.int32:
+        if codes.dtype == "int32":
             return self._nibbles(place, dtypes[-1] if dtypes else "int4", FP8_STATIC if static else None)
         element = "mxfp6_e2m3" if "fp6_e2m3" in dtypes else "mxfp6_e3m2"
         found = float_layer(self.checkpoint, path, place.shape, factor="weight_scale_2", element=element,
@@ -107,7 +110,7 @@ class QuarkReader(Reader):
             self.checkpoint.need(names["weight"], of=path, shape=(k, -(-n // 8)))
             self.checkpoint.need(names["weight_scale"], of=path, shape=(groups, n))
             if "weight_zero_point" in names:
-                self.checkpoint.need(names["weight_zero_point"], of=path, dtype=torch.int32, shape=(groups, -(-n // 8)))
+                self.checkpoint.need(names["weight_zero_point"], of=path, dtype="int32", shape=(groups, -(-n // 8)))
             elif dtype != "int4":
                 raise CheckpointError(f"{self.checkpoint.path}: {path} is {dtype} and has no weight_zero_point")
         order = self.order
@@ -134,7 +137,7 @@ class QuarkReader(Reader):
         codes, scale = tensors.get(f"{path}.weight"), tensors.get(f"{path}.weight_scale")
         if codes is None or scale is None or len(codes.shape) != 2:
             return None
-        if codes.dtype == torch.int32:
+        if codes.dtype == "int32":
             return (codes.shape[0], codes.shape[1] * 8) if f"{path}.weight_scale_2" in tensors else (
                 scale.shape[1] if len(scale.shape) == 2 else codes.shape[1] * 8, codes.shape[0])
         return layer_shape(self.checkpoint, path)

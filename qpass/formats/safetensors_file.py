@@ -11,23 +11,25 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from qpass.dtype import DType, dtype_name
 from qpass.errors import CheckpointError
-from qpass.formats.checkpoint import Stored, check_inside, no_doubles, read_json
+from qpass.formats.checkpoint import Stored, check_inside, file_version, no_doubles, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint16: "U16", torch.uint32: "U32",
-    torch.uint64: "U64", torch.complex64: "C64", torch.float8_e8m0fnu: "F8_E8M0",
+_NAMES: dict[DType, str] = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+    "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32",
+    "uint64": "U64", "complex64": "C64", "float8_e8m0fnu": "F8_E8M0",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ def write_file(path: Path, entries: list[Entry]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in ordered:
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape),
+        header[entry.name] = {"dtype": _NAMES[dtype_name(entry.dtype)], "shape": list(entry.shape),
                               "data_offsets": [offset, offset + entry.nbytes]}
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -68,7 +70,7 @@ def write_file(path: Path, entries: list[Entry]) -> None:
                                       f"and is {tensor.dtype} {tuple(tensor.shape)}")
             if tensor.numel():
                 raw = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(raw.view(_BYTES[raw.element_size()]).numpy().data.cast("B"))
+                file.write(raw.view(torch.uint8).numpy().data.cast("B"))
         file.flush()
         os.fsync(file.fileno())
 
@@ -138,7 +140,7 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     check_inside(file)
     try:
         version = file_version(file)
-        with safe_open(str(file), framework="pt"):  # checks offsets, sizes and the file's length
+        with safe_open(str(file), framework="np"):  # checks offsets, sizes and the file's length
             pass
         with open(file, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
@@ -153,12 +155,6 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raise CheckpointError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
     except KeyError as error:
         raise CheckpointError(f"{file} holds a tensor of dtype {error}, which this version cannot read") from error
-
-
-def file_version(file: Path | int) -> tuple[int, ...]:
-    """What tells a file (or an open one) from one that replaced it, or that was written to since."""
-    seen = os.stat(file)
-    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
 
 
 def _read_index(index: Path) -> dict[str, str]:

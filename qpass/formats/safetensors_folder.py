@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from qpass.errors import CheckpointError
-from qpass.formats.checkpoint import Stored
-from qpass.formats.safetensors_file import file_version, read_folder
+from qpass.dtype import torch_dtype
+from qpass.formats.checkpoint import Stored, read_into
+from qpass.formats.safetensors_file import read_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SafetensorsFolder:
@@ -38,22 +40,7 @@ def _read(stored: Stored, at: int | None) -> Tensor:
     if at is not None:
         shape = shape[1:]
         start += at * (stored.nbytes // stored.shape[0])
-    tensor = torch.empty(shape, dtype=stored.dtype)
-    try:
-        with open(stored.file, "rb", buffering=0) as file:
-            if file_version(file.fileno()) != stored.version:
-                raise CheckpointError(f"{stored.file} changed while it was being read; load the folder again")
-            file.seek(start)
-            if tensor.numel():
-                _fill(tensor.reshape(-1).view(torch.uint8).numpy().data, file)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {stored.file}: {error}") from error
+    tensor = torch.empty(shape, dtype=torch_dtype(stored.dtype))
+    if tensor.numel():
+        read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, stored, start)
     return tensor
-
-
-def _fill(left: memoryview, file: Any) -> None:
-    while left:  # a single read gives 2 GB at most
-        count = file.readinto(left)
-        if not count:
-            raise OSError("the file ends within a tensor")
-        left = left[count:]

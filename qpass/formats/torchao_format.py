@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from qpass.codecs.affine import pack_unsigned
 from qpass.errors import CheckpointError
@@ -28,7 +27,10 @@ from qpass.scheme import ActivationArgs, WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
 
-_Read = Callable[[dict[str, Tensor], LinearSpec], CanonicalWeight]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_Read: TypeAlias = "Callable[[dict[str, Tensor], LinearSpec], CanonicalWeight]"
 _NEEDS = {"Int8Tensor": ("qdata", "scale"), "IntxUnpackedToInt8Tensor": ("qdata", "scale", "zero_point"),
           "Float8Tensor": ("qdata", "scale"), "NVFP4Tensor": ("qdata", "scale"), "MXTensor": ("qdata", "scale"),
           "Int4Tensor": ("qdata", "scale", "zero_point"), "Int4PlainInt32Tensor": ("qdata", "scale", "zero_point"),
@@ -71,7 +73,7 @@ class TorchAoReader(Reader):
         said, codes = self._said(f"{path}.weight"), self.checkpoint.tensors.get(f"{path}._weight_qdata")
         if codes is None or len(codes.shape) != 2:
             return None
-        packed = 2 if codes.dtype == torch.uint8 or said.get("_type") == "Int4Tensor" else 1
+        packed = 2 if codes.dtype == "uint8" or said.get("_type") == "Int4Tensor" else 1
         return codes.shape[0], codes.shape[1] * packed
 
     def _said(self, name: str) -> Mapping[str, Any]:
@@ -95,7 +97,7 @@ def _integers(checkpoint: Checkpoint, place: Place, names: Mapping[str, str], da
         raise ValueError(f"block_size {data['block_size']} of {[n, k]}")
     args = WeightArgs(bits=bits, granularity="per_channel" if size == k else "per_group",
                       group_size=None if size == k else size)  # asymmetric where a zero point is not zero
-    checkpoint.need(names["qdata"], of=place.path, dtype=torch.int8, shape=(n, k))
+    checkpoint.need(names["qdata"], of=place.path, dtype="int8", shape=(n, k))
     return WeightRead(spec=spec_of(args, place.shape, _activation(data)), read=_read_integers, tensors={
         **{short: names[short] for short in ("qdata", "scale", "zero_point") if short in names},
         **_pre_scale(names)})
@@ -183,7 +185,7 @@ def _four_bit_floats(checkpoint: Checkpoint, place: Place, names: Mapping[str, s
 def _int4(checkpoint: Checkpoint, place: Place, names: Mapping[str, str], data: Mapping[str, Any]) -> WeightRead:
     n, k = place.shape
     size = int(data["block_size"][-1])
-    words = checkpoint.tensors[names["qdata"]].dtype == torch.int32
+    words = checkpoint.tensors[names["qdata"]].dtype == "int32"
     if size < 1 or k % size:
         raise ValueError(f"block_size {data['block_size']} of {[n, k]}")
     checkpoint.need(names["qdata"], of=place.path, shape=(n, k // 8 if words else k // 2))
@@ -222,7 +224,7 @@ def _tiles(checkpoint: Checkpoint, place: Place, names: Mapping[str, str], data:
     rows, columns = -(-n // 8) * 8, -(-k // 1024) * 1024
     if size < 1 or k % size:
         raise ValueError(f"block_size {data['block_size']} of {[n, k]}")
-    checkpoint.need(names["qdata"], of=place.path, dtype=torch.int32, shape=(rows // 8, columns // 128, 32, 4))
+    checkpoint.need(names["qdata"], of=place.path, dtype="int32", shape=(rows // 8, columns // 128, 32, 4))
     checkpoint.need(names["scale_and_zero"], of=place.path, shape=(columns // size, rows, 2))
     args = WeightArgs(bits=4, type="affine_signed", granularity="per_group", group_size=size, symmetric=False)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
-from qpass.formats import compressed_tensors_config
+from qpass.formats import compressed_tensors_config_writer
 from qpass.layers.tied_table import TiedTable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def write_config(model: nn.Module, plan: Plan | None) -> None:
     if is_transformers(model):
         config: Any = model.config
         said = () if plan is None else (plan.recipe.to_dict(), plan.asked)
-        config.quantization_config = compressed_tensors_config.write_config(model, *said)
+        config.quantization_config = compressed_tensors_config_writer.write_config(model, *said)
         # Packed tensors are saved under the names they have; Transformers would rename them halfway to an older style.
         model.__dict__.setdefault("_qpass_conversions", model.__dict__.get("_weight_conversions"))
         model._weight_conversions = []  # type: ignore[assignment]

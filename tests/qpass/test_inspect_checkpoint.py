@@ -36,9 +36,35 @@ def test_stacks_and_gguf_are_told_by_their_own_names() -> None:
                                           for layer in found.layers)
 
 
-def test_the_command_says_the_same_and_leaves_out_of_torch_what_tracing_needs() -> None:
-    code = ("import sys; from qpass.cli import main; done = main(); "
-            "sys.exit(done or sum(name in sys.modules for name in ('torch._decomp', 'torch._refs', 'torch._prims')))")
+def test_headers_of_every_format_are_read_without_torch_and_numpy() -> None:
+    code = """
+import sys
+from types import ModuleType
+class Kept(ModuleType):
+    def __getattr__(self, name):
+        raise RuntimeError(f"{self.__name__}.{name} is used")
+for package in ("torch", "numpy"):
+    sys.modules[package] = Kept(package)
+from qpass.inspect_checkpoint import inspect
+for where in sys.argv[1:]:
+    print(inspect(where))
+"""
+    folders = [str(where(name)) for name in EVERY]
+    said = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == "".join(f"{qpass.inspect(folder)}\n" for folder in folders)
+
+
+def test_the_command_says_the_same_and_imports_no_torch_which_a_format_from_elsewhere_still_can() -> None:
+    code = """
+import sys
+from qpass.cli import main
+assert main() == 0
+assert "torch" in sys.modules and not {"torch._C", "numpy._core", "numpy.core"} & set(sys.modules)
+import torch.nn.functional
+from torch import nn
+assert nn.Linear(2, 3)(torch.ones(1, 2)).shape == (1, 3) and torch.nn.functional.relu(torch.ones(1)) == 1
+"""
     folder = str(SMALL / "compressed-tensors" / "w4a16_asym")
     said = subprocess.run([sys.executable, "-c", code, "inspect", folder], capture_output=True, text=True, check=False)
     assert (said.returncode, said.stdout, said.stderr) == (0, f"{qpass.inspect(folder)}\n", "")

@@ -184,8 +184,7 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_graph_compiled_earlier_loads_the_library_itself() -> None:
     code = """
-import torch, qpass.kernels.registry
-qpass.kernels.registry.load_builtin()
+import torch, qpass.kernels.dispatch
 from qpass.kernels.cpu import native
 x, q, s = torch.randn(1, 32), torch.full((32 * 64 // 2,), 0x88, dtype=torch.uint8), torch.ones(2, 1, 16)
 assert not native.loaded()

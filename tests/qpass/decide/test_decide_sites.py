@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpass.decide.decide_sites import decide, effective_text, stored_bytes
+from qpass.decide.decide_sites import decide, stored_bytes
 from qpass.decide.decision import Decision
 from qpass.errors import LayerRefused, NoKernel, NothingQuantized
 from qpass.kernels.registry import KERNELS, force_kernel
 from qpass.recipes.recipe import Recipe
 from qpass.scheme import PRESETS, Scheme, WeightArgs, preset
 from qpass.site import Site
-from qpass.spec import LinearSpec
+from qpass.spec import LinearSpec, effective_text
 
 CPU = torch.device("cpu")
 

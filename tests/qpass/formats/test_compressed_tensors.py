@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import CheckpointError
-from qpass.formats import compressed_tensors_config
+from qpass.formats import compressed_tensors_config_writer
 from qpass.formats.compressed_tensors import describe_weight, names_on_disk, read_weight, write_weight
-from qpass.formats.compressed_tensors_config import read_config, write_config
+from qpass.formats.compressed_tensors_config import read_config
+from qpass.formats.compressed_tensors_config_writer import write_config
 from qpass.layers.packed_layers import QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.scheme import PRESETS, Scheme
@@ -166,7 +167,7 @@ def test_activations_of_every_kind_are_read_and_written_back(fields: dict[str, A
     group = {**config["config_groups"]["group_0"], "input_activations": fields}
     (read,) = read_config({**config, "config_groups": {"group_0": group}}, "config.json").groups
     assert read.activation is not None
-    written = compressed_tensors_config._activations(read.activation)
+    written = compressed_tensors_config_writer._activations(read.activation)
     assert {key: written[key] for key in fields} == fields
     spec = read.spec(8, 128)
     assert LinearSpec.parse(str(spec)) == spec

@@ -20,7 +20,7 @@ def refuses(call: LinearCall) -> str | None:
     """None, or the sentence that says why not."""
     if call.spec.weight.granularity != "per_channel" or not call.spec.weight.symmetric:
         return "needs symmetric weights with a scale a channel"
-    return None if call.dtype == torch.float32 else f"needs float32 activations, got {call.dtype}"
+    return None if call.dtype_name == "float32" else f"needs float32 activations, got {call.dtype_name}"
 
 
 @qpass.register_kernel(scheme="w8a16", device="cpu", refuses=refuses, priority=90)

@@ -57,7 +57,7 @@ class _Where:
     @property
     def dtype_name(self) -> DType:
         """`bfloat16`, `float32`, ..."""
-        return self.dtype if isinstance(self.dtype, str) else dtype_name(self.dtype)
+        return dtype_name(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,8 @@ def is_float(dtype: DType) -> bool:
     return "float" in dtype
 
 
-def dtype_name(dtype: torch.dtype) -> DType:
-    """The name of a dtype of torch."""
+def dtype_name(dtype: torch.dtype | DType) -> DType:
+    """The name of a dtype of torch; a name stays as it is."""
     return str(dtype).removeprefix("torch.")  # type: ignore[return-value]
 
 

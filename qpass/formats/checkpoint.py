@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from qpass.dtype import DType, itemsize
+from qpass.dtype import DType, dtype_name, itemsize
 from qpass.errors import CheckpointError, QPassError
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ class Checkpoint:
     def tensors(self) -> Mapping[str, Stored]:
         return self.source.tensors
 
-    def need(self, name: str, *, of: str, dtype: DType | tuple[DType, ...] | None = None,
-             shape: tuple[int, ...] | None = None) -> str:
+    def need(self, name: str, *, of: str, shape: tuple[int, ...] | None = None,
+             dtype: DType | torch.dtype | tuple[DType | torch.dtype, ...] | None = None) -> str:
         """`name`, once it is known that the tensor is there and what it must be; `of` says what needs it.
 
         Raises CheckpointError that names both sides otherwise.
@@ -92,7 +92,7 @@ class Checkpoint:
             beside = sorted(n for n in self.tensors if n.startswith(path + "."))
             raise CheckpointError(f"{self.path}: {of} needs {name}; the files have "
                                   f"{', '.join(beside[:6]) or 'nothing of that layer'}")
-        wanted = (dtype,) if isinstance(dtype, str) else dtype
+        wanted = () if dtype is None else [dtype_name(one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))]
         if (wanted and there.dtype not in wanted) or (shape is not None and there.shape != shape):
             kinds = " or ".join(wanted) if wanted else ""
             raise CheckpointError(f"{name} in {there.file} is {there.dtype} {list(there.shape)}; {of} needs "

@@ -39,8 +39,10 @@ def _any(targets: Sequence[str], name: str, classes: Sequence[str]) -> bool:
 
 
 def read_transforms(config: Any, where: str) -> tuple[Mixing, ...]:
-    """The inverse of write_transforms, for configs of any tool. Raises CheckpointError, saying which it is, for any other transform that
-    is to be applied when the model runs."""
+    """The inverse of write_transforms, for configs of any tool.
+
+    Raises CheckpointError, saying which it is, for any other transform that is to be applied when the model runs.
+    """
     if not config:
         return ()
     groups = config.get("config_groups") if isinstance(config, Mapping) else None

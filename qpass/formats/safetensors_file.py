@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpass.dtype import DType, dtype_name
+from qpass.dtype import DType, dtype_name, torch_dtype
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Stored, check_inside, file_version, no_doubles, read_json
 
@@ -30,6 +30,7 @@ _NAMES: dict[DType, str] = {
     "uint64": "U64", "complex64": "C64", "float8_e8m0fnu": "F8_E8M0",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_BYTES: dict[int, DType] = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def write_file(path: Path, entries: list[Entry]) -> None:
                                       f"and is {tensor.dtype} {tuple(tensor.shape)}")
             if tensor.numel():
                 raw = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(raw.view(torch.uint8).numpy().data.cast("B"))
+                file.write(raw.view(torch_dtype(_BYTES[raw.element_size()])).numpy().data.cast("B"))
         file.flush()
         os.fsync(file.fileno())
 

@@ -21,7 +21,7 @@ RECIPES: dict[str, tuple[str, list[Any]]] = {
     "autoround": ("w4a8", ["gptq", {"autoround": {"iterations": 3, "batch_size": 2}}]),
     "awq": ("w4a16", ["awq", "gptq"]),
     "activation_ranges": ("w8a8_static", ["activation_ranges"]),
-    "rotation": ("w4a16", ["rotation", "gptq"]),
+    "rotation": ("w4a16", [{"rotation": {"rotations": ["R1", "R2", "R4"]}}, "gptq"]),
     "bias_correction": ("w4a8", ["scales", "bias_correction"]),
 }
 _QUICK = {("llama", "autoround"), ("gpt2", "bias_correction"), ("mixtral", "gptq")}

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from qpass import large_pages
 from qpass.experts_spec import ExpertsSpec
-from qpass.kernels.cpu import large_pages
 from qpass.kernels.layout import Packed
 from qpass.kernels.registry import ExpertsCall, LinearCall, choose, kernel
 from qpass.spec import LinearSpec

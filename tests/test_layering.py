@@ -14,9 +14,9 @@ from tests.source_tree import imports, modules, place, strings, syntax
 DATA = frozenset({
     "qpass.activation_args", "qpass.activation_scale", "qpass.cache_numbers", "qpass.dtype", "qpass.errors",
     "qpass.experts_site", "qpass.experts_spec", "qpass.formats.bits", "qpass.hadamard", "qpass.input_change",
-    "qpass.integer_scales", "qpass.ops", "qpass.recipes.algorithm", "qpass.recipes.algorithm_table",
-    "qpass.recipes.recipe", "qpass.recipes.rotation", "qpass.recipes.torchao_config", "qpass.rows", "qpass.scheme",
-    "qpass.site", "qpass.spec", "qpass.weight",
+    "qpass.integer_scales", "qpass.large_pages", "qpass.ops", "qpass.recipes.algorithm",
+    "qpass.recipes.algorithm_table", "qpass.recipes.recipe", "qpass.recipes.rotation", "qpass.recipes.torchao_config",
+    "qpass.rows", "qpass.scheme", "qpass.site", "qpass.spec", "qpass.weight",
 })
 LAYERS = ("data", "kernels", "lowering", "entry points")
 

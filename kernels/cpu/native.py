@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qpass import large_pages
 from qpass.errors import NoKernel
-from qpass.kernels.cpu import build, compile_library, large_pages
+from qpass.kernels.cpu import build, compile_library
 from qpass.weight import CanonicalWeight
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from qpass import large_pages
 from qpass.dtype import DType, torch_dtype
-from qpass.kernels.cpu import large_pages
 from qpass.kernels.cpu.native import dtype_index, library, padded, succeed
 from qpass.weight import CanonicalWeight
 

@@ -31,7 +31,7 @@ from qpass.layers.experts_layer import QuantExperts, Weight
 from qpass.layers.weight_rows import NotShared, put_rows, rows_spec
 from qpass.scheme import family_of
 from qpass.spec import LinearSpec
-from qpass.swap.swap_experts import put_experts
+from qpass.swap.module_places import put_everywhere
 from qpass.swap.swap_site import give_back_freed_memory
 from qpass.weight import CanonicalWeight
 
@@ -147,7 +147,7 @@ def fill_experts(model: nn.Module, layers: Sequence[ExpertsLayer], checkpoint: C
         for leaf in site.parameters:
             shape = origin.get_parameter(leaf).shape
             origin._parameters[leaf] = nn.Parameter(torch.empty(shape, dtype=of, device="meta"), requires_grad=False)
-        put_experts(model, origin, made)
+        put_everywhere(model, origin, made)
         give_back_freed_memory()
 
 

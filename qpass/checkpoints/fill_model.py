@@ -20,6 +20,7 @@ from qpass.layers.packed_layers import Origin, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.layers.reordered_linear import ReorderedLinear
 from qpass.spec import LinearSpec
+from qpass.swap.module_places import put_everywhere
 from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, tie_table
 from qpass.weight import CanonicalWeight
 
@@ -142,10 +143,7 @@ def _put_linear(model: nn.Module, owner: nn.Module, layer: Layer, first: PackedW
         linear.tie(first)
     shape = (spec.in_features, spec.out_features) if layer.transposed else (spec.out_features, spec.in_features)
     owner._parameters[layer.leaf] = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is owner:
-                parent._modules[name] = linear
+    put_everywhere(model, owner, linear)
     return first or linear
 
 

@@ -19,9 +19,10 @@ from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.plan_model import Decision, Plan
+from qpass.swap.module_places import put_everywhere
 from qpass.swap.round_weight import known_finite
 from qpass.swap.shared_scales import SharedScales
-from qpass.swap.swap_experts import put_experts, swap_experts
+from qpass.swap.swap_experts import swap_experts
 from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, swap_site
 from qpass.weight import check_weight
 
@@ -112,7 +113,7 @@ class StreamQuantizer:
             del owner._modules[leaf]
             owner._parameters[leaf] = _emptied(decision)
         else:
-            put_experts(self.model, packed, owner)
+            put_everywhere(self.model, packed, owner)
             for leaf, parameter in owner._parameters.items():
                 if parameter is not None and parameter.is_meta:
                     owner._parameters[leaf] = _marked(parameter)
@@ -143,7 +144,7 @@ def _put(model: nn.Module, decision: Decision, owner: nn.Module, packed: PackedL
         owner._modules[leaf] = packed
         del owner._parameters[leaf]
         return
-    put_experts(model, owner, packed)
+    put_everywhere(model, owner, packed)
     if isinstance(packed, QuantLinear) and packed.origin.bias is not None:
         packed._parameters["bias"] = owner._parameters[packed.origin.bias]
     elif isinstance(packed, QuantExperts):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from qpass.checkpoints.mapped_pages import release_pages
+from qpass.checkpoints.mapped_pages import ReadPages
 from qpass.checkpoints.stream_quantize import StreamQuantizer
 from qpass.errors import RecipeError
 from qpass.formats.checkpoint import read_json
@@ -32,6 +32,7 @@ class QPassQuantizer(PackedQuantizer):
         self._stream: StreamQuantizer | None = None
         self._device = torch.device("cpu")
         self._failed: Exception | None = None
+        self._read = ReadPages()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise unless there is a recipe and every weight will have a device."""
@@ -85,13 +86,14 @@ class QPassQuantizer(PackedQuantizer):
                 self.stream.take(name, weight)
         except Exception as error:
             self._failed = error
-        release_pages(weight)
+        self._read.add(weight)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from qpass.quantize_model import finish, remember
 
         if self._failed is not None:
             raise self._failed
+        self._read.release()
         self.stream.finish()
         remember(model, self.stream.plan)
         finish(model, self.stream.plan)

@@ -18,6 +18,7 @@ from qpass.kernels.layout import Packed
 from qpass.kernels.registry import ExpertsCall
 from qpass.layers.experts_layer import QuantExperts, Weight
 from qpass.spec import LinearSpec
+from qpass.swap.module_places import put_everywhere
 from qpass.swap.round_weight import quantized
 from qpass.weight import CanonicalWeight
 
@@ -53,16 +54,8 @@ def swap_experts(model: nn.Module, decisions: Sequence[Decision], device: torch.
         made.put_block(spec, experts, first, second)
     for leaf in site.parameters:
         origin._parameters[leaf] = nn.Parameter(stored[leaf].to("meta"), requires_grad=False)
-    put_experts(model, origin, made)
+    put_everywhere(model, origin, made)
     return made
-
-
-def put_experts(model: nn.Module, origin: nn.Module, made: nn.Module) -> None:
-    """Replace `origin` wherever it is registered."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is origin:
-                parent._modules[name] = made
 
 
 def restore_experts(experts: QuantExperts) -> nn.Module:

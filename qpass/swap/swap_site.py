@@ -19,6 +19,7 @@ from qpass.layers.tied_table import TiedTable
 from qpass.plan_model import Decision
 from qpass.site import Site
 from qpass.spec import LinearSpec
+from qpass.swap.module_places import holders, put_everywhere
 from qpass.swap.round_weight import quantized
 from qpass.swap.swap_experts import restore_experts
 from qpass.weight import CanonicalWeight
@@ -62,21 +63,21 @@ def swap_site(model: nn.Module, decision: Decision, device: torch.device | None 
 def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parameter, site: Site, spec: LinearSpec,
              canonical: CanonicalWeight | Packed, device: torch.device | None,
              scale: ActivationScale | None, change: InputChange | None) -> PackedWeight:
-    holders = _holders(model, parameter)
-    tables = [(holder, name) for holder, name in holders if isinstance(holder, nn.Embedding)]
-    holders = [held for held in holders if held not in tables]
-    if site.swap == "parameter" or owner is model or any(type(holder) is not type(owner) for holder, _ in holders):
+    found = holders(model, parameter)
+    tables = [(holder, name) for holder, name in found if isinstance(holder, nn.Embedding)]
+    layers = [held for held in found if held not in tables]
+    if site.swap == "parameter" or owner is model or any(type(holder) is not type(owner) for holder, _ in layers):
         if change:
             raise WeightError(f"{site.name} stands in a bigger forward, where its input cannot be changed")
         packed: PackedWeight = QuantWeight(canonical, spec, site.dtype, scale, transposed=site.transposed)
         del canonical
-        for holder, name in holders:
+        for holder, name in layers:
             # The parameter hides the module until it goes, so that the layer is whole at every moment.
             holder._modules[name] = packed
             del holder._parameters[name]
         return packed
     first: QuantLinear | None = None
-    for holder, name in holders:
+    for holder, name in layers:
         bias_leaf = _bias_of(holder, site.bias)
         bias = holder._parameters[bias_leaf] if bias_leaf else None
         if bias is not None and device is not None:
@@ -91,7 +92,7 @@ def _replace(model: nn.Module, owner: nn.Module, leaf: str, parameter: nn.Parame
         if first is not None:  # a tied weight: the second holder reads the same packed tensors
             linear.tie(first)
         first = linear if first is None else first
-        _put_everywhere(model, holder, linear)
+        put_everywhere(model, holder, linear)
         holder._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     assert first is not None, f"{site.name} has no holder"
     for holder, name in tables:
@@ -109,19 +110,6 @@ def _bias_of(holder: nn.Module, named: str | None) -> str | None:
     """The name of the holder's bias: the site's, or (a second holder of a tied weight) what nn.Linear calls it."""
     leaf = named.rpartition(".")[2] if named else "bias" if isinstance(holder, nn.Linear) else None
     return leaf if leaf is not None and holder._parameters.get(leaf) is not None else None
-
-
-def _holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Every (module, name) that holds this very parameter; more than one if it is tied."""
-    return [(module, name) for module in model.modules() for name, p in module._parameters.items() if p is parameter]
-
-
-def _put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace `old` wherever it is registered; a module may stand under several names."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def share_scales(model: nn.Module) -> int:

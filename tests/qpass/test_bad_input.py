@@ -239,7 +239,7 @@ def test_interrupted_between_the_places_of_one_parameter(monkeypatch: pytest.Mon
     """However far one swap got, each product still has exactly one weight, float or packed."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
     model[1].weight = model[0].weight
-    before, put, calls = model(X), qpass.swap.swap_site._put_everywhere, [0]
+    before, put, calls = model(X), qpass.swap.swap_site.put_everywhere, [0]
 
     def interrupted(*args: Any) -> None:
         calls[0] += 1
@@ -247,7 +247,7 @@ def test_interrupted_between_the_places_of_one_parameter(monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         put(*args)
 
-    monkeypatch.setattr(qpass.swap.swap_site, "_put_everywhere", interrupted)
+    monkeypatch.setattr(qpass.swap.swap_site, "put_everywhere", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, "w8a16")
     assert packed(model) == ["0"]

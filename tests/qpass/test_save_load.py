@@ -320,7 +320,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
                                                                         r"\[64\]"),
     "float dtype": (rewrite(lambda t: t.update(offset=torch.ones(64, dtype=torch.int8))), r"offset in .*int8"),
     "packed shape": (rewrite(lambda t: t.update({"down.weight_packed": t["down.weight_packed"][:, :-1].contiguous()})),
-                     r"down\.weight_packed in .* \[64, 15\].* needs torch\.int32 \[64, 16\]"),
+                     r"down\.weight_packed in .* \[64, 15\].* needs int32 \[64, 16\]"),
     "weight_shape": (rewrite(lambda t: t.update({"down.weight_shape": torch.tensor([64, 127])})), r"down.*\[64, 127\]"),
     "scale shape": (rewrite(lambda t: t.update({"down.weight_scale": t["down.weight_scale"][:-1].contiguous()})),
                     r"down.*weight_scale is \(63, 1\)"),

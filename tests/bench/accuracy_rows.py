@@ -75,6 +75,7 @@ ROWS = (
     Row("w8a8, smoothquant", "w8a8", None, ("smoothquant",)),
     Row("w8a8, smoothquant at 0.5", "w8a8", None, ({"smoothquant": {"alpha": 0.5}},)),
     Row("w8a8, smoothquant, gptq", "w8a8", None, ("smoothquant", "gptq")),
+    Row("w8a8, rotation", "w8a8", None, ({"rotation": {"rotations": ["R1", "R2", "R4"]}},)),
     Row("w8a16, round to nearest", "w8a16", 32),
 )
 

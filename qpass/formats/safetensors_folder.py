@@ -14,7 +14,6 @@ import torch
 from qpass.dtype import torch_dtype
 from qpass.formats.checkpoint import Stored, read_into
 from qpass.formats.safetensors_file import read_folder
-from qpass.large_pages import ask_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +40,7 @@ def _read(stored: Stored, at: int | None) -> Tensor:
     if at is not None:
         shape = shape[1:]
         start += at * (stored.nbytes // stored.shape[0])
-    tensor = ask_for(torch.empty(shape, dtype=torch_dtype(stored.dtype)))
+    tensor = torch.empty(shape, dtype=torch_dtype(stored.dtype))
     if tensor.numel():
         read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, stored, start)
     return tensor

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qpass import large_pages
-from qpass.large_pages import PAGE, ask_for, empty
+from qpass.large_pages import PAGE, empty
 
 needs_advice = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on request here")
 
@@ -58,11 +58,3 @@ def test_ordinary_memory_where_the_system_refuses(monkeypatch: pytest.MonkeyPatc
 def test_systems_without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_pages, "_ADVICE", None)
     assert empty((PAGE,), torch.uint8).numel() == PAGE
-
-
-@needs_advice
-@pytest.mark.parametrize("numbers", [0, 7, PAGE // 2, 3 * PAGE // 2 + 1])
-def test_memory_that_a_hint_was_given_for_is_as_before(numbers: int) -> None:
-    made = torch.empty(numbers, dtype=torch.bfloat16)
-    assert ask_for(made) is made
-    assert made.fill_(3).sum(dtype=torch.float64) == 3 * numbers

@@ -194,7 +194,7 @@ def _prepare_kernels(targets: list[Decision], bar: Any) -> None:
     names = {name for d in targets if d.spec is not None for name in (d.spec.kernel, d.kernel) if name in KERNELS}
     ways = {made.prepare for name in names if (made := kernel(name)).prepare is not None}
     if ways:
-        bar.set_postfix_str("making the kernels ready: built once on a machine, 10 to 20 s")
+        bar.set_postfix_str("making the kernels ready: built once on a machine, 5 to 10 s")
     for prepare in ways:
         prepare()
 

@@ -67,6 +67,7 @@ class LinearCall(_Where):
     op: ClassVar[str] = "linear"
     spec: LinearSpec
 
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsCall(_Where):
     """The same of a layer of experts; `bias` says whether they have biases."""

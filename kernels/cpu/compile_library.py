@@ -30,7 +30,8 @@ _HASH = hashlib.sha256().digest_size
 PARTS = {
     "products": ("shim", "driver", "experts", "isas", "plain", "avx2", "vnni", "amx", "pack", "quantize_weight",
                  "largest", "runtime"),
-    "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "pack", "encode_weight", "runtime"),
+    "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "pack", "encode_weight",
+                "largest", "runtime"),
     "attention": ("shim_attention", "attention_float", "runtime"),
     "cache": ("attention", "runtime"),
 }

@@ -97,12 +97,13 @@ def amax(weight: Tensor, group_size: int) -> Tensor:
     return found
 
 
-def largest(weight: Tensor) -> Tensor:
+def largest(weight: Tensor, part: str = "products") -> Tensor:
     """The largest magnitude, float32 [], of a contiguous weight of float32, bfloat16 or float16 with any number of
-    dimensions, 0 of an empty one; Inf or NaN if it holds one, and so what says whether all of it is finite."""
+    dimensions, 0 of an empty one; Inf or NaN if it holds one, and so what says whether all of it is finite. `part` is
+    one of the library's that is needed anyway."""
     found = torch.empty(())
-    succeed(library().qp_largest(weight.data_ptr(), dtype_index()[weight.dtype], weight.numel(), found.data_ptr(),
-                                 torch.get_num_threads()))
+    succeed(library(part).qp_largest(weight.data_ptr(), dtype_index()[weight.dtype], weight.numel(), found.data_ptr(),
+                                     torch.get_num_threads()), part)
     return found
 
 

@@ -71,7 +71,7 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
 
 
 X86_DECODED = Layout(name="x86_decoded", names=_names, pack=_pack, unpack=_unpack, quantize=x86_encode.quantize,
-                     largest=x86_encode.largest)
+                     largest=partial(x86_encode.largest, part="decoded"))
 """Tiles of 16 outputs x 64 inputs as in x86_tile64, with the scales, offsets and tables of csrc/decoded.h."""
 
 

@@ -26,9 +26,10 @@ _EXPONENT: dict[str, Element] = {"mxfp4": "e2m1", "mxfp8": "e4m3", "mxfp6_e2m3":
 _BOOKS = {"nf4": NF4, "fp4": FP4}
 
 
-def largest(weight: Tensor) -> Tensor | None:
-    """The largest magnitude of a weight, float32 [], Inf or NaN if it holds one; None for one that is not taken."""
-    return native_weights.largest(weight) if _taken(weight) else None
+def largest(weight: Tensor, part: str = "products") -> Tensor | None:
+    """The largest magnitude of a weight, float32 [], Inf or NaN if it holds one; None for one that is not taken. `part`
+    of the library is one that is needed anyway."""
+    return native_weights.largest(weight, part) if _taken(weight, part) else None
 
 
 def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
@@ -39,12 +40,10 @@ def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, large
     known already.
     """
     numbers, weight = spec.weight, weight.detach()
-    if not _taken(weight):
+    if not _taken(weight, "products" if numbers.type == "int" else "decoded"):
         return None
     if numbers.type == "int":
         return _integers(weight, spec, into)
-    if native.prepare("decoded") is not None:
-        return None
     whole = spec.in_features % spec.group_size == 0
     if numbers.type in _EXPONENT and whole:
         made = native_weights.encode_pack(weight, spec.group_size, _EXPONENT[numbers.type], "exponent", into=into)
@@ -73,8 +72,8 @@ def integers_known(numbers: WeightArgs) -> bool:
     return numbers == known and numbers.granularity != "per_tensor"
 
 
-def _taken(weight: Tensor) -> bool:
-    return native_weights.takes(weight) and native.prepare() is None
+def _taken(weight: Tensor, part: str) -> bool:
+    return native_weights.takes(weight) and native.prepare(part) is None
 
 
 def _integers(weight: Tensor, spec: LinearSpec, into: Packed | None) -> Packed | None:

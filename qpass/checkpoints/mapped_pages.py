@@ -41,7 +41,7 @@ class ReadPages:
             page = mmap.PAGESIZE
             start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
             if any(low <= start and end <= high for low, high in files):
-                released += _advise(start, end - start, mmap.MADV_DONTNEED)
+                released += _let_go(start, end - start)
         self._waiting = []
         return released
 
@@ -57,6 +57,7 @@ def _mapped_files() -> list[tuple[int, int]]:
     return [(int(low, 16), int(high, 16)) for low, _, high in ranges]
 
 
-def _advise(start: int, nbytes: int, advice: int) -> bool:
+def _let_go(start: int, nbytes: int) -> bool:
     advise = getattr(ctypes.CDLL(None), "madvise", None)
-    return advise is not None and bool(advise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice) == 0)
+    return advise is not None and bool(
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), mmap.MADV_DONTNEED) == 0)

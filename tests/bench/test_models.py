@@ -6,11 +6,14 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model
 import pytest
 import torch
+import turns
 from llama_bench import LlamaBench
 from model import METRICS, Models, Outcome
 from model_tables import as_data, outcomes, text
@@ -70,6 +73,27 @@ def measured() -> Models:
             median_us=us, low_us=us * 0.99, high_us=us * 1.01, calls=9)}, tokens={"decode, batch 1": 1}, peak=peak)
     made.outcomes["OpenVINO int4"] = Outcome("OpenVINO int4", why_not="it does not start")
     return made
+
+
+def test_a_peer_that_takes_minutes_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "METRICS", {"decode, batch 1": {"do": "decode", "batch": 1, "tokens": 2}})
+    monkeypatch.setattr(turns, "BUSY_LIMIT", float("inf"))
+    labels = ("qpass w4a8", "vLLM w8a8")
+    made, calls = Models(outcomes={label: Outcome(label) for label in labels}), dict.fromkeys(labels, 0)
+
+    def asker(label: str) -> Callable[..., dict[str, Any]]:
+        def ask(**request: Any) -> dict[str, Any]:
+            calls[label] += 1
+            return {"us": [1000.0 * calls[label]]}
+        return ask
+
+    askers = {label: asker(label) for label in labels}
+    for slow, wanted in ((1e9, 4), (-1.0, 1)):  # 3 turns after the first call
+        calls.update(dict.fromkeys(labels, 0))
+        monkeypatch.setattr(model, "SLOW_S", slow)
+        model._measure(made, {}, askers)
+        assert calls == {"qpass w4a8": 4, "vLLM w8a8": wanted}  # ours compiles at its first call
+    assert made.outcomes["vLLM w8a8"].timings["decode, batch 1"].median_us == 1000
 
 
 def test_goals_of_whole_models() -> None:

@@ -48,6 +48,16 @@ def same(weight: Tensor, numbers: WeightArgs) -> None:
         assert not bool(differ.any()), f"{name}: {int(differ.sum())} of {differ.numel()} bytes differ"
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("int")])
+def test_floats_wait_for_no_part_but_their_own(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert X86_DECODED.quantize is not None and X86_DECODED.largest is not None
+    monkeypatch.setattr(native, "_loaded", {})
+    weight = torch.randn(32, 192)
+    assert X86_DECODED.largest(weight) == weight.abs().max()
+    assert X86_DECODED.quantize(weight, spec_of(CASES[case], 32, 192), None, None) is not None
+    assert set(native._loaded) == {"decoded"}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_codec_and_layout_bit_for_bit(case: str, dtype: torch.dtype) -> None:

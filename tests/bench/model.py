@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,8 +63,10 @@ class Models:
     others: dict[str, float] = field(default_factory=dict)
 
 
-def run(found: Found, threads: int, cache: Path, only: Sequence[str] = ()) -> Models:
-    """Make what is not made yet, then measure everything, or the speed of some models only."""
+def run(found: Found, threads: int, cache: Path, only: Sequence[str] = (),
+        keep: Callable[[Models], object] = lambda made: None) -> Models:
+    """Make what is not made yet, then measure everything, or the speed of some models only; `keep` is shown what is
+    there after every step, so that a run that is stopped loses one step."""
     cache.mkdir(parents=True, exist_ok=True)
     float_folder = cache / "llama-1b"
     gguf = cache / "llama-1b-bf16.gguf"
@@ -72,14 +74,15 @@ def run(found: Found, threads: int, cache: Path, only: Sequence[str] = ()) -> Mo
     made = Models()
     if not only:
         _quantize(made, found, float_folder)
+        keep(made)
     workers, askers = _workers(made, found, threads, cache, float_folder, gguf, only)
     try:
-        _measure(made, workers, askers)
+        _measure(made, workers, askers, keep)
     finally:
         for worker in workers.values():
             worker.close()
     if not only:
-        _compile(made, threads, {"torch bf16": float_folder, "qpass w4a8": cache / "llama-1b-w4a8"})
+        _compile(made, threads, {"torch bf16": float_folder, "qpass w4a8": cache / "llama-1b-w4a8"}, keep)
     return made
 
 
@@ -153,7 +156,8 @@ def _note(outcome: Outcome, answer: Mapping[str, Any]) -> None:
     outcome.why_not = answer.get("failed") or answer.get("refused")
 
 
-def _measure(made: Models, workers: Mapping[str, Worker], askers: Mapping[str, Any]) -> None:
+def _measure(made: Models, workers: Mapping[str, Worker], askers: Mapping[str, Any],
+             keep: Callable[[Models], object]) -> None:
     for metric, request in METRICS.items():
         takers: dict[str, Take] = {}
         for label, ask in askers.items():
@@ -178,6 +182,7 @@ def _measure(made: Models, workers: Mapping[str, Worker], askers: Mapping[str, A
         made.others[metric] = others
         for label, timing in timings.items():
             made.outcomes[label].timings[metric] = timing
+        keep(made)
         print(f"  whole model: {metric}", file=sys.stderr, flush=True)
 
 
@@ -190,7 +195,7 @@ def _given(answer: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
     return answer
 
 
-def _compile(made: Models, threads: int, folders: Mapping[str, Path]) -> None:
+def _compile(made: Models, threads: int, folders: Mapping[str, Path], keep: Callable[[Models], object]) -> None:
     """Seconds of the first compiled step: with an empty cache, and with the one that this left."""
     for label, folder in folders.items():
         with tempfile.TemporaryDirectory() as cache:
@@ -206,6 +211,7 @@ def _compile(made: Models, threads: int, folders: Mapping[str, Path]) -> None:
                     made.compile_s[f"{label}, {state}"] = str(why)
                 finally:
                     worker.close()
+                keep(made)
                 print(f"  whole model: compile {label}, {state}", file=sys.stderr, flush=True)
 
 

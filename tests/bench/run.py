@@ -73,12 +73,17 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    made = model.run(find_peers(options.peers), options.threads, options.cache, options.models)
+    path = options.json / "model.json" if options.json else None
+
+    def keep(made: model.Models) -> None:
+        if path is not None:
+            write_json(path, {**_when(options), **model_tables.as_data(made)})
+
+    made = model.run(find_peers(options.peers), options.threads, options.cache, options.models, keep)
     print(f"\n== whole model, Llama-3.2-1B's shapes\n{machine_line(options.threads)}\n{versions_line(made.versions)}\n")
     print(model_tables.text(made))
-    if options.json:
-        write_json(options.json / "model.json", {**_when(options), **model_tables.as_data(made)})
-        print(f"\nwritten to {options.json / 'model.json'}")
+    if path is not None:
+        print(f"\nwritten to {path}")
     return sum(outcome.why_not is not None for label, outcome in made.outcomes.items() if label.startswith("qpass"))
 
 
@@ -140,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn")
     parser.add_argument("--tables", nargs="+", default=(), choices=[table.name for table in TABLES])
-    parser.add_argument("--shapes", type=int, metavar="N", 
+    parser.add_argument("--shapes", type=int, metavar="N",
                         help="only the first N shapes of each table")
     parser.add_argument("--tokens", nargs="+", type=int, default=())
     parser.add_argument("--models", nargs="+", default=(), metavar="LABEL",

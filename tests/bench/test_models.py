@@ -88,12 +88,19 @@ def test_a_peer_that_takes_minutes_is_called_once(monkeypatch: pytest.MonkeyPatc
         return ask
 
     askers = {label: asker(label) for label in labels}
+    kept: list[set[str]] = []
     for slow, wanted in ((1e9, 4), (-1.0, 1)):  # 3 turns after the first call
         calls.update(dict.fromkeys(labels, 0))
         monkeypatch.setattr(model, "SLOW_S", slow)
-        model._measure(made, {}, askers)
+        model._measure(made, {}, askers, lambda made: kept.append(set(made.outcomes["qpass w4a8"].timings)))
         assert calls == {"qpass w4a8": 4, "vLLM w8a8": wanted}  # ours compiles at its first call
     assert made.outcomes["vLLM w8a8"].timings["decode, batch 1"].median_us == 1000
+    assert kept == [{"decode, batch 1"}] * 2
+
+
+def test_what_a_stopped_run_leaves_can_be_kept() -> None:
+    assert not any(goal["reached"] for goal in as_data(Models())["goals"])
+    assert as_data(Models(quantize_s={"qpass w4a8": 3.0}))["quantize_s"] == {"qpass w4a8": 3.0}
 
 
 def test_goals_of_whole_models() -> None:

@@ -30,9 +30,9 @@ METRICS: dict[str, dict[str, Any]] = {
 GENERATE = ("qpass w4a8", "qpass w8a8", "torch bf16")
 FLOAT_PREFILL = 32
 """Tokens of the float model's prompt: processors without bfloat16 instructions take seconds for them."""
-SLOW_S = 40.0
-"""A peer that takes longer for its first call is not called again (ours compile at theirs): vLLM's W8A8 takes minutes
-where oneDNN has only its reference code, and its turns would take an hour."""
+SLOW_S, PATIENCE_S = 20.0, 60.0
+"""A peer that takes longer than the first for its first call is not called again (ours compile at theirs), and one that
+has no answer after the second is given up: vLLM's W8A8 takes minutes where oneDNN has only its reference code."""
 
 
 @dataclass
@@ -166,13 +166,15 @@ def _measure(made: Models, workers: Mapping[str, Worker], askers: Mapping[str, A
             mine = dict(request)
             if label == "torch bf16" or label.startswith("vLLM"):
                 mine["tokens"] = FLOAT_PREFILL if request["do"] == "prefill" else 3
-            began = time.perf_counter()
+            began, ours = time.perf_counter(), label in GENERATE
+            patience = {} if ours or label not in workers else {"limit_s": PATIENCE_S}
             try:
-                answer = ask(**mine)  # compiles, and warms what it reads
+                answer = ask(**patience, **mine)  # compiles, and warms what it reads
             except WorkerDied as why:
-                answer = {"failed": str(why)}
+                made.outcomes[label].why_not = f"{metric}: {why}"
+                continue
             if "us" in answer:
-                slow = label not in GENERATE and time.perf_counter() - began > SLOW_S
+                slow = not ours and time.perf_counter() - began > SLOW_S
                 takers[label] = partial(_given, answer) if slow else partial(_turn, ask, mine)
                 made.outcomes[label].tokens[metric] = mine["tokens"] if request["do"] == "prefill" else mine.get(
                     "batch", 1)
@@ -187,7 +189,10 @@ def _measure(made: Models, workers: Mapping[str, Worker], askers: Mapping[str, A
 
 
 def _turn(ask: Any, request: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
-    answer: Mapping[str, Any] = ask(**request)
+    try:
+        answer: Mapping[str, Any] = ask(**request)
+    except WorkerDied as why:
+        return {"failed": str(why)}
     return answer
 
 

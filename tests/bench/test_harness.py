@@ -55,6 +55,16 @@ def test_a_worker_that_dies_says_so(worker: Worker) -> None:
         worker.ask(do="prepare", lane="a", variant="dies", n=[32], k=48, ms=[1], rotate=1)
 
 
+def test_a_worker_without_an_answer_is_ended() -> None:
+    silent = Worker([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+    try:
+        with pytest.raises(WorkerDied, match="no answer within 0.1 s"):
+            silent.ask(limit_s=0.1, do="hello")
+        assert silent.process.wait(10) < 0
+    finally:
+        silent.close()
+
+
 def test_a_table_is_measured_whatever_its_peers_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEERS, "echo", Peer(name="echo", script="echo_lanes.py"))
     found = Found(None, commands={"echo": [sys.executable, str(HERE / "echo_lanes.py")]})

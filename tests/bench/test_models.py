@@ -97,6 +97,12 @@ def test_a_peer_that_takes_minutes_is_called_once(monkeypatch: pytest.MonkeyPatc
     assert made.outcomes["vLLM w8a8"].timings["decode, batch 1"].median_us == 1000
     assert kept == [{"decode, batch 1"}] * 2
 
+    def silent(**request: Any) -> dict[str, Any]:
+        raise turns.WorkerDied("no answer within 60 s")
+
+    model._measure(made, {}, {**askers, "vLLM w8a8": silent}, lambda made: None)
+    assert made.outcomes["vLLM w8a8"].why_not == "decode, batch 1: no answer within 60 s"
+
 
 def test_what_a_stopped_run_leaves_can_be_kept() -> None:
     assert not any(goal["reached"] for goal in as_data(Models())["goals"])

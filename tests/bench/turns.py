@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import statistics
 import subprocess
 import tempfile
@@ -37,15 +38,18 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
                                         text=True, env=dict(environment))
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, limit_s: float | None = None, **request: Any) -> dict[str, Any]:
         """Send a request, wait for the answer, and until the process is idle: the next one to run needs its cores.
 
-        Raises WorkerDied.
+        Raises WorkerDied; a process that has no answer after `limit_s` seconds is ended.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
+        if limit_s is not None and not select.select([self.process.stdout], [], [], limit_s)[0]:
+            self.process.kill()
+            raise WorkerDied(f"no answer within {limit_s:g} s")
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)

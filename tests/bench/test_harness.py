@@ -58,7 +58,7 @@ def test_a_worker_that_dies_says_so(worker: Worker) -> None:
 def test_a_worker_without_an_answer_is_ended() -> None:
     silent = Worker([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
     try:
-        with pytest.raises(WorkerDied, match="no answer within 0.1 s"):
+        with pytest.raises(WorkerDied, match="no answer within"):
             silent.ask(limit_s=0.1, do="hello")
         assert silent.process.wait(10) < 0
     finally:

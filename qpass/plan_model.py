@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,7 +26,10 @@ from qpass.rows import PlanRow
 from qpass.scheme import PRESETS, ActivationArgs
 from qpass.spec import LinearSpec, effective_text
 
-__all__ = ["Decision", "Plan", "Totals", "decide", "make_plan", "plan_row"]
+if TYPE_CHECKING:
+    from qpass.capture.capture_model import Capture
+
+__all__ = ["Decision", "Plan", "Totals", "decide", "make_plan", "plan_captured", "plan_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,6 @@ def make_plan(model: Any, recipe: Any, *, example_inputs: Any = None,
     Raises AlreadyQuantized, and what reading the recipe, capturing and deciding raise.
     """
     from qpass.capture.capture_model import capture
-    from qpass.find.find_sites import find
 
     wanted = as_recipe(recipe)
     from_outside = not isinstance(model, nn.Module) and (
@@ -118,12 +120,18 @@ def make_plan(model: Any, recipe: Any, *, example_inputs: Any = None,
 
         model = load_meta(model)
     _check_float(model)
-    captured = capture(model, example_inputs)
-    sites = find(model, captured)
-    decisions = decide(sites, wanted, device=device or _device(model))
-    return Plan(rows=tuple(plan_row(d) for d in decisions), decisions=decisions, recipe=wanted,
-                capture_method=captured.method, footprint=footprint_of(model, decisions) if from_outside else None,
-                notes=(*captured.notes, *_beaten(wanted, decisions), *_wanted_data(wanted), *_float_heads(decisions)))
+    plan = plan_captured(model, capture(model, example_inputs), wanted, device)
+    return replace(plan, footprint=footprint_of(model, plan.decisions)) if from_outside else plan
+
+
+def plan_captured(model: Any, captured: Capture, recipe: Recipe, device: torch.device | None = None) -> Plan:
+    """`make_plan` of a float model whose capture is known."""
+    from qpass.find.find_sites import find
+
+    decisions = decide(find(model, captured), recipe, device=device or _device(model))
+    return Plan(rows=tuple(plan_row(d) for d in decisions), decisions=decisions, recipe=recipe,
+                capture_method=captured.method,
+                notes=(*captured.notes, *_beaten(recipe, decisions), *_wanted_data(recipe), *_float_heads(decisions)))
 
 
 def plan_row(decision: Decision) -> PlanRow:

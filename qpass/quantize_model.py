@@ -17,13 +17,14 @@ from qpass.calibrate.experts import ExpertWeights
 from qpass.calibrate.prepare import Preparation, Prepared, check_data
 from qpass.calibrate.run import Limits
 from qpass.calibrate.static_activation import static_scales
+from qpass.capture.capture_model import capture
 from qpass.errors import AlreadyCompiled, AlreadyQuantized, QPassError, RecipeError, WeightError
 from qpass.input_change import InputChange
 from qpass.kernels.registry import KERNELS, kernel
 from qpass.layers.experts_layer import QuantExperts
 from qpass.layers.packed_layers import PackedLayer
 from qpass.layers.refuse_training import allow_training, refuse_training
-from qpass.plan_model import Decision, Plan, make_plan
+from qpass.plan_model import Decision, Plan, make_plan, plan_captured
 from qpass.recipes.recipe_files import as_recipe
 from qpass.swap.graph_swap import float_graph, is_plain_graph, quantize_graph
 from qpass.swap.round_weight import known_finite
@@ -79,11 +80,13 @@ def quantize(model: Any, recipe: Any = "w4a8", *, example_inputs: Any = None, ca
         quantize_graph(model, chosen, example_inputs=example_inputs, allow_nonfinite=allow_nonfinite)
         return model if where is None else model.to(where)
     check_model(model)
-    plan = make_plan(model, chosen, example_inputs=example_inputs, device=where)
+    captured = capture(model, example_inputs)
+    plan = plan_captured(model, captured, chosen, where)
     targets = [d for d in plan.decisions if d.status == "quantize" and d.site.kind != "embedding"]
     _check_weights(model, targets, allow_nonfinite)
-    preparation = Preparation(model=model, plan=plan, example_inputs=example_inputs, data=calibration,
-                              tokenizer=tokenizer, num_samples=num_samples, max_seq_length=max_seq_length,
+    preparation = Preparation(model=model, plan=plan, captured=captured, example_inputs=example_inputs,
+                              data=calibration, tokenizer=tokenizer, num_samples=num_samples,
+                              max_seq_length=max_seq_length,
                               limits=Limits(work_folder=None if work_folder is None else Path(work_folder),
                                             memory_limit=memory_limit, seed=seed))
     prepared = preparation.prepare() if chosen.algorithms else None

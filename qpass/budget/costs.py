@@ -1,4 +1,4 @@
-"""Search costs: a float model, samples and roundings of its weights in, what each rounding costs in nats a token out.
+"""Search costs: a float model, samples and ways to round its weights in, what each costs in nats a token out.
 
 Second order, around the float model: a change d of one site's output costs E[(g . d)^2] / 2, where g is the gradient of
 the log-likelihood of tokens drawn from the model's own distribution (the Fisher information is the covariance of that
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qpass.budget.roundings import roundings_of
 from qpass.calibrate.block_work import first_tensor
 from qpass.calibrate.change_inputs import rounded
 from qpass.calibrate.run import own_tensors
@@ -25,16 +27,25 @@ from qpass.calibrate.watch_inputs import input_of
 from qpass.capture.as_found import in_eval_mode
 from qpass.decide.decision import Decision
 from qpass.errors import CalibrationError
+from qpass.recipes.algorithm_table import Algorithm
 from qpass.site import Site
 from qpass.spec import LinearSpec
-from qpass.weight import dequantize_weight, quantize_weight
 
 Option = tuple[str, str]  # site name, scheme name
 
 
+@dataclass(frozen=True)
+class Costs:
+    """(number of the group, scheme name) -> nats a token; and what could not be foreseen, or ""."""
+
+    nats: Mapping[tuple[int, str], float]
+    note: str
+
+
 def costs(model: nn.Module, decisions: Mapping[str, Sequence[Decision]], groups: Sequence[Sequence[str]],
-          samples: Sequence[Sample], seed: int, tell: Callable[[str], None]) -> dict[tuple[int, str], float]:
-    """(number of the group, scheme name) -> nats a token, for `decisions` by scheme name.
+          samples: Sequence[Sample], seed: int, tell: Callable[[str], None],
+          algorithms: Sequence[Algorithm] = ()) -> Costs:
+    """What each scheme of `decisions` costs each of `groups`, rounded by the last of `algorithms` that rounds.
 
     Memory: the model in float32 and its gradients, and the rounding errors of every scheme in bfloat16.
     """
@@ -43,29 +54,31 @@ def costs(model: nn.Module, decisions: Mapping[str, Sequence[Decision]], groups:
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
         sites = {d.site.name: d.site for of in decisions.values() for d in of}
-        errors, hooked = {}, {}
+        errors, hooked, factors = {}, {}, {}
+        roundings = roundings_of(model, list(sites.values()), algorithms, samples, tell)
         for scheme, of in decisions.items():
             tell(f"rounding to {scheme}")
             for decision in of:
                 assert decision.spec is not None
                 weight = model.get_parameter(decision.site.name)
                 key = (decision.site.name, scheme)
-                errors[key] = (_rounded(weight.detach(), decision.site, decision.spec) - weight.detach()).bfloat16()
+                rounded_weight, factors[key] = roundings.of(weight.detach(), decision.site, decision.spec)
+                errors[key] = (rounded_weight - weight.detach()).bfloat16()
                 if _rounds_inputs(decision):
                     hooked[key] = decision.spec
         for name in sites:
             model.get_parameter(name).requires_grad_(True)
         moved: dict[Option, float] = {}
         _watch_inputs(model, sites, hooked, moved, undo)
-        found = _over_samples(model, sites, errors, moved, groups, samples, seed, tell)
+        found = _over_samples(model, sites, errors, factors, moved, groups, samples, seed, tell)
         for name in sites:
             model.get_parameter(name).grad = None
-    return found
+    return Costs(found, roundings.note)
 
 
 def _over_samples(model: nn.Module, sites: Mapping[str, Site], errors: Mapping[Option, Tensor],
-                  moved: dict[Option, float], groups: Sequence[Sequence[str]], samples: Sequence[Sample], seed: int,
-                  tell: Callable[[str], None]) -> dict[tuple[int, str], float]:
+                  factors: Mapping[Option, float], moved: dict[Option, float], groups: Sequence[Sequence[str]],
+                  samples: Sequence[Sample], seed: int, tell: Callable[[str], None]) -> dict[tuple[int, str], float]:
     schemes = list(dict.fromkeys(scheme for _, scheme in errors))
     tokens = 0
     draw = torch.Generator().manual_seed(seed)
@@ -78,7 +91,8 @@ def _over_samples(model: nn.Module, sites: Mapping[str, Site], errors: Mapping[O
             for scheme in schemes:
                 if parameter.grad is not None and (name, scheme) in errors:
                     rows = (parameter.grad * errors[name, scheme]).sum(-2 if site.transposed else -1)
-                    moved[name, scheme] = moved.get((name, scheme), 0.0) + float(rows.square().sum())
+                    square = float(rows.square().sum()) * factors[name, scheme]
+                    moved[name, scheme] = moved.get((name, scheme), 0.0) + square
             parameter.grad = None
     return {(index, scheme): sum(moved.get((name, scheme), 0.0) for name in group) / 2 / tokens
             for index, group in enumerate(groups) for scheme in schemes
@@ -140,13 +154,3 @@ def _watch_inputs(model: nn.Module, sites: Mapping[str, Site], specs: Mapping[Op
     for name, options in by_site.items():
         owner = model.get_submodule(sites[name].owner)
         undo.callback(owner.register_forward_hook(watch(name, options), with_kwargs=True).remove)
-
-
-def _rounded(weight: Tensor, site: Site, spec: LinearSpec) -> Tensor:
-    """`weight` as stored, rounded to nearest, each expert for itself."""
-    if weight.ndim == 3:
-        return torch.stack([_rounded(one, site, spec) for one in weight])
-    plain = weight.t() if site.transposed else weight
-    dtype = site.dtype if site.dtype.itemsize <= 4 else torch.float32
-    found = dequantize_weight(quantize_weight(plain.contiguous(), spec, dtype), spec)
-    return found.t() if site.transposed else found

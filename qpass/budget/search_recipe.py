@@ -13,9 +13,10 @@ from qpass.budget.allocation import Budget, Choice, allocate, read_budget
 from qpass.budget.costs import costs
 from qpass.budget.times import layer_times, step_time
 from qpass.calibrate.samples import read_samples
+from qpass.capture.capture_model import capture
 from qpass.decide.decision import Decision
 from qpass.errors import RecipeError
-from qpass.plan_model import make_plan
+from qpass.plan_model import plan_captured
 from qpass.quantize_model import check_model
 from qpass.recipes.recipe import Recipe, Rule, as_scheme
 from qpass.reports.text_table import Column, text_table
@@ -40,7 +41,8 @@ def search(model: nn.Module, budget: str | int | float, *, data: Any, schemes: S
                  ones tell more than few long ones
     schemes      what may be chosen: preset names or Schemes; float is always allowed
     ignore       targets that stay float and do not count; by default `lm_head`
-    algorithms   of the recipe that comes out; the search itself rounds to nearest
+    algorithms   of the recipe that comes out; costs are of weights on the scales that `scales` or `gptq` finds, and of
+                 what `gptq` leaves of the error, as the inputs' X^T X foretells it
     seed         of the tokens drawn
 
     Each site's cost is the second-order estimate of the KL divergence (nats a token) that its rounding adds; sites that
@@ -52,24 +54,24 @@ def search(model: nn.Module, budget: str | int | float, *, data: Any, schemes: S
     check_model(model)
     allowed = _named(schemes)
     samples = read_samples(data, model, tokenizer=tokenizer, num_samples=num_samples, max_seq_length=max_seq_length)
-    by_scheme = {name: {d.site.name: d for d in make_plan(model, Recipe(scheme, ignore=ignore),
-                                                         example_inputs=example_inputs).decisions
+    captured = capture(model, example_inputs)
+    by_scheme = {name: {d.site.name: d for d in plan_captured(model, captured, Recipe(scheme, ignore=ignore)).decisions
                         if d.status == "quantize" and d.site.kind != "embedding"}
                  for name, scheme in allowed.items()}
     groups = groups_of([d for of in by_scheme.values() for d in of.values()])
     with _bar(progress) as bar:
         found = costs(model, {name: list(of.values()) for name, of in by_scheme.items()}, groups, samples, seed,
-                      lambda text: bar.set_postfix_str(text))
+                      lambda text: bar.set_postfix_str(text), Recipe(None, algorithms=algorithms).algorithms)
     weights = sum(_any(by_scheme, name).site.numel for group in groups for name in group)
     seconds = layer_times(by_scheme) if wanted.kind == "rate" else {}
     rest = step_time(model, samples[0], sum(seconds[name, None] for group in groups for name in group)) if (
         wanted.kind == "rate") else 0.0
-    options = [_options(index, group, by_scheme, found, seconds) for index, group in enumerate(groups)]
+    options = [_options(index, group, by_scheme, found.nats, seconds) for index, group in enumerate(groups)]
     frontier = _Frontier(options=options, kind=wanted.kind, weights=weights, rest=rest)
     limit = frontier.limit(wanted)
     chosen = allocate(options, limit)
     if progress:
-        print(frontier.table(limit, chosen))
+        print(frontier.table(limit, chosen) + (f"\n{found.note}" if found.note else ""))
     return _recipe(groups, chosen, allowed, by_scheme, ignore, algorithms)
 
 

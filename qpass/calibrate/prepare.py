@@ -18,7 +18,7 @@ from qpass.calibrate.rotate import rotate
 from qpass.calibrate.rotate_heads import rotate_heads
 from qpass.calibrate.run import Bar, Calibration, Install, Limits, aimed_at, without_data
 from qpass.calibrate.samples import Sample, read_samples
-from qpass.capture.capture_model import capture
+from qpass.capture.capture_model import Capture, capture
 from qpass.decide.decision import Decision
 from qpass.errors import RecipeError
 from qpass.plan_model import Plan
@@ -36,10 +36,14 @@ def check_data(algorithms: Sequence[Algorithm], given: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What `quantize` was given for calibration; `prepare` reads and checks it before anything is changed."""
+    """What `quantize` was given for calibration; `prepare` reads and checks it before anything is changed.
+
+    `captured` is the model as it is now.
+    """
 
     model: nn.Module
     plan: Plan
+    captured: Capture
     example_inputs: Any
     data: Any
     tokenizer: Any
@@ -78,7 +82,7 @@ class Preparation:
         if not samples or not (aimed or static):
             return Prepared(model=self.model, targets=targets, aimed=aimed, calibration=None, told=names, notes=turned,
                             mixed=mixed)
-        captured = capture(self.model, self.example_inputs)
+        captured = capture(self.model, self.example_inputs) if turned else self.captured
         blocks = find_blocks(captured, [decision.site for decision in targets])
         experts = {site: [d for d in self.plan.decisions if d.site.experts == site] for site in dict.fromkeys(
             d.site.experts for d in self.plan.decisions if d.site.experts is not None and d.status == "quantize")}
@@ -95,7 +99,7 @@ class Preparation:
             return (), {}
         notes: list[str] = []
         mixed: dict[str, int] = {}
-        captured, sample = capture(self.model, self.example_inputs), next(iter(samples), None)
+        captured, sample = self.captured, next(iter(samples), None)
         if "R1" in settings.rotations:
             quantized = {d.site.name for d in self.plan.decisions if d.status == "quantize"}
             notes += rotate(self.model, captured, sample, self.limits.seed, quantized)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 import qpass
 
-SEARCH_SAMPLES, SEARCH_LENGTH = 64, 128
+SEARCH_SAMPLES, SEARCH_LENGTH = 32, 128
+SEARCH_SCHEMES = (("w3a16", (64,)), ("w4a16", (32, 64, 96, 192)), ("w4a16_asym", (64,)), ("w5a16", (64, 96)),
+                  ("w6a16", (64,)), ("w8a16", (64,)))
 GOALS_ON = "austen"  # the text that the goals are of; a gain must hold on the other one too
 
 
@@ -18,8 +20,8 @@ GOALS_ON = "austen"  # the text that the goals are of; a gain must hold on the o
 class Row:
     """One way to quantize: a preset, the group size of its weights (None keeps the preset's), and algorithms.
 
-    With `budget` the schemes are searched for, from 3 to 8 bits in groups of that size. `samples` says on how many of
-    the calibration samples it runs, where time counts; None is all of them.
+    With `budget` the schemes are searched for, among SEARCH_SCHEMES. `samples` says on how many of the calibration
+    samples it runs, where time counts; None is all of them.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Row:
     def recipe(self, model: Any, samples: Tensor) -> qpass.Recipe:
         """The recipe; a search looks at the model and at the samples."""
         if self.budget is not None:
-            schemes = [qpass.PRESETS[f"w{bits}a16"].with_group_size(self.group_size) for bits in (3, 4, 5, 6, 8)]
+            schemes = [qpass.PRESETS[name].with_group_size(size) for name, sizes in SEARCH_SCHEMES for size in sizes]
             every = [row[None] for sample in samples for row in sample.split(SEARCH_LENGTH)]
             data = every[::max(1, len(every) // SEARCH_SAMPLES)]
             return qpass.search(model, self.budget, data=data, schemes=schemes, num_samples=SEARCH_SAMPLES,
@@ -67,7 +69,7 @@ ROWS = (
     Row("w4a16 g64, autoround", "w4a16", 64, ("autoround",)),
     Row("w4a16 g64, gptq, autoround", "w4a16", 64, ("gptq", {"autoround": {"iterations": 50}})),
     Row("w4a16_asym g64, gptq", "w4a16_asym", 64, ("gptq",)),
-    Row("search at 4.5 bits, gptq", "search", 64, ("gptq",), budget="4.5 bits", samples=64),
+    Row("search at 4.5 bits, gptq", "search", None, ("gptq",), budget="4.5 bits", samples=64),
     Row("w4a8 g64, round to nearest", "w4a8", 64),
     Row("w4a8 g64, gptq", "w4a8", 64, ("gptq",)),
     Row("w4a8 g64, gptq, autoround", "w4a8", 64, ("gptq", {"autoround": {"iterations": 50}})),

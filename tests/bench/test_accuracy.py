@@ -1,11 +1,13 @@
-"""The accuracy benchmark's goals: each names a row, is compared with that row's record, and says what is missing."""
+"""The accuracy benchmark: rows, peers and goals are printed, each goal beside its row's record, and what is missing."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
-from accuracy import chosen
+from accuracy import CALIBRATE_ON, EVALUATE_ON, chosen, main
 from accuracy_peers import PEERS
 from accuracy_rows import GOALS, ROWS, Row, goal_lines
 
@@ -44,3 +46,55 @@ def test_rows_are_asked_for_by_whole_name_or_by_part() -> None:
     assert chosen("w8a8, smoothquant", ["w8a8, smoothquant"])
     assert not chosen("w8a8, smoothquant, gptq", ["w8a8, smoothquant"])
     assert chosen("w8a8, smoothquant, gptq", ["smooth"]) and chosen("w8a8, smoothquant", [""])
+
+
+SIZES = {"vocab_size": 128, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2,
+         "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 2048, "bos_token_id": 1,
+         "eos_token_id": 2}
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """Arguments for a tiny model, texts of letters, and the smallest settings."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder, texts = tmp_path / "model", tmp_path / "texts"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM._from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).save_pretrained(folder)
+        letters = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+        letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder)
+        texts.mkdir()
+        for name in (*CALIBRATE_ON, *(part for parts in EVALUATE_ON.values() for part in parts)):
+            (texts / f"{name}.txt").write_text("".join(map(chr, torch.randint(97, 123, (2100,)).tolist())))
+    return ["accuracy.py", "--model", str(folder), "--texts", str(texts), "--samples", "4", "--length", "256",
+            "--windows", "1", "--text", "union", "--cache", str(tmp_path / "cache"), "--json",
+            str(tmp_path / "found.json")]
+
+
+def test_prints_rows_peers_that_are_missing_and_goals(given: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    peers = [peer.name for peer in PEERS]
+    rows = ["w8a8, round to nearest", "w4a16 g64, gptq on 32 samples"]
+    monkeypatch.setattr("sys.argv", [*given, "--only", *rows, *peers])
+    main()
+    records = json.loads(Path(given[-1]).read_text())
+    assert [record["row"] for record in records] == rows[::-1]  # in the table's order
+    assert all(0 < record["kl"] < 1 and record["bits"] > 4 and record["windows"] == 1 for record in records)
+    printed = capsys.readouterr().out.splitlines()
+    for peer in peers:
+        line, = [line for line in printed if line.startswith(peer)]
+        assert "not installed: pip install" in line
+    assert len(printed) == 1 + len(rows) + len(peers) + 3 + len(GOALS)
+    assert sum(goal.row in line for goal in GOALS for line in printed[-len(GOALS):]) >= len(GOALS)
+
+
+@pytest.mark.slow
+def test_every_row_runs(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", given)
+    main()
+    records = json.loads(Path(given[-1]).read_text())
+    assert [record["row"] for record in records] == [row.name for row in ROWS]
+    assert all(0 < record["kl"] < 10 for record in records)

@@ -93,7 +93,8 @@ def test_costs_follow_the_measured_divergence() -> None:
     decisions = {scheme.name: [d for d in qpass.plan(model, scheme).decisions if d.status == "quantize"]
                  for scheme in SCHEMES}
     groups = groups_of(decisions[SCHEMES[1].name])
-    found = costs(model, decisions, groups, read_samples(data, model, max_seq_length=24), 0, lambda text: None)
+    found = costs(model, decisions, groups, read_samples(data, model, max_seq_length=24), 0,
+                  lambda text: None).nats
     wanted = [output_of(model, ids).log_softmax(-1) for ids in data[:16]]
     ratios = []
     for index, group in enumerate(groups):

@@ -27,12 +27,14 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One model of the table; bytes of its weights, and of the process while only it was loaded (None: unknown)."""
+    """One model of the table; bytes of its weights, and of the process while only it was loaded (None: unknown). What
+    was not measured of it is None: its answer, its accuracy."""
 
     label: str
     weights: int
-    process: int | None
-    answer: Answer
+    process: int | None = None
+    answer: Answer | None = None
+    accuracy: Evaluation | None = None
 
 
 class TimedStream:
@@ -128,19 +130,22 @@ def give_back_freed() -> None:
         trim(0)
 
 
-def results_table(name: str, columns: Sequence[Column], result: Evaluation, arithmetic: str) -> str:
-    """One line a fact, one column a model; accuracy is that of the two eager columns, which it was measured on."""
-    accuracy = [("perplexity", f"{result.reference_perplexity:.2f}", f"{result.perplexity:.2f}"),
-                ("KL from bf16, nats a token", "", f"{result.kl:.3f} ± {result.kl_stderr or 0:.3f}"),
-                ("same top-1 token", "", f"{result.top1_agreement:.1%}")]
-    rest = [""] * (len(columns) - 2)
+def results_table(name: str, columns: Sequence[Column], arithmetic: str) -> str:
+    """One line a fact, one column a model; the first is what the others' accuracy was measured against."""
+    answers, accuracy = [column.answer for column in columns], [column.accuracy for column in columns]
+    result = next(found for found in accuracy if found is not None)
     rows = [[name, *(c.label for c in columns)],
             ["weights in memory", *(f"{c.weights / 2**20:.1f} MiB" for c in columns)],
-            ["whole process", *("unknown" if c.process is None else f"{c.process / 2**20:.0f} MiB" for c in columns)],
-            ["time to first token", *(f"{c.answer.first_token_s:.2f} s" for c in columns)],
-            ["tokens a second", *("" if c.answer.tokens_per_s is None else f"{c.answer.tokens_per_s:.1f}"
-                                  for c in columns)],
-            *([label, first, second, *rest] for label, first, second in accuracy)]
+            ["whole process", *("" if c.answer is None else "unknown" if c.process is None else
+                                f"{c.process / 2**20:.0f} MiB" for c in columns)],
+            ["time to first token", *("" if told is None else f"{told.first_token_s:.2f} s" for told in answers)],
+            ["tokens a second", *("" if told is None or told.tokens_per_s is None else f"{told.tokens_per_s:.1f}"
+                                  for told in answers)],
+            ["perplexity", f"{result.reference_perplexity:.2f}",
+             *("" if found is None else f"{found.perplexity:.2f}" for found in accuracy[1:])],
+            ["KL from bf16, nats a token",
+             *("" if found is None else f"{found.kl:.3f} ± {found.kl_stderr or 0:.3f}" for found in accuracy)],
+            ["same top-1 token", *("" if found is None else f"{found.top1_agreement:.1%}" for found in accuracy)]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))

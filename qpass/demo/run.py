@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ from torch import nn
 import qpass
 from qpass.checkpoints.model_folder import load_float
 from qpass.demo.language_model import NAME, cache_folder, demo_model
-from qpass.demo.measurements import answer, compile_decoding, give_back_freed, measured, results_table, stop_compiling
+from qpass.demo.measurements import (
+    Column,
+    answer,
+    compile_decoding,
+    give_back_freed,
+    measured,
+    results_table,
+    stop_compiling,
+    weight_bytes,
+)
+from qpass.evaluate_model import Evaluation
+from qpass.recipes.recipe import Recipe
 from qpass.recipes.recipe_files import as_recipe
 
 WINDOW = 256
@@ -65,11 +77,20 @@ def run(recipe: Any = "w4a8", *, prompt: str, cache: str | Path | None = None,
 
     report = qpass.explain(model)
     stop_compiling(model)
-    say(f"evaluating both on {tokens:,} tokens of Jane Austen's Persuasion, in windows of {WINDOW}")
     reference, arithmetic = _reference(folder)
-    result = qpass.evaluate(model, TEXT, reference, tokenizer=tokenizer, window=WINDOW, tokens=tokens,
-                            progress=sys.stderr.isatty())
-    print("\n" + results_table(NAME, columns, result, arithmetic) + "\n", flush=True)
+
+    def accuracy(of: nn.Module) -> Evaluation:
+        return qpass.evaluate(of, TEXT, reference, tokenizer=tokenizer, window=WINDOW, tokens=tokens,
+                              progress=sys.stderr.isatty())
+
+    say(f"evaluating both on {tokens:,} tokens of Jane Austen's Persuasion, in windows of {WINDOW}")
+    columns[1] = replace(columns[1], accuracy=accuracy(model))
+    if not moe and chosen.scheme and chosen.scheme.weight.type == "int" and not chosen.algorithms:
+        say(f"{label} once more, its scales searched for, which needs no data: algorithms=[\"scales\"]")
+        model = load_float(folder)
+        _swap(model, Recipe.from_dict({**chosen.to_dict(), "algorithms": ["scales"]}))
+        columns.append(Column(label=f"{label}, scales", weights=weight_bytes(model), accuracy=accuracy(model)))
+    print("\n" + results_table(NAME, columns, arithmetic) + "\n", flush=True)
     print(report, flush=True)
     say("done")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +115,24 @@ def test_weights_are_counted_once_packed_ones_included(tiny_model: Any) -> None:
 
 def test_results_table() -> None:
     told = demo_measure.Answer(text="", tokens=8, first_token_s=0.5, tokens_per_s=12.25)
-    columns = [demo_measure.Column(label=label, weights=size << 20, process=900 << 20, answer=told)
-               for label, size in (("bf16, eager", 256), ("w4a8, eager", 107), ("w4a8, compiled", 107))]
     result = Evaluation(tokens=1024, windows=4, window=256, stride=256, loss=3.4, perplexity=30.5, reference_loss=3.0,
                         reference_perplexity=20.25, loss_increase=0.4, loss_increase_stderr=0.01, kl=0.61,
                         kl_stderr=0.02, top1_agreement=0.625)
-    lines = demo_measure.results_table("model", columns, result, "float32").splitlines()
-    assert lines[2].split() == ["weights", "in", "memory", "256.0", "MiB", "107.0", "MiB", "107.0", "MiB"]
-    assert lines[6].split() == ["perplexity", "20.25", "30.50"] and lines[7].endswith("0.610 ± 0.020")
+    columns = [demo_measure.Column(label=label, weights=size << 20, process=900 << 20, answer=told, accuracy=found)
+               for label, size, found in (("bf16, eager", 256, None), ("w4a8, eager", 107, result),
+                                          ("w4a8, compiled", 107, None))]
+    columns.append(demo_measure.Column(label="w4a8, scales", weights=107 << 20, accuracy=replace(result, kl=0.4)))
+    lines = demo_measure.results_table("model", columns, "float32").splitlines()
+    assert lines[2].split() == ["weights", "in", "memory", "256.0", "MiB", *["107.0", "MiB"] * 3]
+    assert lines[6].split() == ["perplexity", "20.25", "30.50", "30.50"] and lines[7].endswith("0.400 ± 0.020")
     assert lines[8].endswith("62.5%") and "1,024 tokens" in lines[9]
-    assert len({len(line) for line in lines[:1] + lines[2:6]}) == 1
-    ends = {len(line) for line in lines[6:9]}  # accuracy stands under "w4a8, eager", which it was measured on
-    assert ends == {lines[0].index("w4a8, eager") + len("w4a8, eager")}
+    assert len({len(line) for line in (lines[0], lines[2], *lines[6:9])}) == 1
+    begin = lines[0].index("w4a8, compiled")
+    end = begin + len("w4a8, compiled")
+    for line in lines[6:9]:  # accuracy stands under the two models that it was measured on
+        assert line[begin:end].isspace() and not line[begin - 3].isspace()
+    for line in lines[3:6]:  # and times under the three that answered
+        assert len(line) == end
 
 
 def test_the_text_ships() -> None:

@@ -17,6 +17,7 @@
 #include "avx2_product_q8.h"
 #include "avx2_product_q.h"
 #include "avx2_product_f.h"
+#include "avx2_product_f4.h"
 
 #include "avx2_end.h"
 

@@ -139,7 +139,7 @@ inline void zero_points_of(const Weight& w, int64_t block, int64_t kb, __m256i (
 }
 
 template <int BITS, bool ZP>
-void row_direct(const Weight& w, const FloatRows& x, const Output& out, int64_t block) {
+void row_direct(const Weight& w, const FloatRows& x, const Output& out, int64_t m, int64_t block) {
   Progress<1> p;
   p.start(w);
   Runs<1> u;
@@ -147,10 +147,10 @@ void row_direct(const Weight& w, const FloatRows& x, const Output& out, int64_t 
   const uint8_t* line = w.q + block * (w.Kp / 64) * BITS * 128;
   for (int64_t kb = 0; kb < w.Kp / 64; kb++, line += BITS * 128) {
     if (ZP) zero_points_of(w, block, kb, zp);
-    runs_direct<BITS, ZP>(line, x.x + kb * 64, zp, u);
+    runs_direct<BITS, ZP>(line, x.x + m * x.Kp + kb * 64, zp, u);
     p.add(w, block, u);
   }
-  p.finish(w, out, 0, block, 1);
+  p.finish(w, out, m, block, 1);
 }
 
 template <int R>
@@ -190,19 +190,12 @@ void rows_by_panel(const Weight& w, const FloatRows& x, const Output& out, int64
   }
 }
 
-template <int BITS, bool ZP>
-void product_f_of(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
-  for (int64_t block = block_begin; block < block_end && block * 16 < w.N; block++) {
-    if (x.M == 1) row_direct<BITS, ZP>(w, x, out, block);
-    else rows_by_panel<BITS, ZP>(w, x, out, block);
+template <bool ZP>
+void product_f8(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
+  for (int64_t block = block_begin; block < block_end; block++) {
+    if (x.M == 1) row_direct<8, ZP>(w, x, out, 0, block);
+    else rows_by_panel<8, ZP>(w, x, out, block);
   }
-}
-
-void product_f(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
-  if (w.bits == 4 && w.zero_point) product_f_of<4, true>(w, x, out, block_begin, block_end);
-  else if (w.bits == 4) product_f_of<4, false>(w, x, out, block_begin, block_end);
-  else if (w.zero_point) product_f_of<8, true>(w, x, out, block_begin, block_end);
-  else product_f_of<8, false>(w, x, out, block_begin, block_end);
 }
 
 }  // namespace

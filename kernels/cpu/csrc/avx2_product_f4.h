@@ -2,16 +2,18 @@
 //
 // A run of 64 inputs of a row (32 where a group is no multiple of 64) becomes integers of one step, a power of two such
 // that the largest has 23 bits. maddubs(code 0..15, digit) adds two products, and a sum of 32 inputs stays in int16: it
-// starts at -8 * (sum of the digits) - 1, the last because 32 * -8 * -128 would be one too many, and what comes out is
-// weight * digit, whatever wraps around on the way. So a run is exact but for the rounding of x to its step, 2^-23 or less
-// of the run's largest number. Runs are added in ascending order within a group, the group's sum times its scale added to
-// the result, whatever the number of rows. A row that holds an Inf or a NaN is multiplied in float, by row_direct.
+// starts at -8 * (sum of the digits), and what comes out is weight * digit, whatever wraps around on the way. So a run is
+// exact but for the rounding of x to its step, 2^-22 or less of the run's largest number. Runs are added in ascending
+// order within a group, the group's sum times its scale added to the result, whatever the number of rows.
+// A row is multiplied in float, by row_direct, if it holds an Inf or a NaN, or 32 digits of -128, the only ones whose sum
+// reaches 2^15.
 #pragma once
 
 namespace qpass {
 namespace {
 
 constexpr int64_t kDigitRows = 128;  // whose digits are made at a time
+constexpr int64_t kBytesRows = 6;    // that many and more meet a block of outputs whose codes are unpacked to bytes once
 
 struct Run {
   int32_t start[3];   // of each digit's sums, two int16
@@ -32,7 +34,7 @@ inline __m128i sums_of_pairs(__m256i pairs) {
   return _mm_add_epi16(s, _mm_shuffle_epi32(s, 0xb1));
 }
 
-// SIZE inputs to digits [3][64] (of which it fills SIZE) and their run; false, and zeros, if one is not finite.
+// SIZE inputs to digits [3][64] (of which it fills SIZE) and their run; false if they cannot be multiplied so.
 template <int SIZE>
 bool make_run(const float* x, int8_t* digits, Run& run) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), half = _mm256_set1_epi32(128);
@@ -70,28 +72,30 @@ bool make_run(const float* x, int8_t* digits, Run& run) {
     }
   }
   int32_t sum[3];
+  bool good = finite;
   for (int d = 0; d < 3; d++) {
     const __m128i s = sums_of_pairs(pairs[d]);
-    run.start[d] = _mm_cvtsi128_si32(_mm_sub_epi16(_mm_mullo_epi16(s, _mm_set1_epi16(-8)), _mm_set1_epi16(1)));
+    good &= (_mm_movemask_epi8(_mm_cmpeq_epi16(s, _mm_set1_epi16(-32 * 128))) & 15) == 0;
+    run.start[d] = _mm_cvtsi128_si32(_mm_mullo_epi16(s, _mm_set1_epi16(-8)));
     sum[d] = _mm_cvtsi128_si32(_mm_madd_epi16(s, _mm_set1_epi16(1)));
   }
   run.low = sum[0] + 256 * sum[1];
   run.high = sum[2];
-  return finite;
+  return good;
 }
 
-// Rows [m0, m0 + count) as digits; finite[m] says which of them are.
+// Rows [m0, m0 + count) as digits; good[m] says which of them can be multiplied so.
 template <int SIZE>
-DigitRows make_digits(const FloatRows& x, int64_t m0, int64_t count, bool* finite) {
+DigitRows make_digits(const FloatRows& x, int64_t m0, int64_t count, bool* good) {
   const int64_t runs = x.Kp / SIZE;
   int8_t* digits = (int8_t*)scratch(6, count * x.Kp * 3);
   Run* made = (Run*)scratch(7, count * runs * (int64_t)sizeof(Run));
   for (int64_t m = 0; m < count; m++) {
-    finite[m] = true;
+    good[m] = true;
     for (int64_t i = 0; i < runs; i++) {
       const int64_t k = i * SIZE;
       int8_t* to = digits + m * x.Kp * 3 + k / 64 * 192 + k % 64;
-      finite[m] = make_run<SIZE>(x.x + (m0 + m) * x.Kp + k, to, made[m * runs + i]) && finite[m];
+      good[m] &= make_run<SIZE>(x.x + (m0 + m) * x.Kp + k, to, made[m * runs + i]);
     }
   }
   return {digits, made, x.Kp, runs};
@@ -106,23 +110,39 @@ inline __attribute__((always_inline)) void add_digit(const __m256i (&codes)[2], 
   multiply_add(codes[1], x, sum[1]);
 }
 
-// A block's low nibbles (PARTS & 1: the first 32 inputs), its high ones (PARTS & 2), or both, times R rows.
-template <int R, int PARTS>
+// The codes of 16 outputs as bytes, [Kp / 64][2][8][64]: for each line those of its low nibbles, then of its high ones.
+const uint8_t* bytes_of_block(const Weight& w, int64_t block) {
+  const int64_t blocks = w.Kp / 64;
+  const __m256i nibble = _mm256_set1_epi8(15);
+  uint8_t* bytes = (uint8_t*)scratch(4, blocks * 1024);
+  const uint8_t* q = w.q + block * blocks * 512;
+  for (int64_t kb = 0; kb < blocks; kb++, q += 512)
+    for (int i = 0; i < 16; i++) {
+      const __m256i both = _mm256_loadu_si256((const __m256i*)(q + i * 32));
+      __m256i* to = (__m256i*)(bytes + kb * 1024 + i * 32);
+      _mm256_store_si256(to, _mm256_and_si256(both, nibble));
+      _mm256_store_si256(to + 16, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
+    }
+  return bytes;
+}
+
+// The first 32 inputs of a block (PARTS & 1), the others (PARTS & 2), or both, times R rows. BYTES: of bytes_of_block.
+template <int R, int PARTS, bool BYTES>
 inline __attribute__((always_inline)) void add_block(const uint8_t* w, const int8_t* const (&digits)[R], int64_t ahead,
                                                      __m256i (&sum)[R][3][2]) {
   const __m256i nibble = _mm256_set1_epi8(15);
 #pragma GCC unroll 1
   for (int r = 0; r < 8; r++) {
     const __m256i* line = (const __m256i*)(w + r * 64);
-    if (PARTS & 1) _mm_prefetch((const char*)line + ahead, _MM_HINT_T0);
+    if (!BYTES && (PARTS & 1)) _mm_prefetch((const char*)line + ahead, _MM_HINT_T0);
 #pragma GCC unroll 2
     for (int part = 0; part < 2; part++) {
       if (!(PARTS & (1 << part))) continue;
       __m256i codes[2];
 #pragma GCC unroll 2
       for (int h = 0; h < 2; h++) {
-        const __m256i both = _mm256_loadu_si256(line + h);
-        codes[h] = _mm256_and_si256(part ? _mm256_srli_epi16(both, 4) : both, nibble);
+        const __m256i both = _mm256_loadu_si256(line + (BYTES ? part * 16 : 0) + h);
+        codes[h] = BYTES ? both : _mm256_and_si256(part ? _mm256_srli_epi16(both, 4) : both, nibble);
       }
 #pragma GCC unroll 2
       for (int m = 0; m < R; m++)
@@ -133,15 +153,13 @@ inline __attribute__((always_inline)) void add_block(const uint8_t* w, const int
   }
 }
 
-// The sum of a run, in steps: 514 and 2 take back what the starts were less.
+// The sum of a run, in steps.
 template <bool ZP>
 inline __attribute__((always_inline)) __m256 value_of(const __m256i& s0, const __m256i& s1, const __m256i& s2,
                                                       const Run& run, __m256i zero_point) {
   const __m256i one = _mm256_set1_epi16(1);
   __m256i low = _mm256_add_epi32(_mm256_madd_epi16(s0, one), _mm256_madd_epi16(s1, _mm256_set1_epi16(256)));
   __m256i high = _mm256_madd_epi16(s2, one);
-  low = _mm256_add_epi32(low, _mm256_set1_epi32(2 * 257));
-  high = _mm256_add_epi32(high, _mm256_set1_epi32(2));
   if (ZP) {
     low = _mm256_sub_epi32(low, _mm256_mullo_epi32(zero_point, _mm256_set1_epi32(run.low)));
     high = _mm256_sub_epi32(high, _mm256_mullo_epi32(zero_point, _mm256_set1_epi32(run.high)));
@@ -149,12 +167,11 @@ inline __attribute__((always_inline)) __m256 value_of(const __m256i& s0, const _
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(65536), _mm256_cvtepi32_ps(low));
 }
 
-// R rows, which are at `m` of the digits and at `to` of the output, times one block of 16 outputs.
-template <int R, bool ZP, int SIZE>
+// R rows, the first m0 of the digits and `to` of the output, times a block of 16 outputs, whose codes lie at q.
+template <int R, bool ZP, int SIZE, bool BYTES>
 __attribute__((noinline)) void multiply_digits(const Weight& w, const DigitRows& x, const Output& out, int64_t m0,
-                                               int64_t to, int64_t block, int64_t ahead) {
+                                               int64_t to, int64_t block, const uint8_t* q, int64_t ahead) {
   const int64_t runs = w.group_size / SIZE;
-  const uint8_t* q = w.q + block * (w.Kp / 64) * 512;
   const int8_t* digits[R];
   const Run* at[R];
   __m256 y[R][2];
@@ -170,9 +187,9 @@ __attribute__((noinline)) void multiply_digits(const Weight& w, const DigitRows&
       __m256i sum[R][3][2];
       for (int m = 0; m < R; m++)
         for (int d = 0; d < 3; d++) sum[m][d][0] = sum[m][d][1] = _mm256_set1_epi32(at[m]->start[d]);
-      if (SIZE == 64) add_block<R, 3>(q, digits, ahead, sum);
-      else if (i % 2 == 0) add_block<R, 1>(q, digits, ahead, sum);
-      else add_block<R, 2>(q, digits, ahead, sum);
+      if (SIZE == 64) add_block<R, 3, BYTES>(q, digits, ahead, sum);
+      else if (i % 2 == 0) add_block<R, 1, BYTES>(q, digits, ahead, sum);
+      else add_block<R, 2, BYTES>(q, digits, ahead, sum);
       for (int h = 0; h < 2; h++) {
         const __m256i zero_point = ZP ? zero_points8(w, block, g, h) : _mm256_setzero_si256();
         for (int m = 0; m < R; m++)
@@ -180,7 +197,7 @@ __attribute__((noinline)) void multiply_digits(const Weight& w, const DigitRows&
                                         _mm256_set1_ps(at[m]->step), total[m][h]);
       }
       const bool last = SIZE == 64 || i % 2;  // of its block
-      q += last ? 512 : 0;
+      q += last ? (BYTES ? 1024 : 512) : 0;
       for (int m = 0; m < R; m++) digits[m] += last ? 192 : 0, at[m]++;
     }
     for (int h = 0; h < 2; h++) {
@@ -195,14 +212,19 @@ template <bool ZP, int SIZE>
 void product_digits(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
   for (int64_t m0 = 0; m0 < x.M; m0 += kDigitRows) {
     const int64_t rows = x.M - m0 < kDigitRows ? x.M - m0 : kDigitRows;
-    bool finite[kDigitRows];
-    const DigitRows made = make_digits<SIZE>(x, m0, rows, finite);
+    bool good[kDigitRows];
+    const DigitRows made = make_digits<SIZE>(x, m0, rows, good);
     for (int64_t block = block_begin; block < block_end; block++) {
+      const uint8_t* q = w.q + block * (w.Kp / 64) * 512;
+      const uint8_t* bytes = rows >= kBytesRows ? bytes_of_block(w, block) : nullptr;
       int64_t m = 0, ahead = kPrefetch;  // only the first rows read their weights from memory
-      for (; m + 2 <= rows; m += 2, ahead = 0) multiply_digits<2, ZP, SIZE>(w, made, out, m, m0 + m, block, ahead);
-      if (m < rows) multiply_digits<1, ZP, SIZE>(w, made, out, m, m0 + m, block, ahead);
+      for (; m + 2 <= rows; m += 2, ahead = 0) {
+        if (bytes) multiply_digits<2, ZP, SIZE, true>(w, made, out, m, m0 + m, block, bytes, 0);
+        else multiply_digits<2, ZP, SIZE, false>(w, made, out, m, m0 + m, block, q, ahead);
+      }
+      if (m < rows) multiply_digits<1, ZP, SIZE, false>(w, made, out, m, m0 + m, block, q, ahead);
       for (m = 0; m < rows; m++)
-        if (!finite[m]) row_direct<4, ZP>(w, x, out, m0 + m, block);
+        if (!good[m]) row_direct<4, ZP>(w, x, out, m0 + m, block);
     }
   }
 }

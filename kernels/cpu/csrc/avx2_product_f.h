@@ -1,4 +1,4 @@
-// AVX2 product of float rows with 4-bit or 8-bit weights.
+// AVX2 product of float rows with 8-bit weights, and of one row with 4-bit ones (avx2_product_f4.h has the others).
 //
 // Every path adds in one order: a chain of fused multiply-adds over each run of 32 inputs, runs added in ascending order
 // within a group, the group's sum times its scale added to the result. So a row's result does not depend on how many

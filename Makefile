@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Errors only: warnings of pip say nothing to who types `make demo`. No byte-compiling: of the thousands of files
 # installed, few are ever imported.
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-cuda test-all check bench bench-accuracy clean
 .DELETE_ON_ERROR:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -45,14 +46,20 @@ def quantize_all(model: nn.Module, scheme: str = "w4a8", kernel_name: str = "lin
     return model.eval()
 
 
+@cache
+def attention_decomposed() -> dict[Any, Callable[..., Any]]:
+    """Attention as smaller ops: export keeps it whole, Inductor does not. Looking it up takes 0.2 s."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    return {attention: default_decompositions()[attention]}
+
+
 class Traced:
     """A model as a graph of ATen ops like the one Inductor gives to the pipeline, which can be changed and run."""
 
     def __init__(self, model: nn.Module, *inputs: Tensor, dynamic: Any = None) -> None:
-        attention = torch.ops.aten.scaled_dot_product_attention.default  # export keeps it whole, Inductor does not
         with torch.no_grad():
             program = torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic).run_decompositions(
-                {attention: default_decompositions()[attention]})
+                attention_decomposed())
         self.module, signature = program.graph_module, program.graph_signature
         buffers = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.values = [buffers[spec.target] for spec in signature.input_specs if spec.target is not None]

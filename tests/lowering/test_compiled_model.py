@@ -35,9 +35,9 @@ def small(quantize_layers):
     return quantize_layers(Small())
 
 
-def frames(model, shapes):
+def frames(model, shapes, backend="inductor"):
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     results = []
     with torch.no_grad():
@@ -49,7 +49,7 @@ def frames(model, shapes):
 def test_no_recompiles_beyond_the_float_models(small, installed):
     shapes = [(1, 5), (2, 7), (3, 9), (4, 1)]
     quantized, results = frames(small, shapes)
-    assert quantized == frames(Small().eval(), shapes)[0]
+    assert quantized == frames(Small().eval(), shapes, "eager")[0]  # the fewest that any backend needs
     with torch.no_grad():
         for shape, got in zip(shapes, results, strict=True):
             torch.testing.assert_close(got, small(torch.ones(*shape, 32)))

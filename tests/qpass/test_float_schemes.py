@@ -72,7 +72,7 @@ def test_compiled_as_one_graph() -> None:
                                 progress=False)
     ids = torch.arange(12)[None]
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.no_grad():
         want = model(ids).logits
         torch.testing.assert_close(compiled(ids).logits, want, rtol=1e-4, atol=1e-4)

@@ -67,7 +67,7 @@ def test_the_search_takes_what_rounds_best_and_never_less_than_nothing() -> None
     assert torch.equal(plain, torch.ones(32))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "gpt2"])
 def test_outliers_cost_less(name: str, tmp_path: Path) -> None:
     """A few channels of every norm are made thirty times as large, and the columns that meet them as much smaller."""
     def spiked() -> torch.nn.Module:

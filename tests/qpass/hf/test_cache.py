@@ -135,7 +135,7 @@ def test_bytes(tiny_llama: Build) -> None:
         assert str(cache.nbytes) in repr(cache)
 
 
-@pytest.mark.parametrize("granularity", ["per_token", "per_head"])
+@pytest.mark.parametrize("granularity", ["per_token", pytest.param("per_head", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(granularity: str, tiny_llama: Build) -> None:
     model = tiny_llama(num_hidden_layers=1)
     ids = torch.randint(3, 128, (1, 20))

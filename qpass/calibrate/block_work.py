@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from qpass.calibrate.activation_store import ActivationStore
 from qpass.calibrate.blocks import Block
 from qpass.calibrate.change_inputs import input_hook, rounding_hook
+from qpass.calibrate.kept_outputs import KeptOutputs
 from qpass.calibrate.pairs import Pair
 from qpass.calibrate.watch_inputs import OnInput, watch_inputs
 from qpass.decide.decision import Decision
@@ -99,6 +100,7 @@ class BlockWork:
     experts  modules of experts within the block
     keep     takes the float block's outputs from the first observation, if they are wanted
     seed     of whatever an algorithm draws at random here
+    kept     what modules gave on `calls` and, since nothing that they depend on has changed, would give again
     """
 
     block: Block
@@ -115,6 +117,7 @@ class BlockWork:
     float_calls: ActivationStore | None = None
     keep: ActivationStore | None = None
     seed: int = 0
+    kept: KeptOutputs | None = None
     _hooks: dict[str, RemovableHandle] = field(default_factory=dict)
 
     def change_input(self, site: SiteWork, change: InputChange) -> None:
@@ -182,9 +185,18 @@ class BlockWork:
 
     def outputs(self, calls: Iterable[Any] | None = None) -> Iterator[Any]:
         """What the block gives for each of its calls, as it is now."""
+        kept = self.kept if calls is None else None
         with torch.no_grad(), self.rounding_activations():
-            for args, kwargs in self.calls if calls is None else calls:
-                yield self.module(*args, **kwargs)
+            for number, (args, kwargs) in enumerate(self.calls if calls is None else calls):
+                with nullcontext() if kept is None else kept.answering(number):
+                    output = self.module(*args, **kwargs)
+                yield output
+
+    def forget_kept(self) -> None:
+        """From now on every module is run again: something has changed."""
+        if self.kept is not None:
+            self.kept.clear()
+        self.kept = None
 
     def observe(self, names: Iterable[str], on_input: OnInput, calls: Iterable[Any] | None = None) -> None:
         """Run the block on every call; `on_input(site, x)` gets each named site's input as float32 rows [T, K].

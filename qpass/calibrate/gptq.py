@@ -9,6 +9,7 @@ from qpass.calibrate.block_work import BlockWork, SiteWork
 from qpass.calibrate.experts import calibrate_experts, given_to
 from qpass.calibrate.gptq_math import energy_order, gptq, inverse_factor, polish
 from qpass.calibrate.hessian import Hessian
+from qpass.calibrate.kept_outputs import KeptOutputs
 from qpass.calibrate.match_float import float_side, lacking
 from qpass.calibrate.scale_search import Grid, canonical_of, find_grid, grid_ends
 from qpass.errors import CalibrationError
@@ -29,6 +30,8 @@ def _linears(settings: Gptq, work: BlockWork) -> None:
     groups = by_input([site for site in work.chosen(settings) if site.on_grid])
     if settings.matches_float and work.float_calls is not None:
         exact = float_side(work, groups)
+        if not work.experts:  # they are rounded last, and modules hold them
+            work.kept = KeptOutputs(work.module, [site.owner for group in groups for site in group], work.calls.budget)
         for group in groups:
             found = lacking(work, group, exact)
             hessian = found.hessian

@@ -9,7 +9,8 @@ model's input x, as `correction_math` says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,19 +98,18 @@ class Lacking:
 
 
 def lacking(work: BlockWork, group: Sequence[SiteWork], exact: ActivationStore) -> Lacking:
-    """What each site of the group lacks with the quantized model's inputs; every other sample is in the same half."""
+    """What each site of the group lacks with the quantized model's inputs; every other sample is in the same half.
+
+    All sites of the block that come before the group must have their final weights.
+    """
     first = group[0]
     size, device = first.spec.in_features, first.weight.device
     hessians = Hessian(size), Hessian(size)
     sums = [[torch.zeros(site.spec.out_features, size, device=device) for site in group] for _ in hessians]
     drift = [torch.zeros(size, size, device=device) for _ in hessians]
     summed: Counter[int] = Counter()
-    for number, mask in enumerate(work.masks):
+    for number, wanted, seen in _runs(work, group, exact):
         half = number % 2
-        work.tell(f"{first.name}: {number + 1} of {len(work.calls)} samples")
-        wanted = exact[number]
-        keys = frozenset(key for site in group for key in (f"x|{first.name}", f"sum|{site.name}") if key in wanted)
-        seen, _ = _one_run(work, group, work.calls[number], mask, {first.name}, keys)
         for x in seen.get(f"x|{first.name}", []):
             hessians[half].add(x)
         if not _alike(seen, wanted, f"x|{first.name}"):
@@ -130,6 +130,21 @@ def lacking(work: BlockWork, group: Sequence[SiteWork], exact: ActivationStore) 
         of = [sums[half][index] if summed[index] else site.weight.float() @ drift[half] for half in (0, 1)]
         products.append((of[0], of[1]))
     return Lacking(hessians, products)
+
+
+def _runs(work: BlockWork, group: Sequence[SiteWork], exact: ActivationStore
+          ) -> Iterator[tuple[int, Mapping[str, Tensor], dict[str, list[Tensor]]]]:
+    """For each sample its number, what the float model gives at the group, and what the quantized one does."""
+    first = group[0]
+    with ExitStack() as stack:
+        sample = None if work.kept is None else stack.enter_context(work.kept.adding())
+        for number, mask in enumerate(work.masks):
+            work.tell(f"{first.name}: {number + 1} of {len(work.calls)} samples")
+            wanted = exact[number]
+            keys = frozenset(key for site in group for key in (f"x|{first.name}", f"sum|{site.name}") if key in wanted)
+            with nullcontext() if sample is None else sample(number):
+                seen, _ = _one_run(work, group, work.calls[number], mask, {first.name}, keys)
+            yield number, wanted, seen
 
 
 def _alike(seen: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Tensor], key: str) -> bool:
@@ -156,6 +171,8 @@ def _one_run(work: BlockWork, sites: Sequence[SiteWork], call: tuple[Any, Any], 
             raise _Enough
 
     def met(name: str, x: Tensor) -> None:
+        if enough and work.kept is not None:
+            work.kept.reached()
         if name in firsts:
             keep(f"x|{name}", x)
 

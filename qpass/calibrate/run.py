@@ -144,6 +144,7 @@ class Calibration:
                             for output in work.outputs():
                                 following.append(output)
                         outputs[number] = following
+                    work.forget_kept()
                     work.calls.clear()
                     if work.float_calls is not None:
                         work.float_calls.clear()
@@ -155,6 +156,9 @@ class Calibration:
                     for decision in one.decisions if one.found else ():
                         if decision.status == "quantize":
                             install(decision, None, experts=one.found)
+            for stores in (outputs, exact):
+                for store in stores.values():
+                    store.clear()
             with suppress(OSError):
                 budget.folder.rmdir()
         return self.notes
@@ -194,11 +198,14 @@ class Calibration:
             return
         work.keep = float_outputs
         for algorithm in self.aimed:
+            work.forget_kept()  # of the algorithm before
             if algorithm.needs_targets:
                 work.fill_targets()
             import_module(algorithm.wiring).calibrate(algorithm, work)
         work.keep = None
         left = work.round_the_rest()
+        if left:
+            work.forget_kept()
         if left and any(algorithm.rounds for algorithm in self.aimed):
             work.notes.append(f"rounded to nearest without data: {', '.join(left)}")
         if kept is not None:

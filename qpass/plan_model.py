@@ -161,7 +161,7 @@ def _float_heads(decisions: Sequence[Decision]) -> list[str]:
     total = sum(d.bytes_a_token for d in decisions)
     told = []
     for d in decisions:
-        head = d.status != "quantize" and d.site.kind == "linear" and set(d.site.consumers) <= {"output"}
+        head = d.status == "keep" and d.site.kind == "linear" and set(d.site.consumers) <= {"output"}
         if head and any(o.status == "quantize" for o in decisions) and d.bytes_a_token * 10 > total:
             packed = stored_bytes(_int8(d), 1, min(d.site.dtype.itemsize, 4))
             rule = d.site.owner.rpartition(".")[2] or d.site.name

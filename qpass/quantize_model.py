@@ -147,7 +147,8 @@ def check_model(model: Any) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         method = getattr(getattr(model, "config", None), "quantization_config", None)
         raise AlreadyQuantized(f"Transformers quantized this model already ({type(method).__name__}); load the float "
-                               "checkpoint instead")
+                               "checkpoint instead, or this one as it is: from_pretrained(path, "
+                               "quantization_config=qpass.QPassConfig())")
 
 
 def remember(model: nn.Module, plan: Plan) -> None:

@@ -63,11 +63,20 @@ def explain(model: Any) -> Report:
     model = getattr(model, "_orig_mod", model)
     plan = getattr(model, "__dict__", {}).get("_qpass_plan") or _graph_meta(model).get("qpass_plan")
     if not isinstance(plan, Plan):
-        raise QPassError("this model was not quantized by qpass: nothing to explain; qpass.plan(model, recipe) tells "
-                         "what would be done")
+        raise QPassError(_not_ours(model))
     layers, told = _layers(model), _told(model)
     rows = tuple(_row(row, layers, told) for row in plan.rows)
     return Report(rows=rows, recipe=plan.recipe.to_dict(), capture=plan.capture_method, notes=plan.notes)
+
+
+def _not_ours(model: Any) -> str:
+    loaded = getattr(getattr(model, "config", None), "quantization_config", None)
+    if loaded is not None:
+        return (f"nothing to explain: Transformers loaded this model by its own means ({type(loaded).__name__}), and "
+                "no kernel of qpass runs in it; from_pretrained(path, quantization_config=qpass.QPassConfig()) or "
+                "qpass.load(path) gives the same checkpoint with qpass's layers")
+    return ("this model was not quantized by qpass: nothing to explain; qpass.plan(model, recipe) tells what would be "
+            "done")
 
 
 def _graph_meta(model: Any) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class Site:
     swap           "module": the owner's forward is the product and nothing else, replace the owner;
                    "parameter": the product stands in a bigger forward, replace the parameter by one that intercepts it;
                    None: it cannot be swapped, and `refusal` is the sentence that says why and what to do
-    uses           how many products in the graph read the parameter; 0 if the example inputs never reached it
+    uses           how many products in the graph read the parameter; 0 if the example inputs never reached it;
+                   1 where no graph could be had
     aliases        other names of the same parameter (tied weights)
     shared_input   sites with the same number read one and the same tensor; None if the site has its input alone
     produced_by    what computes the input: `model.layers.0.input_layernorm (LlamaRMSNorm)`, or the op if no module

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_map
 
 from qpass.capture.as_found import experts_as, in_eval_mode, left_as_found, quiet_loggers, without_hooks
-from qpass.capture.example_inputs import Example, example_of
+from qpass.capture.example_inputs import Example, device_of, example_of
 from qpass.capture.find_products import buffers_multiplied
 from qpass.capture.tape import Tape, following_modules, recording
 from qpass.errors import CaptureError
@@ -103,7 +103,8 @@ def _capture_module(model: nn.Module, example_inputs: Any, notes: list[str]) -> 
             try:
                 graph_module = way(model, example)
             except Exception as error:  # whatever a model's forward, or the tracer, may raise
-                notes.append(f"{method} failed: {_first_line(error)}")
+                said = f"{method} failed: {_first_line(error)}"
+                notes += [said] if said not in notes else []
                 continue
         notes.append(f"graph: {method}")
         if guesses := graph_module.meta.get("guesses"):
@@ -118,8 +119,9 @@ def _capture_module(model: nn.Module, example_inputs: Any, notes: list[str]) -> 
 
 def _trace(model: nn.Module, example: Example, guess: bool = False) -> fx.GraphModule:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = _fake_state(model, mode)
-    args, kwargs = _fake(mode, (example.args, example.kwargs))
+    where = device_of(model)
+    tensors = _fake_state(model, mode, where)
+    args, kwargs = _fake(mode, (example.args, example.kwargs), where)
     tape = Tape(tensors, guess=guess)
     _add_inputs(tape, (args, kwargs))
     from torch._export.utils import _compiling_state_context  # models ask torch.compiler.is_compiling()
@@ -174,25 +176,27 @@ def _add_inputs(tape: Tape, value: Any) -> None:
             count += 1
 
 
-def _fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
-    """Parameters and buffers as fake tensors, under every name; one fake for one tensor."""
+def _fake_state(model: nn.Module, mode: FakeTensorMode, where: torch.device) -> dict[str, Tensor]:
+    """Parameters and buffers as fake tensors, under every name; one fake for one tensor. Those on meta stand for what
+    will be `where` the others are: of a model to be filled, what it computed at construction is real already."""
     fakes: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         if id(tensor) not in fakes:
-            fakes[id(tensor)] = _fake(mode, tensor)
+            fakes[id(tensor)] = _fake(mode, tensor, where)
         state[name] = fakes[id(tensor)]
     return state
 
 
-def _fake(mode: FakeTensorMode, value: Any) -> Any:
+def _fake(mode: FakeTensorMode, value: Any, where: torch.device | None = None) -> Any:
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if isinstance(leaf, torch._subclasses.FakeTensor):  # of another mode
+        device = where if leaf.is_meta and where is not None else leaf.device
+        if isinstance(leaf, torch._subclasses.FakeTensor) or device != leaf.device:  # of another mode, or no numbers
             shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
             with mode:
-                return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
+                return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=device)
         return mode.from_tensor(leaf, static_shapes=True)
 
     return tree_map(convert, value)

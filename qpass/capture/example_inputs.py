@@ -42,10 +42,9 @@ def example_of(model: nn.Module, given: Any = None) -> Example | None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter or buffer lies."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    """Where the first parameter or buffer lies that has numbers; meta if none has."""
+    places = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
+    return next((place for place in places if place.type != "meta"), places[0] if places else torch.device("cpu"))
 
 
 def _on(value: Any, device: torch.device) -> Any:

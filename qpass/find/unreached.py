@@ -16,7 +16,7 @@ _LOOKS_UP = (nn.Embedding, nn.EmbeddingBag)
 
 def unreached_sites(parameters: Mapping[str, Tensor], modules: Mapping[str, nn.Module], capture: Capture,
                     reached: set[str]) -> list[Site]:
-    """Sites, with `uses=0`, of floating-point matrices that are not in `reached`.
+    """Sites of floating-point matrices that are not in `reached`, with `uses=0` where there is a graph to count in.
 
     Only an nn.Linear, and not a subclass, is known to be nothing but a product without having seen it run.
     """
@@ -42,7 +42,7 @@ def unreached_sites(parameters: Mapping[str, Tensor], modules: Mapping[str, nn.M
             name=name, kind=kind, shape=tuple(tensor.shape), dtype=tensor.dtype, owner=owner_path,
             owner_class=type(owner).__name__ if owner is not None else "", owner_bases=base_names(owner), bias=bias,
             swap="module" if plain else None, refusal=refusal,
-            uses=0, aliases=names[1:]))
+            uses=0 if capture.graph_module is not None else 1, aliases=names[1:]))
     return sites
 
 

@@ -7,6 +7,7 @@ aside while it runs, and come back with their weights in place.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,9 @@ _NEEDS = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round", "
           "hqq": "", "fbgemm_fp8": "fbgemm_gpu", "torchao": "torchao",
           "compressed-tensors": "compressed_tensors"}
 
-_ASIDE = ("_modules", "_parameters", "_buffers", "all_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")
+# With nothing in it, Transformers expects no key, reads no tensor and initializes no weight.
+_EMPTY: dict[str, Any] = {"_modules": {}, "_parameters": {}, "_buffers": {}, "all_tied_weights_keys": {},
+                          "_keys_to_ignore_on_load_unexpected": {".*"}, "_is_hf_initialized": True}
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -70,10 +73,8 @@ class CheckpointQuantizer(PackedQuantizer):
         self._folder = Path(checkpoint_files[0]).parent
         own: Any = model
         self._dtype = own.dtype
-        # With nothing in it, Transformers expects no key, reads no tensor and initializes no weight.
-        self._aside = {name: vars(model)[name] for name in _ASIDE}
-        model.__dict__.update(_modules={}, _parameters={}, _buffers={}, all_tied_weights_keys={},
-                              _keys_to_ignore_on_load_unexpected={".*"})
+        self._aside = {name: vars(model)[name] for name in _EMPTY if name in vars(model)}
+        model.__dict__.update(copy.deepcopy(_EMPTY))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from qpass.hf.model_config import empty_like

@@ -44,6 +44,7 @@ def write_config(model: nn.Module, plan: Plan | None) -> None:
         model._weight_conversions = []  # type: ignore[assignment]
         if any(isinstance(module, TiedTable) for module in model.modules()):
             _say_tied(config, False)  # in the files the two are apart, and Transformers must not tie them again
+            _untie(model)
 
 
 def forget_config(model: nn.Module) -> None:
@@ -59,6 +60,16 @@ def forget_config(model: nn.Module) -> None:
                        for one in (model.get_output_embeddings, model.get_input_embeddings))
         if head is not None and head is table:
             _say_tied(config, True)
+
+
+def _untie(model: nn.Module) -> None:
+    """Numbers of its own for each parameter that the config's one word ties as well, such as the bias of a head."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    for name, of in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if (mine := held.get(name)) is not None and mine is held.get(of):
+            path, _, leaf = name.rpartition(".")
+            own = nn.Parameter(mine.detach().clone(), requires_grad=mine.requires_grad)
+            model.get_submodule(path)._parameters[leaf] = own
 
 
 def _say_tied(config: Any, tied: bool) -> None:

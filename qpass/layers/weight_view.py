@@ -25,6 +25,13 @@ class WeightView:
         self.transposed = transposed
         self.dtype = dtype or owner.dtype
 
+    def __repr__(self) -> str:
+        return f"WeightView({self.owner._spec_text}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    def __getattr__(self, name: str) -> Any:  # of what is not found elsewhere
+        raise AttributeError(f"a weight packed by qpass has no {name!r}, for it holds no float numbers; .dequantize() "
+                             "gives it as an ordinary float tensor", name=name, obj=self)
+
     @property
     def device(self) -> torch.device:
         return self.owner.device

@@ -126,3 +126,27 @@ def test_a_plan_says_what_quantize_will_need() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     plan = make_plan(model, {"scheme": "w8a8", "algorithms": ["gptq"]})
     assert any("gptq needs data" in note for note in plan.notes)
+
+
+def test_no_rule_is_advised_for_what_cannot_be_packed() -> None:
+    """A head that is refused: no rule would make it smaller."""
+    model = nn.Sequential(nn.Linear(64, 64), torch.nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    plan = qpass.plan(model, qpass.Recipe("w8a8", ignore=()))
+    assert [row.status for row in plan.rows].count("refuse") == 1
+    assert not any("a rule" in note for note in plan.notes)
+
+
+def test_without_a_graph_no_layer_is_called_unreached() -> None:
+    class Raises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("as a forward may")
+
+    plan = qpass.plan(Raises(), "w8a8", example_inputs=torch.zeros(2, 64))
+    assert [(row.status, row.reason) for row in plan.rows] == [("quantize", "")]
+    assert "there was no graph" in str(plan)
+    said = [note for note in plan.notes if "as a forward may" in note]
+    assert [note.partition(" ")[0] for note in said] == ["trace", "export", "dynamo"]  # a second trace said the same

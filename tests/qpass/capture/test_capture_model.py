@@ -54,6 +54,16 @@ def test_weights_real_or_meta(device: str) -> None:
     assert {p.device.type for p in model.parameters()} == {device}
 
 
+@pytest.mark.parametrize("given", [None, torch.zeros(2, 8)])
+def test_weights_on_meta_beside_real_buffers(given: Tensor | None) -> None:
+    """A model to be filled from a checkpoint: what it computed at construction is real."""
+    model = nn.Sequential(Mlp().to("meta"), nn.BatchNorm1d(8, affine=False))
+    captured = capture(model, given)
+    assert captured.method == "trace", captured.notes
+    assert len(read_parameters(captured)) == 4
+    assert model[0].up.weight.is_meta and not model[1].running_mean.is_meta
+
+
 def test_fake_weights() -> None:
     with torch._subclasses.FakeTensorMode():
         model = Mlp()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import qpass
-from qpass.errors import AlreadyQuantized, CheckpointError, PackedForInference
+from qpass.errors import AlreadyQuantized, CheckpointError, PackedForInference, QPassError
 from qpass.layers.packed_layers import PackedWeight
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
@@ -239,3 +239,12 @@ def test_models_of_experts_are_saved_with_their_routers_float(tmp_path: Path, ti
     qpass.save(again, tmp_path / "two")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_explain_says_who_loaded_the_model(tiny_llama: Build) -> None:
+    model = tiny_llama()
+    with pytest.raises(QPassError, match=r"not quantized by qpass.*qpass\.plan"):
+        qpass.explain(model)
+    model.config.quantization_config = transformers.BitsAndBytesConfig()
+    with pytest.raises(QPassError, match=r"BitsAndBytesConfig.*qpass\.QPassConfig\(\)"):
+        qpass.explain(model)

@@ -144,6 +144,10 @@ def test_weight_answers_like_the_parameter() -> None:
     x = torch.randn(3, K, dtype=torch.bfloat16)
     assert torch.equal(F.linear(x, layer.weight, layer.bias), layer(x))
     assert torch.equal(layer.weight.T.dequantize(), layer.dequantize().T)
+    assert repr(layer.weight) == f"WeightView({layer.spec}, shape=[{N}, {K}], dtype=torch.bfloat16)"
+    assert getattr(layer.weight, "quant_state", None) is None
+    with pytest.raises(AttributeError, match=r"packed by qpass has no 'data_ptr'.*dequantize\(\)"):
+        layer.weight.data_ptr()
 
 
 def test_multiply_is_the_reference() -> None:

@@ -447,7 +447,7 @@ def test_without_a_graph_only_plain_linears_are_trusted() -> None:
     assert captured.method == "modules"
     sites = {site.name: site for site in find(model, captured)}
     assert {name: (s.kind, s.swap, s.uses) for name, s in sites.items()} == {
-        "w": ("experts", None, 0), "plain.weight": ("linear", "module", 0), "odd.weight": ("linear", None, 0)}
+        "w": ("experts", None, 1), "plain.weight": ("linear", "module", 1), "odd.weight": ("linear", None, 1)}
     assert "no graph of the model could be had" in (sites["odd.weight"].refusal or "")
 
 

@@ -192,7 +192,7 @@ def _fake(mode: FakeTensorMode, value: Any, where: torch.device | None = None) -
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        device = where if leaf.is_meta and where is not None else leaf.device
+        device = where if leaf.device.type == "meta" and where is not None else leaf.device
         if isinstance(leaf, torch._subclasses.FakeTensor) or device != leaf.device:  # of another mode, or no numbers
             shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
             with mode:

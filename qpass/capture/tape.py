@@ -18,14 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule  # its code, which nobody runs, is made when asked for
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from qpass.capture.known_results import KnownResults
+
 _aten = torch.ops.aten
 _QUERIES = (_aten.size.default, _aten.stride.default, _aten.storage_offset.default, _aten.is_contiguous.default)
+_DEVICE = torch.ops.prim.device.default
 _MOST_GUESSES = 1000
 
 
@@ -77,6 +81,8 @@ class Tape:
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = [tensors]  # an id means nothing once its tensor is gone
         self._calls = 0
+        self.known = KnownResults()
+        self._names: dict[Any, str] = {}  # op -> what its nodes are called, before their number
 
     def next_call(self) -> int:
         self._calls += 1
@@ -114,15 +120,16 @@ class Tape:
     def graph_module(self) -> fx.GraphModule:
         if not any(node.op == "output" for node in self.graph.nodes):
             self.graph.output(())
-        graph_module = fx.GraphModule(self.attributes, self.graph)
+        graph_module = _LazyGraphModule(self.attributes, self.graph)
         graph_module.meta["returns_tensor"] = self.returns_tensor
         graph_module.meta["module_calls"] = self.module_calls
         return graph_module
 
     def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Append one ATen call."""
-        args, kwargs = tree_map(self._as_argument, (args, kwargs))
-        node = self.graph.call_function(func, args, kwargs)
+        args, kwargs = self._as_nodes(args), self._as_nodes(kwargs)
+        node = self.graph.create_node("call_function", func, args, kwargs, self._names.get(func))
+        self._names.setdefault(func, node.name.rstrip("0123456789").rstrip("_"))
         node.meta.update(val=result, scope=self.scope, torch_call=self.torch_call)
         if isinstance(result, Tensor):
             self._remember(result, node)
@@ -141,6 +148,14 @@ class Tape:
     def node_of(self, value: Any) -> Any:
         """The node of a tensor, or what is no tensor as it is."""
         return self._as_argument(value)
+
+    def _as_nodes(self, value: Any) -> Any:
+        """`value` with nodes for tensors, through tuples, lists and dicts: what an ATen call is given."""
+        if isinstance(value, Tensor):
+            return self._as_argument(value)
+        if type(value) in (tuple, list):
+            return type(value)([self._as_nodes(item) for item in value])
+        return {key: self._as_nodes(item) for key, item in value.items()} if type(value) is dict else value
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = node
@@ -206,15 +221,17 @@ class _AtenCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         if func.namespace == "prim" or func in _QUERIES:  # asks for a device or a size: no computation
             return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default and self.tape.guesses is not None:
             return self.tape.guess(args[0])
-        if func._can_decompose():  # reached whole, as under inference_mode
+        if self.tape.known.decomposes(func):  # reached whole, as under inference_mode
             with self:
                 return func.decompose(*args, **kwargs)
         try:
-            result = func(*args, **kwargs)
+            result = self.tape.known.call(func, args, kwargs)
         except DynamicOutputShapeException:
             result = None if self.tape.guesses is None else self.tape.guess_shape(func, args, kwargs)
             if result is None:

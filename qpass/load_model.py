@@ -17,6 +17,7 @@ from qpass.dtype import is_float, torch_dtype
 from qpass.errors import CheckpointError, QPassError
 from qpass.formats.checkpoint import Checkpoint, understood
 from qpass.formats.format_registry import Format, open_checkpoint
+from qpass.formats.lent_memory import LentMemory
 from qpass.formats.reader import Reader
 from qpass.recipes.recipe import Recipe
 from qpass.recipes.recipe_files import as_recipe
@@ -133,13 +134,14 @@ def _stream_float(checkpoint: Checkpoint, recipe: Recipe, device: torch.device, 
         if parameter.is_meta and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     plan = make_plan(model, recipe, device=device)
-    stream = StreamQuantizer(model, plan)
+    stream, lent = StreamQuantizer(model, plan), LentMemory()
     for item in contents.floats:
         if not stream.wants(item.name):
             fill_floats([item], checkpoint, device, dtype)
-        elif (weight := read_float(item, checkpoint, device, dtype)) is not None:
+        elif (weight := read_float(item, checkpoint, device, dtype, lent)) is not None:
             stream.take(item.name, weight)
             del weight
+    del lent
     stream.finish()
     model.to(device)
     model.eval()

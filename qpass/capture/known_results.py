@@ -51,8 +51,8 @@ class KnownResults:
             made = [_another(like) for like in parts]
             return made[0] if kind is Tensor else kind(made)
         result = func(*args, **kwargs)
-        if (parts := _parts(result, (args, kwargs))) is not None:
-            self._known[key] = (Tensor if isinstance(result, Tensor) else type(result), parts)
+        if (found := _parts(result, (args, kwargs))) is not None:
+            self._known[key] = (Tensor if isinstance(result, Tensor) else type(result), found)
         return result
 
 
@@ -92,7 +92,7 @@ def _parts(result: Any, given: Any) -> list[_Part] | None:
     for tensor in tensors:
         if type(tensor) is not FakeTensor or tensor.constant is not None or _holds(given, tensor):
             return None
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             size = 1 + tensor.storage_offset() + sum(
                 (count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True) if count)
             meta = torch.empty(size, dtype=tensor.dtype, device="meta").as_strided(
@@ -108,7 +108,7 @@ def _parts(result: Any, given: Any) -> list[_Part] | None:
 def _another(part: _Part) -> FakeTensor:
     """A fake tensor as new: what its constructor makes, without asking again what it asks."""
     meta, device, attributes = part
-    made: FakeTensor = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True,  # type: ignore[attr-defined]
+    made: FakeTensor = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True,
                                              device_for_backend_keys=device)
     vars(made).update(attributes)
     return made

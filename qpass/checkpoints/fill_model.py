@@ -14,6 +14,8 @@ from qpass.activation_scale import ActivationScale, scale_of_tensors
 from qpass.checkpoints.checkpoint_layers import Float, Layer
 from qpass.errors import CheckpointError, WeightError
 from qpass.formats.checkpoint import Checkpoint
+from qpass.formats.lent_memory import LentMemory
+from qpass.formats.safetensors_folder import SafetensorsFolder
 from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
 from qpass.layers.packed_layers import Origin, PackedWeight, QuantLinear
@@ -41,13 +43,16 @@ def fill_floats(floats: Sequence[Float], checkpoint: Checkpoint, device: torch.d
             (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment]
 
 
-def read_float(item: Float, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
-               ) -> torch.Tensor | None:
-    """One tensor that is float in the files, as `fill_floats` puts it; None if the files need not have it."""
+def read_float(item: Float, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None,
+               lent: LentMemory | None = None) -> torch.Tensor | None:
+    """One tensor that is float in the files, as `fill_floats` puts it; None if the files need not have it. One that is
+    only looked at for a while may be read into memory that is `lent`."""
     if item.read is None:
         return None
     before = _there(item)
-    tensors = checkpoint.source.read(item.read.tensors.values())
+    source, names = checkpoint.source, item.read.tensors.values()
+    lends = isinstance(source, SafetensorsFolder) and len(names) == 1
+    tensors = source.read(names, lent=lent) if lends else source.read(names)  # type: ignore[call-arg]
     try:
         value = item.read.read({short: tensors[full] for short, full in item.read.tensors.items()})
     except ValueError as error:

@@ -13,6 +13,7 @@ import torch
 
 from qpass.dtype import torch_dtype
 from qpass.formats.checkpoint import Stored, read_into
+from qpass.formats.lent_memory import LentMemory
 from qpass.formats.safetensors_file import read_folder
 
 if TYPE_CHECKING:
@@ -27,20 +28,21 @@ class SafetensorsFolder:
         self.metadata: Mapping[str, Any]
         self.tensors, self.metadata = read_folder(folder)
 
-    def read(self, names: Iterable[str], at: int | None = None) -> dict[str, Tensor]:
-        """The tensors, or what stands at `at` in the first dimension of each, in memory of their own.
+    def read(self, names: Iterable[str], at: int | None = None, lent: LentMemory | None = None) -> dict[str, Tensor]:
+        """The tensors, or what stands at `at` in the first dimension of each, in memory of their own or that is `lent`.
 
         Raises CheckpointError if a file changed since its header was read.
         """
-        return {name: _read(self.tensors[name], at) for name in names}
+        return {name: _read(self.tensors[name], at, lent) for name in names}
 
 
-def _read(stored: Stored, at: int | None) -> Tensor:
+def _read(stored: Stored, at: int | None, lent: LentMemory | None) -> Tensor:
     shape, start = stored.shape, stored.start
     if at is not None:
         shape = shape[1:]
         start += at * (stored.nbytes // stored.shape[0])
-    tensor = torch.empty(shape, dtype=torch_dtype(stored.dtype))
+    dtype = torch_dtype(stored.dtype)
+    tensor = torch.empty(shape, dtype=dtype) if lent is None else lent.tensor(shape, dtype)
     if tensor.numel():
         read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, stored, start)
     return tensor

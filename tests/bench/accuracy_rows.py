@@ -99,6 +99,7 @@ GOALS = (
     Goal(row="w4a16 g64, gptq", kl=0.042, seconds=1200),
     Goal(row="w4a8 g64, gptq", kl=0.065),
     Goal(row="w8a8, smoothquant", kl=0.012),
+    Goal(row="w8a8, rotation", kl=0.012),
     Goal(row="search at 4.5 bits, gptq", kl=0.035),
 )
 

@@ -23,18 +23,18 @@ struct Call {
   int64_t mask_batch, mask_head, mask_row;
 };
 
-// e4m3 has bias 7: put in float's place its numbers are 2^120 too small, the subnormal ones too.
-QPASS_AVX2_INLINE __m256 of_fp8(__m256i u) {
-  const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x7f)), 20);
-  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x80)), 24);
-  return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(magnitude, sign)), _mm256_set1_ps(0x1p120f));
+// 8 codes of e4m3 in the low bytes, their signs above: moved up so that exponent and mantissa lie in float's place, the
+// sign is there too. e4m3 has bias 7: in float's place its numbers are 2^120 too small, the subnormal ones too.
+QPASS_AVX2_INLINE __m256 of_fp8(__m256i extended) {
+  const __m256i number = _mm256_and_si256(_mm256_slli_epi32(extended, 20), _mm256_set1_epi32((int)0x87f00000u));
+  return _mm256_mul_ps(_mm256_castsi256_ps(number), _mm256_set1_ps(0x1p120f));
 }
 
 // 8 numbers from element i of a row of `size`; int4 has element j and j + size / 2 in one byte, 8 stands for 0.
 template <int kind>
 QPASS_AVX2_INLINE __m256 load8(const uint8_t* row, int64_t i, int64_t size) {
   if (kind == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + i))));
-  if (kind == kFp8) return of_fp8(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + i))));
+  if (kind == kFp8) return of_fp8(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + i))));
   const bool high = i >= size / 2;
   __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + (high ? i - size / 2 : i))));
   u = high ? _mm256_srli_epi32(u, 4) : _mm256_and_si256(u, _mm256_set1_epi32(15));

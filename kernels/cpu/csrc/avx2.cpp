@@ -14,6 +14,8 @@
 #include "avx2_four_rows.h"
 #include "avx2_product_q4.h"
 #include "avx2_panel_q4.h"
+#include "avx2_rows_q8.h"
+#include "avx2_bytes_q8.h"
 #include "avx2_product_q8.h"
 #include "avx2_product_q.h"
 #include "avx2_product_f.h"

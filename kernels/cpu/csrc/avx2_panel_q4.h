@@ -116,31 +116,18 @@ void unpack_panel(const Weight& w, int64_t block, int64_t k, int64_t inputs, int
     }
 }
 
-#define QPASS_BEGIN(at, a, b) "vpbroadcastd " #at "(%3), %%ymm" #a "\n\tvmovdqa %%ymm" #a ", %%ymm" #b "\n\t"
-#define QPASS_END(at, a) \
-  "vpmaddwd %%ymm14, %%ymm" #a ", %%ymm" #a "\n\tvpaddd " #at "(%4), %%ymm" #a ", %%ymm" #a "\n\tvmovdqa %%ymm" #a ", " #at "(%4)\n\t"
-
-#define QPASS_LINE4(codes, x0, x1, x2, x3) QPASS_LINE("vpbroadcastd", "vpmaddubsw", "vpaddw", codes, x0, x1, x2, x3)
-
 // The products of a run of inputs, added to `total`.
 inline __attribute__((always_inline)) void add_run(const uint8_t* codes, const int8_t* x, const int32_t* starts,
                                                    int64_t run, int32_t (&total)[4][16]) {
   int64_t turns = run / 16;
   __asm__ volatile(
       QPASS_BEGIN(0, 0, 1) QPASS_BEGIN(4, 2, 3) QPASS_BEGIN(8, 4, 5) QPASS_BEGIN(12, 6, 7)
-      "1:\n\t" QPASS_LINE4(0, 0, 4, 8, 12) QPASS_LINE4(64, 16, 20, 24, 28) QPASS_LINE4(128, 32, 36, 40, 44)
-      QPASS_LINE4(192, 48, 52, 56, 60) "add $256, %0\n\tadd $64, %1\n\tdec %2\n\tjnz 1b\n\t"
-      "vpcmpeqw %%ymm14, %%ymm14, %%ymm14\n\tvpabsw %%ymm14, %%ymm14\n\t"
-      QPASS_END(0, 0) QPASS_END(32, 1) QPASS_END(64, 2) QPASS_END(96, 3)
-      QPASS_END(128, 4) QPASS_END(160, 5) QPASS_END(192, 6) QPASS_END(224, 7)
+      "1:\n\t" QPASS_LINES4 "add $256, %0\n\tadd $64, %1\n\tdec %2\n\tjnz 1b\n\t"
+      "vpcmpeqw %%ymm14, %%ymm14, %%ymm14\n\tvpabsw %%ymm14, %%ymm14\n\t" QPASS_ALL(QPASS_END)
       : "+r"(codes), "+r"(x), "+r"(turns) : "r"(starts), "r"(total)
       : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
         "xmm11", "xmm12", "xmm13", "xmm14");
 }
-
-#undef QPASS_LINE4
-#undef QPASS_BEGIN
-#undef QPASS_END
 
 // The totals of group g of the panel go into y, or times multipliers into `whole`; sums [4] are those of its inputs.
 inline __attribute__((always_inline)) void end_group(const Weight& w, const Panel& panel, int64_t g, const int32_t* sums,

@@ -3,8 +3,8 @@
 // 4 bits: maddubs(code 0..15, x) adds two products, at most 2 * 15 * 128 = 3840, so the 8 lines of a block can be added
 // in int16 (30720) before they are widened; a line's low nibbles are 32 inputs, its high nibbles the next 32.
 // Groups of 64 inputs and their multiples have a faster way, avx2_product_q4.h, and many rows another, avx2_panel_q4.h.
-// 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows. Eight and
-// more rows have a faster way, avx2_product_q8.h.
+// 8 bits: codes 0..255 and x are widened to int16 and go through madd_epi16, which no value of x overflows. Two and more
+// rows have a faster way, avx2_product_q8.h.
 // Integer scales: a run's sum, its offset taken off, times the run's multiplier, adds up in int32 over the whole row.
 // Codes carry an offset (8 or 128) plus the weight's zero point: offset * sum(x) is taken off once a group.
 #pragma once
@@ -220,10 +220,13 @@ void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t b
   const int64_t element = w.bits == 4 ? 1 : 2, fit = (256 << 10) / (x.Kp * element), step = fit < 8 ? 8 : fit & ~3;
   for (int64_t m0 = 0; m0 < x.M; m0 += step) {
     const int64_t m1 = m0 + step < x.M ? m0 + step : x.M;
-    if (w.bits == 8 && m1 - m0 >= kManyRows) {
-      const Fours fours = fours_of(w, x, group_sums, m0, m1 - m0);
-      for (int64_t block = block_begin; block < end; block++) multiply_fours(w, x, fours, out, m0, m1 - m0, block);
-      continue;
+    if (w.bits == 8 && m1 - m0 >= kByteRows) {
+      const Fours fours(w, x, group_sums, m0, m1 - m0);
+      if (!fours.widened || m1 - m0 >= kManyRows) {
+        Partial* partial = (Partial*)scratch(5, fours.count * (int64_t)sizeof(Partial));
+        for (int64_t block = block_begin; block < end; block++) multiply_fours(w, x, fours, partial, out, block);
+        continue;
+      }
     }
     const int16_t* wide = w.bits == 8 ? widened(x, m0, m1) : nullptr;
     for (int64_t block = block_begin; block < end; block++) {

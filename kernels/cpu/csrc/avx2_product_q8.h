@@ -1,55 +1,20 @@
-// AVX2 product of eight and more int8 rows with 8-bit weights: the codes of 16 outputs are widened to int16 once, a
-// stretch of inputs at a time that stays in the L1 cache, and then meet all rows, which lie in fours (the sums of more
-// would not fit the registers). Sums, and the order of groups, are those of avx2_product_q.h.
+// AVX2 product of two and more int8 rows with 8-bit weights: four rows at a time meet a stretch of the weights of 16
+// outputs that stays in the L1 cache, as bytes (avx2_bytes_q8.h) or, where a row's codes do not allow that, both widened
+// to int16. Sums, and the order of groups, are those of avx2_product_q.h.
 #pragma once
 
 namespace qpass {
 namespace {
 
-constexpr int64_t kManyRows = 8;         // measured: with fewer, widening costs more than it saves
-constexpr int64_t kPanelInputs = 512;    // 16 KB, half of the L1 cache
+constexpr int64_t kByteRows = 2;
+constexpr int64_t kManyRows = 8;  // measured: with fewer, widening weights for all of them costs more than it saves
 
 // What four rows and 16 outputs have come to between two stretches of inputs; `total` of the group that is not at its end.
 struct alignas(32) Partial {
   int32_t total[4][16];
   float y[4][16];
+  const Taken* taken;
 };
-
-// Rows as fours: codes [M/4][Kp/4][4 rows][4], rows beyond the last being 0, and sums of groups [M/4][groups][4 rows].
-struct Fours {
-  int16_t* x;
-  int32_t* sums;
-  Partial* partial;
-  int64_t count;
-};
-
-Fours fours_of(const Weight& w, const QuantRows& x, const int32_t* group_sums, int64_t m0, int64_t M) {
-  const int64_t count = (M + 3) / 4;
-  Fours f = {(int16_t*)scratch(5, count * 4 * x.Kp * 2), nullptr, nullptr, count};
-  f.partial = (Partial*)scratch(7, count * ((int64_t)sizeof(Partial) + w.groups * 16));
-  f.sums = (int32_t*)(f.partial + count);
-  for (int64_t four = 0; four < count; four++) {
-    const int8_t* row[4];
-    for (int m = 0; m < 4; m++) {
-      const int64_t at = four * 4 + m;
-      row[m] = at < M ? x.q + (m0 + at) * x.Kp : nullptr;
-      for (int64_t g = 0; g < w.groups; g++)
-        f.sums[(four * w.groups + g) * 4 + m] = at < M ? group_sums[(m0 + at) * w.groups + g] : 0;
-    }
-    __m256i* to = (__m256i*)(f.x + four * 4 * x.Kp);
-    for (int64_t k = 0; k < x.Kp; k += 16, to += 4) {
-      __m128i r[4];
-      for (int m = 0; m < 4; m++) r[m] = row[m] ? _mm_loadu_si128((const __m128i*)(row[m] + k)) : _mm_setzero_si128();
-      const __m128i a = _mm_unpacklo_epi32(r[0], r[1]), b = _mm_unpacklo_epi32(r[2], r[3]);
-      const __m128i c = _mm_unpackhi_epi32(r[0], r[1]), d = _mm_unpackhi_epi32(r[2], r[3]);
-      _mm256_store_si256(to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(a, b)));
-      _mm256_store_si256(to + 1, _mm256_cvtepi8_epi16(_mm_unpackhi_epi64(a, b)));
-      _mm256_store_si256(to + 2, _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(c, d)));
-      _mm256_store_si256(to + 3, _mm256_cvtepi8_epi16(_mm_unpackhi_epi64(c, d)));
-    }
-  }
-  return f;
-}
 
 // The panel is [2 halves][inputs / 4][8 outputs][4].
 void widen(const uint8_t* tile, int64_t tiles, int16_t* panel) {
@@ -84,57 +49,65 @@ inline __attribute__((always_inline)) void add_lines(const int16_t* lines, const
 #undef QPASS_ZERO
 #undef QPASS_KEEP
 
-// Four rows times a panel of `runs` times 32 inputs, of which the first is run `first` of the row.
-__attribute__((noinline)) void multiply_four(const Weight& w, int64_t block, const int16_t* panel, int64_t first,
-                                             int64_t runs, const int16_t* x, const int32_t* sums, Partial& to) {
-  const int64_t each = w.group_size / 32;
+// Lines [0, count) of a widened panel of `all` lines times four rows, added to `total`.
+inline __attribute__((always_inline)) void add_widened(const int16_t* panel, int64_t all, const int16_t* x, int64_t count,
+                                                       int32_t (&total)[4][16]) {
   for (int h = 0; h < 2; h++) {
-    int64_t group = first / each, left = each - first % each;
-    const int16_t *lines = panel + h * runs * 256, *from = x;
-    for (int64_t run = 0; run < runs && group < w.groups;) {  // after the last group the rest is padding
-      const int64_t now = left < runs - run ? left : runs - run;
-      alignas(32) int32_t sum[4][2][8];  // of each row, outputs 0 to 3 and 4 to 7, two sums each
-      add_lines(lines, from, now * 2, sum);
-      lines += now * 256, from += now * 128;
-      __m256i total[4];
-      run += now;
-      left -= now;
-      for (int m = 0; m < 4; m++) {
-        __m256i* held = (__m256i*)(to.total[m] + h * 8);
-        const __m256i pairs = _mm256_hadd_epi32(*(__m256i*)sum[m][0], *(__m256i*)sum[m][1]);
-        total[m] = _mm256_add_epi32(*held, _mm256_permute4x64_epi64(pairs, 0xd8));
-        *held = left ? total[m] : _mm256_setzero_si256();
-      }
-      if (left) continue;
-      const __m256 scale = scales8(w, block, group, h);
-      __m256i offset = _mm256_set1_epi32(128);
-      if (w.zero_point) offset = _mm256_add_epi32(offset, zero_points8(w, block, group, h));
-      for (int m = 0; m < 4; m++) {
-        const __m256i off = _mm256_mullo_epi32(offset, _mm256_set1_epi32(sums[group * 4 + m]));
-        float* y = to.y[m] + h * 8;
-        const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(total[m], off));
-        _mm256_store_ps(y, _mm256_fmadd_ps(sum, scale, _mm256_load_ps(y)));
-      }
-      left = each, group++;
+    alignas(32) int32_t sum[4][2][8];  // of each row, outputs 0 to 3 and 4 to 7, two sums each
+    add_lines(panel + h * all * 32, x, count / 4, sum);
+    for (int m = 0; m < 4; m++) {
+      __m256i* to = (__m256i*)total[m] + h;
+      const __m256i pairs = _mm256_hadd_epi32(*(__m256i*)sum[m][0], *(__m256i*)sum[m][1]);
+      *to = _mm256_add_epi32(*to, _mm256_permute4x64_epi64(pairs, 0xd8));
     }
   }
 }
 
-// All rows of `fours`, the first of which is row m0 and of which there are M, times one block of 16 outputs.
-void multiply_fours(const Weight& w, const QuantRows& x, const Fours& fours, const Output& out, int64_t m0, int64_t M,
-                    int64_t block) {
-  int16_t* panel = (int16_t*)scratch(6, kPanelInputs * 32);
-  __builtin_memset(fours.partial, 0, (size_t)fours.count * sizeof(Partial));
-  for (int64_t k = 0; k < w.Kp; k += kPanelInputs) {
-    const int64_t inputs = w.Kp - k < kPanelInputs ? w.Kp - k : kPanelInputs;
-    widen(w.q + (block * w.Kp + k) * 16, inputs / 64, panel);
-    for (int64_t i = 0; i < fours.count; i++)
-      multiply_four(w, block, panel, k / 32, inputs / 32, fours.x + (i * w.Kp + k) * 4, fours.sums + i * w.groups * 4,
-                    fours.partial[i]);
+// The totals of a group go into y.
+inline __attribute__((always_inline)) void end_group(const Weight& w, const Four& f, int64_t block, int64_t group,
+                                                     Partial& to) {
+  for (int h = 0; h < 2; h++) {
+    const __m256 scale = scales8(w, block, group, h);
+    const __m256i zero_point = w.zero_point ? zero_points8(w, block, group, h) : _mm256_setzero_si256();
+    for (int m = 0; m < 4; m++) {
+      __m256i* total = (__m256i*)to.total[m] + h;
+      __m256i sum = _mm256_sub_epi32(*total, _mm256_set1_epi32(f.extra[group * 4 + m]));
+      if (w.zero_point) sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(zero_point, _mm256_set1_epi32(f.sums[group * 4 + m])));
+      *total = _mm256_setzero_si256();
+      float* y = to.y[m] + h * 8;
+      _mm256_store_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_load_ps(y)));
+    }
   }
-  for (int64_t m = 0; m < M; m++) {
-    const float* y = fours.partial[m / 4].y[m % 4];
-    finish_row(w, x, out, m0 + m, block, _mm256_load_ps(y), _mm256_load_ps(y + 8));
+}
+
+// All fours times one block of 16 outputs.
+void multiply_fours(const Weight& w, const QuantRows& x, const Fours& fours, Partial* partial, const Output& out,
+                    int64_t block) {
+  const int64_t lines = w.Kp / 4, stretch = fours.widened ? 128 : 256, group_lines = w.group_size / 4;
+  const uint8_t* codes = w.q + block * w.Kp * 16;
+  int16_t* panel = fours.widened ? (int16_t*)scratch(6, stretch * 128) : nullptr;
+  __builtin_memset(partial, 0, (size_t)fours.count * sizeof(Partial));
+  for (int64_t i = 0; i < fours.count; i++) partial[i].taken = fours.four[i].taken;
+  for (int64_t first = 0; first < lines; first += stretch) {
+    const int64_t last = first + stretch < lines ? first + stretch : lines;
+    if (panel) widen(codes + first * 64, (last - first) / 16, panel);
+    for (int64_t i = 0; i < fours.count; i++) {
+      const Four& f = fours.four[i];
+      Partial& to = partial[i];
+      const char* fetch = (const char*)codes + (last + (last - first) * i / fours.count) * 64;
+      for (int64_t at = first, group = first / group_lines; at < last && group < w.groups;) {  // then comes padding
+        const int64_t whole = (group + 1) * group_lines, end = whole < last ? whole : last;
+        if (!f.lines) add_widened(panel + (at - first) * 32, last - first, (int16_t*)f.x + at * 16, end - at, to.total);
+        else to.taken = add_bytes(codes, f, at, end, to.taken, fetch, 128 / fours.count, to.total);
+        fetch += (end - at) / 2 * (128 / fours.count);
+        if (end == whole) end_group(w, f, block, group++, to);
+        at = end;
+      }
+    }
+  }
+  for (int64_t m = 0; m < fours.M; m++) {
+    const float* y = partial[m / 4].y[m % 4];
+    finish_row(w, x, out, fours.m0 + m, block, _mm256_load_ps(y), _mm256_load_ps(y + 8));
   }
 }
 

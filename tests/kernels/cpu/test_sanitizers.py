@@ -15,6 +15,7 @@ from tests.source_tree import ROOT
 
 TESTS = ("tests/kernels/test_every_kernel.py", "tests/kernels/test_every_experts_kernel.py",
          "tests/kernels/cpu/test_x86_experts.py", "tests/kernels/cpu/test_x86_decoded.py",
+         "tests/kernels/cpu/test_x86_bytes.py",
          "tests/kernels/cpu/test_quantize_weight.py", "tests/kernels/test_attention.py",
          "tests/kernels/test_cache_attention.py")
 CHOSEN = "avx2 or plain or threads or decoded or quantize_weight or attention"  # kernels, or files of which all run

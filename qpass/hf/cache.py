@@ -51,6 +51,8 @@ class QuantizedCache(Cache):
             raise QPassError(f"scales were given, and a cache {numbers} computes its own; choose per_tensor or "
                              "per_head")
         types, settings = get_layer_types_and_kwargs(config)
+        if isinstance(settings, dict):  # Transformers to 5.17 at least: one for all, meant for those it names
+            settings = [settings if kind == "sliding_attention" else {} for kind in types]
         if unknown := [kind for kind in types if kind not in ("full_attention", "sliding_attention")]:
             raise QPassError(f"the model has layers of {unknown[0]}, whose state is not keys and values; use its own "
                              "cache")

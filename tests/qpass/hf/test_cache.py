@@ -87,6 +87,13 @@ def test_beams_and_crop(tiny_llama: Build) -> None:
     assert cache.get_seq_length() == 0
 
 
+def test_a_transformers_that_describes_all_layers_at_once(tiny_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    types = ["full_attention", "sliding_attention"]
+    monkeypatch.setattr("qpass.hf.cache.get_layer_types_and_kwargs", lambda config: (types, {"sliding_window": 8}))
+    cache = qpass.QuantizedCache(tiny_llama())
+    assert [layer.is_sliding for layer in cache.layers] == [False, True]
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_what_generation_does_to_a_cache(static: bool, tiny_llama: Build) -> None:
     """Rows in another order or repeated, tokens forgotten, layers moved away and back: as if it never had been."""

@@ -130,8 +130,9 @@ class QuantExperts(PackedLayer):
 
     def _run(self, block: Block, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         packed = [getattr(self, name) for name in block.names]
-        learns = torch.is_grad_enabled() and any(
-            p.requires_grad for leaf in self._bias_leaves() if (p := self._parameters[leaf]) is not None)
+        # Without `:=` in a generator, at which Dynamo of PyTorch 2.11 breaks the graph.
+        biases = [self._parameters[leaf] for leaf in self._bias_leaves()]
+        learns = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in biases)
         bias = [b if b is None or len(self.blocks) == 1 else b[list(block.experts)]
                 for b in (self._bias_rows() if learns else (self.first_bias_rows, self.second_bias_rows))]
         if torch.compiler.is_compiling() or learns or (

@@ -38,7 +38,8 @@ ATTENTION = "qpass_attention"  # str, on a native op of attention: the module it
 QUANTIZES = "qpass_quantizes"  # Quantization, on each of the lines of an exposed activation quantization
 
 _PLUMBING = ("_modules", "_parameters", "_buffers", "__self__")
-_LEADING_ONLY = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+LEADING_ONLY = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+"""Views that can keep the last dimension; their second argument is their sizes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,7 +169,7 @@ def shape_text(value: Any) -> str:
 
 def same_rows(node: Any) -> fx.Node:
     """The tensor behind views of `node` that keep its last dimension, so that each row stays a row."""
-    while node.target in _LEADING_ONLY:
+    while node.target in LEADING_ONLY:
         before = node.args[0]
         if str(before.meta["val"].shape[-1:]) != str(node.meta["val"].shape[-1:]):
             break

@@ -19,12 +19,14 @@ from torch import fx
 
 from qpass.lowering.graph_nodes import (
     EXPERTS_Q,
+    LEADING_ONLY,
     LINEAR_Q,
     QUANTIZES,
     Product,
     add_call,
     our_nodes,
     quantized_input,
+    row_sizes,
     same_rows,
     shape_text,
 )
@@ -47,7 +49,7 @@ def share_activation_quant(graph: fx.Graph) -> int:
         for mine, theirs in ((product.x, kept.x), (product.x_scale, kept.x_scale),
                              (product.x_zero_point, kept.x_zero_point)):
             if mine is not None and theirs is not None:
-                mine.replace_all_uses_with(_in_shape_of(graph, mine, theirs))
+                mine.replace_all_uses_with(_in_shape_of(graph, mine, theirs, x))
         changed += 1
     if changed:
         graph.eliminate_dead_code()
@@ -62,8 +64,10 @@ def _same_value(node: Any) -> Any:
     return node
 
 
-def _in_shape_of(graph: fx.Graph, mine: fx.Node, theirs: fx.Node) -> fx.Node:
+def _in_shape_of(graph: fx.Graph, mine: fx.Node, theirs: fx.Node, x: fx.Node) -> fx.Node:
+    """`theirs` with the sizes of `mine`, which is a view or has the rows of `x`; symbolic ones are nodes."""
     if shape_text(mine.meta["val"]) == shape_text(theirs.meta["val"]):
         return theirs
     with graph.inserting_before(mine):
-        return add_call(graph, torch.ops.aten.reshape.default, (theirs, list(mine.meta["val"].shape)), like=mine)
+        sizes = mine.args[1] if mine.target in LEADING_ONLY else [*row_sizes(graph, x)[:-1], mine.meta["val"].shape[-1]]
+        return add_call(graph, torch.ops.aten.reshape.default, (theirs, sizes), like=mine)

@@ -43,7 +43,7 @@ torch.set_num_threads(2)
 def fresh_state() -> Iterator[None]:
     """Every test starts from the same seeds and, if the compiler is loaded at all, from an empty one."""
     random.seed(0)
-    # torch.manual_seed also notes, with a traceback each, what devices unused so far are to do later: 2 ms a test.
+    # torch.manual_seed also notes, with a traceback each, what devices unused so far are to do later.
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)

@@ -51,8 +51,8 @@ def read_float(item: Float, checkpoint: Checkpoint, device: torch.device, dtype:
         return None
     before = _there(item)
     source, names = checkpoint.source, item.read.tensors.values()
-    lends = isinstance(source, SafetensorsFolder) and len(names) == 1
-    tensors = source.read(names, lent=lent) if lends else source.read(names)  # type: ignore[call-arg]
+    tensors = (source.read(names, lent=lent) if isinstance(source, SafetensorsFolder) and len(names) == 1 else
+               source.read(names))
     try:
         value = item.read.read({short: tensors[full] for short, full in item.read.tensors.items()})
     except ValueError as error:

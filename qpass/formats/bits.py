@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 def pack_rows(q: Tensor, bits: int) -> Tensor:
     """q int8 [N, K] in [-2^(bits-1), 2^(bits-1)) -> int32 [N, ceil(K * bits / 32)]."""
     n, k = q.shape
-    codes = (q.cpu().numpy() + np.int16(1 << bits - 1)).astype(np.uint8)
     words = -(-k * bits // 32)
+    codes = q.contiguous().view(torch.uint8) + (1 << bits - 1)
+    if bits in (4, 8):
+        if k * bits < words * 32:
+            codes = torch.nn.functional.pad(codes, (0, words * 32 // bits - k))
+        stream = codes.flatten() if bits == 8 else _as_nibbles(codes.flatten())
+        return stream.view(torch.int32).view(n, words)
+    given = codes.cpu().numpy()
     stream = np.zeros((n, words * 4), dtype=np.uint8)
-    if bits == 8:
-        stream[:, :k] = codes
-    elif bits == 4:
-        stream[:, : -(-k // 2)] = codes[:, 0::2]
-        stream[:, : k // 2] |= codes[:, 1::2] << 4
-    else:
-        step = max(1, (1 << 22) // max(k * bits, 1))
-        for row in range(0, n, step):
-            block = codes[row:row + step]
-            planes = (block[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
-            packed = np.packbits(planes.reshape(len(block), -1), axis=1, bitorder="little")
-            stream[row:row + step, : packed.shape[1]] = packed
+    step = max(1, (1 << 22) // max(k * bits, 1))
+    for row in range(0, n, step):
+        block = given[row:row + step]
+        planes = (block[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
+        packed = np.packbits(planes.reshape(len(block), -1), axis=1, bitorder="little")
+        stream[row:row + step, : packed.shape[1]] = packed
     return torch.from_numpy(stream.view("<i4")).to(q.device)
 
 
@@ -41,23 +41,43 @@ def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
     if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] != -(-k * bits // 32):
         raise ValueError(f"packed weight is {packed.dtype} {tuple(packed.shape)}; {k} values of {bits} bits need int32 "
                          f"rows of {-(-k * bits // 32)} words")
-    stream = np.ascontiguousarray(packed.cpu().numpy()).view(np.uint8)
-    if bits == 8:
-        codes = stream[:, :k]
-    elif bits == 4:
-        codes = np.empty((len(stream), stream.shape[1] * 2), dtype=np.uint8)
-        codes[:, 0::2] = stream & 15
-        codes[:, 1::2] = stream >> 4
-        codes = codes[:, :k]
+    if bits in (4, 8):
+        stream = packed.flatten().view(torch.uint8)
+        whole = stream.clone() if bits == 8 else _from_nibbles(stream)
+        codes = whole.view(len(packed), packed.shape[1] * 32 // bits)[:, :k].contiguous()
     else:
-        codes = np.empty((len(stream), k), dtype=np.uint8)
+        given = np.ascontiguousarray(packed.cpu().numpy()).view(np.uint8)
+        found = np.empty((len(given), k), dtype=np.uint8)
         weights = (1 << np.arange(bits)).astype(np.uint8)
         step = max(1, (1 << 22) // max(k * bits, 1))
-        for row in range(0, len(stream), step):
-            planes = np.unpackbits(stream[row:row + step], axis=1, count=k * bits, bitorder="little")
-            codes[row:row + step] = (planes.reshape(-1, k, bits) * weights).sum(-1, dtype=np.uint8)
-    q = (codes.astype(np.int16) - (1 << bits - 1)).astype(np.int8)
-    return torch.from_numpy(q).to(packed.device)
+        for row in range(0, len(given), step):
+            planes = np.unpackbits(given[row:row + step], axis=1, count=k * bits, bitorder="little")
+            found[row:row + step] = (planes.reshape(-1, k, bits) * weights).sum(-1, dtype=np.uint8)
+        codes = torch.from_numpy(found).to(packed.device)
+    return codes.sub_(1 << bits - 1).view(torch.int8)
+
+
+_AT_ONCE = 1 << 18
+"""Bytes whose nibbles are moved at a time: what is between two steps stays in the cache."""
+
+
+def _from_nibbles(stream: Tensor) -> Tensor:
+    """uint8 [W] -> uint8 [2 W], the lower four bits of each byte first."""
+    found = torch.empty(len(stream), dtype=torch.int16, device=stream.device)
+    for part, into in zip(stream.split(_AT_ONCE), found.split(_AT_ONCE), strict=True):
+        pairs = part.to(torch.int16)
+        pairs |= pairs << 4
+        torch.bitwise_and(pairs, 0x0F0F, out=into)
+    return found.view(torch.uint8)
+
+
+def _as_nibbles(codes: Tensor) -> Tensor:
+    """The inverse of _from_nibbles; codes of at most four bits."""
+    pairs = codes.view(torch.int16)
+    found = torch.empty(len(pairs), dtype=torch.uint8, device=codes.device)
+    for part, into in zip(pairs.split(_AT_ONCE), found.split(_AT_ONCE), strict=True):
+        into.copy_((part | part >> 4) & 0xFF)
+    return found
 
 
 def unpack_loose(packed: Tensor, bits: int, k: int) -> Tensor:
@@ -67,5 +87,6 @@ def unpack_loose(packed: Tensor, bits: int, k: int) -> Tensor:
         raise ValueError(f"packed weight is {packed.dtype} {tuple(packed.shape)}; {k} values of {bits} bits, "
                          f"{per_word} a word, need int32 rows of {-(-k // per_word)} words")
     shifts = torch.arange(per_word, dtype=torch.int32, device=packed.device) * bits
-    codes = ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :k]
-    return (codes - (1 << bits - 1)).to(torch.int8)
+    step = max(1, _AT_ONCE // max(packed.shape[1], 1))
+    return torch.cat([((rows.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :k].sub_(1 << bits - 1)
+                      .to(torch.int8) for rows in packed.split(step)])

@@ -40,6 +40,19 @@ def test_same_as_compressed_tensors(bits: int, k: int) -> None:
     assert torch.equal(helpers.unpack_from_int32(packed, bits, torch.Size((6, k))), q)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 24), (24, 1), (6, 8)])
+def test_turned_matrices(bits: int, shape: tuple[int, int]) -> None:
+    """Strides of a dimension of one element may be anything."""
+    q = codes(bits, *shape)
+    turned = q.t().contiguous().t()
+    packed = pack_rows(turned, bits)
+    assert torch.equal(packed, pack_rows(q, bits))
+    assert torch.equal(unpack_rows(packed.t().contiguous().t(), bits, shape[1]), q)
+    row = torch.empty_strided(shape, (1, 1) if 1 in shape else (shape[1], 1), dtype=torch.int8).copy_(q)
+    assert torch.equal(unpack_rows(pack_rows(row, bits), bits, shape[1]), q)
+
+
 def test_empty_and_wrong_sizes() -> None:
     assert unpack_rows(pack_rows(codes(4, 0, 8), 4), 4, 8).shape == (0, 8)
     packed = pack_rows(codes(4, 2, 16), 4)

@@ -26,14 +26,14 @@ def pack_rows(q: Tensor, bits: int) -> Tensor:
         stream = codes.flatten() if bits == 8 else _as_nibbles(codes.flatten())
         return stream.view(torch.int32).view(n, words)
     given = codes.cpu().numpy()
-    stream = np.zeros((n, words * 4), dtype=np.uint8)
+    found = np.zeros((n, words * 4), dtype=np.uint8)
     step = max(1, (1 << 22) // max(k * bits, 1))
     for row in range(0, n, step):
         block = given[row:row + step]
         planes = (block[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
         packed = np.packbits(planes.reshape(len(block), -1), axis=1, bitorder="little")
-        stream[row:row + step, : packed.shape[1]] = packed
-    return torch.from_numpy(stream.view("<i4")).to(q.device)
+        found[row:row + step, : packed.shape[1]] = packed
+    return torch.from_numpy(found.view("<i4")).to(q.device)
 
 
 def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:

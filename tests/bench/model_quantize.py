@@ -2,8 +2,8 @@
 
 usage: python tests/bench/model_quantize.py qpass|torchao|llmcompressor FOLDER [--recipe R] [--head R] [--save DIR]
 
-Neither loading nor building kernels is in the time; int4 weights in groups of 128, int8 activations per token, rounded to nearest. The head
-stays float unless qpass is given a scheme for it.
+Neither loading nor building kernels is in the time; int4 weights in groups of 128, int8 activations per token, rounded
+to nearest. The head stays float unless qpass is given a scheme for it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qpass.calibrate.activation_store import ActivationStore, Budget
+from qpass.calibrate.stand_ins import standing_in
 
 
 class KeptOutputs:
@@ -65,28 +66,16 @@ class KeptOutputs:
         if not new:
             store.clear()
 
-    @contextmanager
-    def answering(self, number: int, keep: dict[str, Any] | None = None) -> Iterator[None]:
+    def answering(self, number: int, keep: dict[str, Any] | None = None) -> AbstractContextManager[None]:
         """Within, modules answer what they gave for sample `number`, as far as it is kept."""
         known = {path: values[path] for store, paths in self._stages for values in (store[number],) for path in paths}
-        patched: list[tuple[nn.Module, Any]] = []
-        try:
-            for path, module in self._modules.items():
-                if path in known:
-                    forward = _answer(known[path])
-                elif keep is not None and not any(path.startswith(f"{larger}.") for larger in known):
-                    forward = self._keeping(path, module.forward)
-                else:
-                    continue
-                patched.append((module, module.__dict__.get("forward")))
-                module.__dict__["forward"] = forward
-            yield
-        finally:
-            for module, before in patched:
-                if before is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = before
+        forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for path, module in self._modules.items():
+            if path in known:
+                forwards.append((module, _answer(known[path])))
+            elif keep is not None and not any(path.startswith(f"{larger}.") for larger in known):
+                forwards.append((module, self._keeping(path, module.forward)))
+        return standing_in(forwards)
 
     def clear(self) -> None:
         """Forget everything."""

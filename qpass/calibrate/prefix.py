@@ -7,8 +7,8 @@ by the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from qpass.calibrate.blocks import Block
 from qpass.calibrate.samples import Sample
+from qpass.calibrate.stand_ins import standing_in
 from qpass.errors import CalibrationError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -59,24 +60,13 @@ def check_finite(call: Call, where: str, sample: int) -> None:
                                "leave that sample out, or look for a weight that overflows in this dtype")
 
 
-@contextmanager
-def _answering(model: nn.Module, blocks: Sequence[Block], number: int, outputs: Mapping[int, Any]) -> Iterator[None]:
+def _answering(model: nn.Module, blocks: Sequence[Block], number: int, outputs: Mapping[int, Any]
+               ) -> AbstractContextManager[None]:
     """Within, blocks before `number` answer their output, and that one raises _Reached."""
-    changed: list[tuple[nn.Module, Any]] = []
-    try:
-        for index, block in enumerate(blocks[:number + 1]):
-            module = model.get_submodule(block.path)
-            changed.append((module, module.__dict__.get("forward")))
-            # What nothing reads any more only has to have the right shape.
-            module.__dict__["forward"] = _stop if index == number else _answer(outputs.get(index, outputs.get(
-                number - 1)))
-        yield
-    finally:
-        for module, forward in changed:
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
+    # What nothing reads any more only has to have the right shape.
+    return standing_in((model.get_submodule(block.path), _stop if index == number else
+                        _answer(outputs.get(index, outputs.get(number - 1))))
+                       for index, block in enumerate(blocks[:number + 1]))
 
 
 def _stop(*args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ def with_qpass(model: Any, recipe: str, head: str | None, save: Path | None) -> 
     import qpass
 
     wanted = qpass.Recipe(recipe) if head is None else qpass.Recipe(recipe, overrides={"lm_head": head})
-    qpass.quantize(torch.nn.Sequential(torch.nn.Linear(128, 128)), recipe, progress=False)  # builds what is not built yet
+    qpass.quantize(torch.nn.Sequential(torch.nn.Linear(128, 128)), recipe, progress=False)  # builds libraries
     start = time.perf_counter()
     qpass.quantize(model, wanted, progress=False)
     seconds = time.perf_counter() - start

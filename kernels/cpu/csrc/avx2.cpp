@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "avx2_intrinsics.h"
+#include "avx2_largest.h"
 #include "convert.h"
 #include "abi.h"
 #include "product.h"

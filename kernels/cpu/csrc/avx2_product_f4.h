@@ -37,15 +37,9 @@ inline __m128i sums_of_pairs(__m256i pairs) {
 // SIZE inputs to digits [3][64] (of which it fills SIZE) and their run; false if they cannot be multiplied so.
 template <int SIZE>
 bool make_run(const float* x, int8_t* digits, Run& run) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), half = _mm256_set1_epi32(128);
-  __m256i most = _mm256_setzero_si256();
-  for (int k = 0; k < SIZE; k += 8)
-    most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + k)), magnitude));
-  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-  const uint32_t largest = (uint32_t)_mm_cvtsi128_si32(m);
-  const bool finite = largest < 0x7f800000u;
+  const __m256i half = _mm256_set1_epi32(128);
+  bool finite;
+  const uint32_t largest = largest16(x, SIZE, finite);
   // Up to 2^23 - 2^16, which three digits hold, the largest has 23 bits; numbers above have 22.
   const uint32_t above = finite ? (largest + 0x20000u) >> 23 : 0, exponent = above < 23 ? 23 : above;
   const uint32_t step = (exponent - 22) << 23, factor = (276 - exponent) << 23;

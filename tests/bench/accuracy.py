@@ -11,28 +11,32 @@ The model is a bf16 checkpoint of Transformers with its tokenizer; the texts are
 Calibration samples are spread over the calibration books, windows over the evaluation texts; all rows see the same.
 Mathematics is in float32. KL is in nats a token against the bf16 model, in float64 sums; every row is the quantized
 model itself, and beside it (`float`) the KL of its dequantized weights in ordinary layers. The goals follow, with what
-was measured. With `--json` the records are kept there, and rows that are run again replace those of before; with
-`--work` a calibration that was stopped goes on.
+was measured. With `--json` the records are kept there, and a row that has one of the same model and size for every text
+is printed from it (marked *) and not run: a run of hours can be stopped and go on. `--again` runs it again. With
+`--work` a calibration that was stopped goes on in the middle.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_peers import PEERS
+from accuracy_peers import PEERS, AccuracyPeer
+from accuracy_records import Records, Size
 from accuracy_rows import GOALS, ROWS, Row, goal_lines
 from torch import Tensor
 
 import qpass
+from qpass.errors import QPassError
 
 CALIBRATE_ON = ("austen-emma", "austen-mansfield-park", "austen-pride-and-prejudice")
 EVALUATE_ON = {"austen": ("austen-sense-and-sensibility", "austen-persuasion"), "union": ("sotu",)}
@@ -48,22 +52,31 @@ class Score:
     perplexity: float
 
 
+@dataclass(frozen=True)
 class Judge:
-    """The reference's final hidden states on every window, computed once and kept in a file."""
+    """The reference's final hidden states on every window, computed when first needed and kept in a file."""
 
-    def __init__(self, folder: Path, windows: dict[str, Tensor], cache: Path) -> None:
-        self.windows = windows
-        self.model = load(folder)
-        self.hidden: dict[str, Tensor] = {}
-        for name, ids in windows.items():
-            path = cache / f"{folder.name}-{name}-{ids.shape[0]}x{ids.shape[1]}.pt"
+    folder: Path
+    windows: dict[str, Tensor]
+    cache: Path
+
+    @cached_property
+    def model(self) -> Any:
+        return load(self.folder)
+
+    @cached_property
+    def hidden(self) -> dict[str, Tensor]:
+        """By text: [windows, T, hidden]."""
+        found = {}
+        for name, ids in self.windows.items():
+            path = self.cache / f"{self.folder.name}-{name}-{ids.shape[0]}x{ids.shape[1]}.pt"
             if path.exists():
-                self.hidden[name] = torch.load(path, weights_only=True)
+                found[name] = torch.load(path, weights_only=True)
             else:
-                self.hidden[name] = torch.stack([hidden_of(self.model, row) for row in ids])
+                found[name] = torch.stack([hidden_of(self.model, row) for row in ids])
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(self.hidden[name], path)
-        self.head = self.model.get_output_embeddings()
+                torch.save(found[name], path)
+        return found
 
     @torch.inference_mode()
     def score(self, model: Any, name: str) -> Score:
@@ -75,7 +88,8 @@ class Judge:
             head = model.get_output_embeddings()
             for start in range(0, len(ids), ROWS_AT_ONCE):
                 rows = slice(start, start + ROWS_AT_ONCE)
-                ours, theirs = head(hidden[rows]).log_softmax(-1), self.head(wanted[rows]).log_softmax(-1)
+                ours = head(hidden[rows]).log_softmax(-1)
+                theirs = self.model.get_output_embeddings()(wanted[rows]).log_softmax(-1)
                 kl += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
                 agreed += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
                 targets = ids[start + 1:start + 1 + ROWS_AT_ONCE]
@@ -109,33 +123,44 @@ def spread(texts: Path, names: Sequence[str], tokenizer: Any, count: int, length
     return torch.stack(rows)
 
 
-def measure(row: Row, args: argparse.Namespace, judge: Judge, samples: Tensor) -> Iterator[dict[str, Any]]:
+def measure(row: Row, samples: Tensor, judge: Judge, work: Path | None, texts: Sequence[str]
+            ) -> Iterator[dict[str, Any]]:
     """One record a text for one way to quantize."""
-    model, samples = load(args.model, torch.bfloat16), row.picked(samples)
+    model = load(judge.folder, torch.bfloat16)
     start, cpu = time.perf_counter(), time.process_time()
     recipe = row.recipe(model, samples)
     needs = any(algorithm.needs_data for algorithm in recipe.algorithms)
     data: Any = [sample[None] for sample in samples] if needs else None
-    work = None if args.work is None else args.work / row.name.replace(" ", "-").replace(",", "")
+    work = None if work is None else work / row.name.replace(" ", "-").replace(",", "")
     qpass.quantize(model, recipe, calibration=data, num_samples=len(samples), max_seq_length=samples.shape[1],
                    progress=False, work_folder=work)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    yield from judged(row.name, model, args, judge, {"seconds": seconds, "cpu_seconds": cpu,
-                                                     "samples": len(samples) if needs else 0})
+    yield from judged(model, judge, texts, {"seconds": seconds, "cpu_seconds": cpu,
+                                            "samples": len(samples) if needs else 0})
 
 
-def judged(name: str, model: Any, args: argparse.Namespace, judge: Judge, facts: dict[str, Any]
-           ) -> Iterator[dict[str, Any]]:
+def measure_peer(peer: AccuracyPeer, samples: Tensor, judge: Judge, root: Path, texts: Sequence[str]
+                 ) -> Iterator[dict[str, Any]]:
+    """One record a text for another tool; none, and the reason on stderr, if it fails: that costs its row only."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            facts = peer.run(root, judge.folder, samples, Path(scratch))
+            model = qpass.load(Path(scratch) / "quantized")
+        except (RuntimeError, ValueError, OSError, QPassError) as problem:
+            print(f"{peer.name} failed: {problem}", file=sys.stderr)
+            return
+        yield from judged(model, judge, texts, facts)
+
+
+def judged(model: Any, judge: Judge, texts: Sequence[str], facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One record a text for a quantized model, which is float afterwards."""
     bits = qpass.explain(model).rows and model.__dict__["_qpass_plan"].totals.bits_per_weight
     model.float()
-    texts = list(judge.windows)
-    own = {text: judge.score(model, text) for text in texts} if not args.float_only else {}
+    own = {text: judge.score(model, text) for text in texts}
     qpass.dequantize(model).float()
     for text in texts:
-        floated = judge.score(model, text)
-        yield {"row": name, "text": text, "bits": bits, **facts, "windows": len(judge.windows[text]),
-               "threads": torch.get_num_threads(), **asdict(own.get(text, floated)), "float_kl": floated.kl}
+        yield {"text": text, "bits": bits, **facts, "threads": torch.get_num_threads(), **asdict(own[text]),
+               "float_kl": judge.score(model, text).kl}
 
 
 def chosen(name: str, asked: Sequence[str]) -> bool:
@@ -144,9 +169,11 @@ def chosen(name: str, asked: Sequence[str]) -> bool:
     return any(name == part if part in names else part in name for part in asked)
 
 
-def kept(path: Path | None) -> list[dict[str, Any]]:
-    """The records of runs before."""
-    return json.loads(path.read_text()) if path is not None and path.exists() else []
+def line_of(record: dict[str, Any], *, mark: str) -> str:
+    """A record as a line of the table."""
+    return (f"{record['row']:<44} {record['text']:<7} {record['bits']:>5.2f} {record['kl']:>8.4f} "
+            f"{record['float_kl']:>8.4f} {record['top1']:>6.1%} {record['perplexity']:>7.2f} "
+            f"{record['seconds']:>7.1f} {record['cpu_seconds']:>7.1f} {record['threads']:>7}{mark}")
 
 
 def main() -> None:
@@ -159,11 +186,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a text")
     parser.add_argument("--text", choices=sorted(EVALUATE_ON), help="one text only")
-    parser.add_argument("--float-only", action="store_true", help="leave out the run of the quantized model itself")
     parser.add_argument("--cache", type=Path, default=Path(".cache/accuracy"))
     parser.add_argument("--peers", type=Path, help="folder of other tools' environments")
     parser.add_argument("--work", type=Path, help="keeps what a calibration has done, so that it can go on")
-    parser.add_argument("--json", type=Path, help="keep the records in this file")
+    parser.add_argument("--json", type=Path, help="keep the records in this file, and take from it what was run before")
+    parser.add_argument("--again", action="store_true", help="run rows whose records are kept, too")
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -171,37 +198,41 @@ def main() -> None:
     windows = {name: spread(args.texts, books, tokenizer, args.windows, 1024) for name, books in EVALUATE_ON.items()
                if args.text in (None, name)}
     samples = spread(args.texts, CALIBRATE_ON, tokenizer, args.samples, args.length)
-    judge = Judge(args.model, windows, args.cache)
-    records = kept(args.json)
-    print(f"{'':<42} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>6} {'cpu s':>6}")
+    judge, records = Judge(args.model, windows, args.cache), Records(args.json)
+    shown: list[dict[str, Any]] = []
+    print(f"{'':<44} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>7} {'cpu s':>7} "
+          f"{'threads':>7}")
 
-    def show(name: str, found: Iterator[dict[str, Any]]) -> None:
-        new = []
-        for record in found:
-            new.append(record)
-            print(f"{name:<42} {record['text']:<7} {record['bits']:>5.2f} {record['kl']:>8.4f} "
-                  f"{record['float_kl']:>8.4f} {record['top1']:>6.1%} {record['perplexity']:>7.2f} "
-                  f"{record['seconds']:>6.1f} {record['cpu_seconds']:>6.1f}", flush=True)
-        texts = {record["text"] for record in new}
-        records[:] = [r for r in records if r["row"] != name or r["text"] not in texts] + new
-        if args.json:
-            args.json.write_text(json.dumps(records, indent=1) + "\n")
+    def show(name: str, count: int, run: Callable[[Sequence[str]], Iterator[dict[str, Any]]]) -> None:
+        size = Size(model=args.model.name, length=args.length, windows=args.windows)
+        before = {} if args.again else records.found(name, size, count)
+        for record in before.values():
+            print(line_of(record, mark="*"), flush=True)
+        missing = [text for text in windows if text not in before]
+        for record in run(missing) if missing else ():
+            new = records.add(name, size, record)
+            shown.append(new)
+            print(line_of(new, mark=""), flush=True)
+        shown.extend(before.values())
 
     wanted = {goal.row for goal in GOALS} if args.goals else {row.name for row in (*ROWS, *PEERS)}
     for row in ROWS:
         if row.name in wanted and chosen(row.name, args.only):
-            show(row.name, measure(row, args, judge, samples))
+            picked = row.picked(samples)
+            show(row.name, len(picked), partial(measure, row, picked, judge, args.work))
     for peer in PEERS:
         if peer.name in wanted and chosen(peer.name, args.only):
             why = peer.missing(args.peers)
-            if why is not None:
-                print(f"{peer.name:<42} {why}")
-                continue
-            with tempfile.TemporaryDirectory() as scratch:
-                facts = peer.run(args.peers, args.model, samples, Path(scratch))
-                show(peer.name, judged(peer.name, qpass.load(Path(scratch) / "quantized"), args, judge, facts))
-    print("\nThe goals are of 128 samples of 512 tokens and 16 windows, times of 2 cores with AMX.")
-    print("\n".join(goal_lines(records)))
+
+            def run(texts: Sequence[str], peer: AccuracyPeer = peer, why: str | None = why) -> Iterator[dict[str, Any]]:
+                if why is not None:
+                    print(f"{peer.name:<44} {why}")
+                    return iter(())
+                return measure_peer(peer, samples, judge, args.peers, texts)
+
+            show(peer.name, len(samples), run)
+    print("\n* of a run before. The goals are of 128 samples of 512 tokens and 16 windows, times of 2 cores with AMX.")
+    print("\n".join(goal_lines(shown)))
 
 
 if __name__ == "__main__":

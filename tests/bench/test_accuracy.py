@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import accuracy
 import pytest
 import torch
 from accuracy import CALIBRATE_ON, EVALUATE_ON, chosen, main
-from accuracy_peers import PEERS
-from accuracy_rows import GOALS, ROWS, Row, goal_lines
+from accuracy_peers import PEERS, AccuracyPeer
+from accuracy_records import Records, Size
+from accuracy_rows import GOALS, ROWS, Goal, Row, goal_lines, verdict
 
 
 def test_every_goal_is_of_a_row_and_rows_have_names_of_their_own() -> None:
@@ -18,13 +22,35 @@ def test_every_goal_is_of_a_row_and_rows_have_names_of_their_own() -> None:
 
 
 def test_goals_show_what_was_measured_and_what_was_not() -> None:
-    facts = {"row": "w8a8, smoothquant", "seconds": 9.0, "cpu_seconds": 12.0, "samples": 8, "windows": 4}
+    facts = {"row": "w8a8, smoothquant", "seconds": 9.0, "cpu_seconds": 12.0, "samples": 8, "windows": 4, "threads": 2}
     lines = goal_lines([{**facts, "text": "austen", "kl": 0.0094}, {**facts, "text": "union", "kl": 0.0097}])
     line, = [line for line in lines if line.startswith("w8a8, smoothquant")]
     assert "0.0094" in line and "0.0097" in line and "missed" not in line
     assert sum("not measured" in line for line in lines) == len(GOALS) - 1
     worse = goal_lines([{**facts, "text": "austen", "kl": 0.0194}])
-    assert sum("missed" in line for line in worse) == 1
+    assert sum("KL missed" in line for line in worse) == 1
+
+
+@pytest.mark.parametrize(("seconds", "threads", "said"), [(4.0, 1, ""), (6.0, 2, "  seconds missed"),
+                                                          (6.0, 1, "  seconds not judged: too few threads")])
+def test_seconds_are_judged_where_the_run_had_enough_threads(seconds: float, threads: int, said: str) -> None:
+    goal = Goal(row="any", kl=0.3, seconds=5)
+    assert verdict(goal, {"kl": 0.2, "seconds": seconds, "threads": threads}) == said
+    assert verdict(goal, {"kl": 0.4, "seconds": seconds, "threads": threads}) == f"  KL missed{said}"
+
+
+def test_kept_records_are_found_at_their_size_and_replaced_by_the_same_measurement_only(tmp_path: Path) -> None:
+    size = Size(model="small", length=512, windows=16)
+    records = Records(tmp_path / "found.json")
+    records.add("a row", size, {"text": "austen", "samples": 4, "kl": 0.5})
+    records.add("a row", replace(size, windows=2), {"text": "austen", "samples": 4, "kl": 0.6})
+    records.add("no data", size, {"text": "austen", "samples": 0, "kl": 0.7})
+    records.add("a row", size, {"text": "austen", "samples": 4, "kl": 0.4})
+    again = Records(tmp_path / "found.json")
+    assert [record["kl"] for record in again.records] == [0.6, 0.7, 0.4]
+    assert {text: record["kl"] for text, record in again.found("a row", size, 4).items()} == {"austen": 0.4}
+    assert again.found("no data", size, 128) and not again.found("a row", size, 8)
+    assert not again.found("a row", replace(size, model="large"), 4)
 
 
 def test_a_peer_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
@@ -89,6 +115,31 @@ def test_prints_rows_peers_that_are_missing_and_goals(given: list[str], monkeypa
         assert "not installed: pip install" in line
     assert len(printed) == 1 + len(rows) + len(peers) + 3 + len(GOALS)
     assert sum(goal.row in line for goal in GOALS for line in printed[-len(GOALS):]) >= len(GOALS)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a row that has been measured is not run again")
+
+    monkeypatch.setattr(accuracy, "load", never)
+    main()
+    again = capsys.readouterr().out.splitlines()
+    assert [line + "*" for line in printed[1:3]] == again[1:3] and again[3:] == printed[3:]
+    monkeypatch.setattr("sys.argv", [*given, "--only", rows[0], "--again"])
+    with pytest.raises(AssertionError, match="not run again"):
+        main()
+
+
+def test_a_peer_that_fails_costs_its_row_only(given: list[str], monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def fails(peer: AccuracyPeer, *_: Any) -> None:
+        raise RuntimeError(f"{peer.name} ended with 1:\nno such device")
+
+    monkeypatch.setattr(AccuracyPeer, "missing", lambda *_: None)
+    monkeypatch.setattr(AccuracyPeer, "run", fails)
+    monkeypatch.setattr("sys.argv", [*given, "--peers", str(tmp_path), "--only", *(peer.name for peer in PEERS)])
+    main()
+    said = capsys.readouterr()
+    assert said.err.count("no such device") == len(PEERS) and all(peer.name in said.err for peer in PEERS)
+    assert len(said.out.splitlines()) == 1 + 3 + len(GOALS)
 
 
 @pytest.mark.slow

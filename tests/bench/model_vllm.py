@@ -2,8 +2,8 @@
 
 usage: python tests/bench/model_vllm.py FOLDER     requests as in model_torch.py; FOLDER gives the sizes
 
-w8a8 alone: of its quantized CPU kernels, only oneDNN's is built for machines without AVX512. In float32 where there are
-no bfloat16 instructions (see lanes_vllm.py).
+w8a8 alone, and with AVX512 alone: without it only oneDNN's of its quantized kernels is built, which took 1.6 s a token
+on the machine of NOTES.md and most of the benchmark's time, for a comparison that says nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPAC
                    "VLLM_LOGGING_LEVEL": "ERROR"})
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ.get('OMP_NUM_THREADS', '1')) - 1}")
 
-from worker import answer_lines
+from worker import Refused, answer_lines
 
 CONTEXT = 128
 _CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -40,6 +40,9 @@ class Model:
 
     def load(self) -> dict[str, Any]:
         import torch
+
+        if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+            raise Refused("without AVX512 it has oneDNN's kernel alone, which takes seconds a token")
         from vllm import LLM
 
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))

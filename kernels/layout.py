@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 Packed: TypeAlias = "dict[str, Tensor]"
 
 
+class NonFinite(ValueError):
+    """A weight that was to be finite holds NaN or Inf."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A named arrangement. Invariant: unpack(pack(w, spec), spec) equals w, bit for bit.
 
     `rows(packed, spec, ids)` gives the rows `ids` [M] of the weight and reads no others; a layout without it cannot
-    serve as the table of an embedding. `quantize(weight, spec, into, largest)` packs what quantize_weight of
-    qpass/weight.py gives, bit for bit, faster than the two do, in the tensors `into` where they fit and it can;
+    serve as the table of an embedding. `quantize(weight, spec, into, largest, finite)` packs what quantize_weight of
+    qpass/weight.py gives, bit for bit, faster than the two do, in the tensors `into` where they fit and it can; if
+    `finite`, it raises NonFinite for a weight with NaN or Inf, when all of `into` is written;
     `largest(weight)` is the largest magnitude in a weight, float32 [], Inf or NaN if it holds one. Both give None for a
     weight that they do not take.
 
@@ -37,7 +42,7 @@ class Layout:
     pack: Callable[[CanonicalWeight, LinearSpec], Packed]
     unpack: Callable[[Packed, LinearSpec], CanonicalWeight]
     rows: Callable[[Packed, LinearSpec, Tensor], CanonicalWeight] | None = None
-    quantize: Callable[[Tensor, LinearSpec, Packed | None, Tensor | None], Packed | None] | None = None
+    quantize: Callable[[Tensor, LinearSpec, Packed | None, Tensor | None, bool], Packed | None] | None = None
     largest: Callable[[Tensor], Tensor | None] | None = None
     even: Callable[[Packed, LinearSpec], Packed] | None = None
 

@@ -3,88 +3,101 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qpass.errors import QPassError, WeightError
-from qpass.find.experts_rows import packed_part
-from qpass.kernels.layout import Packed
-from qpass.kernels.registry import kernel
 from qpass.layers.experts_layer import QuantExperts
-from qpass.layers.packed_layers import PackedLayer, PackedWeight, QuantLinear
-from qpass.layers.quant_weight import QuantWeight
-from qpass.layers.reordered_linear import ReorderedLinear
-from qpass.scheme import RowCodec, codec_of
-from qpass.swap.round_weight import known_finite, known_largest, quantized
-from qpass.swap.swap_experts import quantized_experts
-from qpass.weight import CanonicalWeight, check_weight
+from qpass.layers.packed_layers import PackedLayer
+from qpass.swap.shared_scales import magnitude
+from qpass.update_places import Linear, Place, places
 
 _SHOWN = 10
 
 
 @torch.no_grad()
-def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfinite: bool = False) -> int:
+def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfinite: bool = False,
+           check_first: bool = False) -> int:
     """Put new float weights into a quantized model, compiled or not, and return how many tensors were taken.
 
     model    what `qpass.quantize` or `qpass.load` gave, or torch.compile of it
     weights  a float module, or a state dict with its names, in any float dtypes and on any device; it may hold a part
              of the weights. Of experts that are computed together both matrices' parts must be whole
+    allow_nonfinite  NaN and Inf count as 0
+    check_first      look for them in all weights before the first layer changes, which takes another read of these
 
     Each weight is rounded to nearest as its layer's scheme says and written into the tensors that the layer holds:
-    compiled graphs stay as they are, nothing is compiled again. Calibrated static activation scales stay. Everything is
-    checked before the first layer changes, and a layer is written in one go, by native code that packs as it rounds or
-    once its new tensors are whole: what reads between two layers sees some new and some old, never half a layer. A tied
-    head and its table are one weight.
+    compiled graphs stay as they are, nothing is compiled again. Calibrated static activation scales stay. A layer is
+    written in one go, by native code that packs as it rounds or once its new tensors are whole: what reads between two
+    layers sees some new and some old, never half a layer. A tied head and its table are one weight.
 
-    Raises WeightError, naming the tensors, for names that the model does not have, other shapes, tied names with
-    different numbers, NaN and Inf, and layers whose packed form cannot hold another weight.
+    Raises WeightError, naming the tensors, before anything changes for names that the model does not have, other
+    shapes, other types and tied names with different numbers, and with `check_first` for NaN and Inf. Without it they
+    are found as a weight is rounded, in the one read that this takes: that layer is whole and new then, with 0 for
+    them, and those after it stay as they were. A packed form that cannot hold another weight is found when its turn
+    comes, too. Both errors name what had changed before.
     """
     model = getattr(model, "_orig_mod", model)
     if not any(isinstance(module, PackedLayer) for module in model.modules()):
         raise QPassError("nothing in this model is quantized by qpass; load_state_dict updates float models")
     given = dict(weights.state_dict() if isinstance(weights, nn.Module) else weights)
     given = {name.removeprefix("_orig_mod."): tensor for name, tensor in given.items()}
-    places = list(_places(model))
-    known = {name for place in places for name in place.names}
+    found = list(places(model))
+    known = {name for place in found for name in place.names}
     unknown = [name for name in given if name not in known]
     wrong = [f"{name} is nothing that this model has{_near(name, known) if i < _SHOWN else ''}"
              for i, name in enumerate(unknown)]
-    wrong += [said for place in places for said in place.wrong(given)]
+    wrong += [said for place in found for said in place.wrong(given)]
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise WeightError("the weights do not fit the model, and nothing was changed:\n  "
                           + "\n  ".join(wrong[:_SHOWN] + more))
-    for place in places if not allow_nonfinite else ():
-        for name in place.found(given):
-            place.check(name, given[name])
-    _share_scales(places, given)
-    for place in places:
-        if place.found(given):
-            place.write(given)
-    for module in model.modules():
-        if isinstance(module, QuantExperts):
-            _renew_biases(module)
+    done: list[str] = []
+    try:
+        for place in found:
+            if not allow_nonfinite and (check_first or (isinstance(place, Linear) and place.one_scale() is not None)):
+                for name in place.found(given):
+                    place.check(name, given[name])
+        _share_scales(found, given)
+        for place in found:
+            if place.found(given):
+                place.write(given, allow_nonfinite)
+                done += place.found(given)
+    except WeightError as why:
+        raise WeightError(f"{why}. {_changed(done)}") from why
+    finally:
+        for module in model.modules():
+            if isinstance(module, QuantExperts):
+                _renew_biases(module)
     return len(given)
 
 
-def _share_scales(places: Iterable[_Place], given: Mapping[str, Tensor]) -> None:
+def _share_scales(places: Iterable[Place], given: Mapping[str, Tensor]) -> None:
     """Let weights that had one scale for the tensor together, as qpass/swap/shared_scales.py gives them, have it again:
     those of one parent module whose scales are equal."""
-    groups: dict[tuple[str, float], list[_Linear]] = {}
+    groups: dict[tuple[str, float], list[Linear]] = {}
     for place in places:
-        if isinstance(place, _Linear) and place.found(given) and (scale := place.one_scale()) is not None:
+        if isinstance(place, Linear) and place.found(given) and (scale := place.one_scale()) is not None:
             parent = place.names[0].rpartition(".")[0].rpartition(".")[0]
             groups.setdefault((parent, float(scale)), []).append(place)
     for group in groups.values():
         if len(group) > 1:
             known = [place.largest if place.largest is not None else place.stored(
-                torch.stack(given[place.found(given)[0]].detach().aminmax()).abs().amax()) for place in group]
+                magnitude(given[place.found(given)[0]].detach())) for place in group]
             largest = torch.stack([found.cpu() for found in known]).amax()
             for place in group:
                 place.largest = largest.to(place.layer.device)
+
+
+def _changed(names: Sequence[str]) -> str:
+    """What an update that stopped has changed."""
+    if not names:
+        return "Nothing was changed"
+    more = f"{len(names) - _SHOWN} others, " if len(names) > _SHOWN else ""
+    return f"Changed before it: {more}{', '.join(names[-_SHOWN:])}; update again with all of these and finite weights"
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -100,194 +113,3 @@ def _renew_biases(experts: QuantExperts) -> None:
     for name, tensor in held.items():
         if tensor is not None:
             experts._buffers[name] = tensor.copy_(getattr(experts, name))
-
-
-class _Place:
-    """Something in the model that is made of the tensors `names`, or is one tensor with all these names if `tied`."""
-
-    names: tuple[str, ...]
-    tied = True
-
-    def found(self, given: Mapping[str, Tensor]) -> list[str]:
-        return [name for name in self.names if name in given]
-
-    def shape(self, name: str) -> torch.Size:
-        raise NotImplementedError
-
-    def wrong(self, given: Mapping[str, Tensor]) -> list[str]:
-        """Sentences on what of `given` does not fit here."""
-        said = [f"{name} is {list(given[name].shape)}, the model has {list(self.shape(name))}"
-                for name in self.found(given) if given[name].shape != self.shape(name)]
-        return said + [f"{name} is {given[name].dtype}, no float weight" for name in self.found(given)
-                       if not given[name].is_floating_point() and self.packs] + self._unlike(given)
-
-    def _unlike(self, given: Mapping[str, Tensor]) -> list[str]:
-        first, *others = self.found(given) if self.tied and self.found(given) else ("",)
-        return [f"{first} and {name} are one weight in this model, and different numbers were given for them"
-                for name in others if not _same(given[name], given[first])]
-
-    packs = True
-
-    def check(self, name: str, tensor: Tensor) -> None:
-        """Raise WeightError for NaN and Inf in a weight that is to be packed."""
-        check_weight(tensor, name)
-
-    def write(self, given: Mapping[str, Tensor]) -> None:
-        raise NotImplementedError
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether both hold the same numbers, in whatever dtype and on whatever device."""
-    wide = torch.promote_types(one.dtype, other.dtype)
-    return one is other or torch.equal(one.to(wide), other.to(device=one.device, dtype=wide))
-
-
-class _Plain(_Place):
-    """A parameter or buffer that stayed float."""
-
-    packs = False
-
-    def __init__(self, names: Sequence[str], tensor: Tensor) -> None:
-        self.names, self.tensor = tuple(names), tensor
-
-    def shape(self, name: str) -> torch.Size:
-        return self.tensor.shape
-
-    def check(self, name: str, tensor: Tensor) -> None:
-        return
-
-    def write(self, given: Mapping[str, Tensor]) -> None:
-        self.tensor.copy_(given[self.found(given)[0]])
-
-
-class _Linear(_Place):
-    """A packed weight, under the names of all that share it; `largest` as of quantize_weight."""
-
-    largest: Tensor | None = None
-
-    def __init__(self, names: Sequence[str], layer: PackedWeight, transposed: bool) -> None:
-        self.names, self.layer, self.transposed = tuple(names), layer, transposed
-
-    def shape(self, name: str) -> torch.Size:
-        n, k = self.layer.spec.out_features, self.layer.spec.in_features
-        return torch.Size((k, n) if self.transposed else (n, k))
-
-    def wrong(self, given: Mapping[str, Tensor]) -> list[str]:
-        if isinstance(self.layer, ReorderedLinear) and self.found(given):
-            return [f"{self.names[0]} permutes or scales its input, as its checkpoint's algorithm chose for the old "
-                    "weights; quantize the new ones from a float model"]
-        return super().wrong(given)
-
-    def one_scale(self) -> Tensor | None:
-        """The scale of the whole tensor that stands beside those of its groups, if this weight has one."""
-        codec = codec_of(self.layer.spec.weight)
-        if not isinstance(codec, RowCodec) or not codec.one_scale:
-            return None
-        return self._held()[codec.names[-1]]
-
-    def _held(self) -> Packed:
-        return dict(zip(kernel(self.layer.spec.kernel).layout.names(self.layer.spec), self.layer.packed, strict=True))
-
-    def check(self, name: str, tensor: Tensor) -> None:
-        found = known_largest(tensor, self.layer.spec)
-        check_weight(tensor, name, allow_nonfinite=found is not None and bool(found.isfinite()))
-        self.largest = None if found is None else self.stored(found)
-
-    def stored(self, largest: Tensor) -> Tensor:
-        """The largest magnitude of a weight, float32 [], when that has become the layer's dtype."""
-        return largest.to(device=self.layer.device, dtype=self.layer.dtype).float()
-
-    def write(self, given: Mapping[str, Tensor]) -> None:
-        layer, name = self.layer, self.found(given)[0]
-        weight = given[name].detach().to(device=layer.device, dtype=layer.dtype)
-        layout, held = kernel(layer.spec.kernel).layout, self._held()
-        made = quantized(weight.t() if self.transposed else weight, layer.spec, held, self.largest)
-        packed = layout.pack(made, layer.spec) if isinstance(made, CanonicalWeight) else made
-        if not _fits(packed, held) and layout.even is not None:
-            packed = layout.even(packed, layer.spec)
-        _copy(packed, held, name)
-
-
-class _Experts(_Place):
-    """The packed experts of one module."""
-
-    tied = False
-
-    def __init__(self, path: str, layer: QuantExperts) -> None:
-        self.path, self.layer = path, layer
-        self.names = tuple(_joined(path, leaf) for leaf in layer.site.parameters)
-
-    def shape(self, name: str) -> torch.Size:
-        return self.layer.origin[0]._parameters[name.rpartition(".")[2]].shape  # type: ignore[union-attr]
-
-    def wrong(self, given: Mapping[str, Tensor]) -> list[str]:
-        site, said = self.layer.site, super().wrong(given)
-        first = [_joined(self.path, leaf) for leaf in site.first]
-        there = [name for name in first if name in given]
-        if there and len(there) < len(first):
-            said.append(f"{there[0]} comes without {next(n for n in first if n not in given)}, and the two are packed "
-                        "as one")
-        return said
-
-    def check(self, name: str, tensor: Tensor) -> None:
-        part = self.layer.blocks[0].spec.parts[int(name.rpartition(".")[2] == self.layer.site.second)]
-        check_weight(tensor, name, allow_nonfinite=part is not None and known_finite(tensor, part))
-
-    def write(self, given: Mapping[str, Tensor]) -> None:
-        layer, site = self.layer, self.layer.site
-        stored = {name.rpartition(".")[2]: given[name].detach().to(dtype=layer.dtype) for name in self.found(given)}
-        for which, leaf in enumerate((site.first[0], site.second)):
-            if leaf not in stored:
-                continue
-            for block in layer.blocks:
-                part = block.spec.parts[which]
-                made = packed_part(part, len(block.experts), quantized_experts(
-                    site, stored, block.experts, which, part, layer.device))
-                held = {name: layer.get_buffer(name) for name in block.part(which)}
-                _copy(dict(zip(held, made.values(), strict=True)), held, _joined(self.path, leaf))
-
-
-def _places(model: nn.Module) -> Iterator[_Place]:
-    """Everything that a state dict of the float model would name; tied tensors once, with all their names."""
-    shared: dict[int, tuple[list[str], Any]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantExperts):
-            yield _Experts(path, module)
-        elif isinstance(module, PackedWeight):
-            name = _joined(path, module.origin.weight) if isinstance(module, QuantLinear) else path
-            shared.setdefault(id(module._buffers), ([], module))[0].append(name)
-        for leaf, tensor in _own(module):
-            name = module.origin.bias if isinstance(module, QuantLinear) and leaf == "bias" else leaf
-            shared.setdefault(id(tensor), ([], tensor))[0].append(_joined(path, name or leaf))
-    for names, held in shared.values():
-        if isinstance(held, PackedWeight):
-            transposed = held.transposed if isinstance(held, QuantWeight) else (
-                isinstance(held, QuantLinear) and held.origin.transposed)
-            yield _Linear(names, held, transposed)
-        else:
-            yield _Plain(names, held)
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    hidden = module._non_persistent_buffers_set
-    for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and leaf not in hidden:
-            yield leaf, tensor
-
-
-def _joined(path: str, leaf: str) -> str:
-    return f"{path}.{leaf}" if path else leaf
-
-
-def _fits(packed: Packed, held: Packed) -> bool:
-    return packed.keys() == held.keys() and all(
-        (tensor.dtype, tensor.shape) == (held[name].dtype, held[name].shape) for name, tensor in packed.items())
-
-
-def _copy(packed: Packed, held: Packed, name: str) -> None:
-    if not _fits(packed, held):
-        raise WeightError(f"{name}: the layer holds its old weight in a form that depends on its values and cannot "
-                          "hold this one; quantize the float model anew. Layers before it are updated")
-    for key, tensor in packed.items():
-        if tensor is not held[key]:
-            held[key].copy_(tensor)

@@ -6,6 +6,7 @@ Inf as 0.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -14,6 +15,7 @@ import torch
 from qpass import large_pages
 from qpass.dtype import DType, torch_dtype
 from qpass.kernels.cpu.native import dtype_index, library, padded, succeed
+from qpass.kernels.layout import NonFinite
 from qpass.weight import CanonicalWeight
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 Element = Literal["e2m1", "e4m3", "e2m3", "codebook"]
 """What a code stands for; e2m3 as the byte of e4m3 that has its value."""
 
-Rule = Literal["exponent", "nested", "amax", "given", "absmax"]
+Rule = Literal["exponent", "nested", "amax", "given", "absmax", "block"]
 """How scales are made and what they are given, as qp_encode_pack of csrc/abi.h says."""
 
 _SCALES: dict[str, DType] = {"exponent": "uint8", "nested": "float8_e4m3fn", "absmax": "float32"}
@@ -50,29 +52,31 @@ def quantize_weight(weight: Tensor, group_size: int, bits: int, *, symmetric: bo
 
 
 def quantize_pack(weight: Tensor, group_size: int, bits: int, *, symmetric: bool, decoded: bool = False,
-                  colsum: bool = False, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+                  colsum: bool = False, into: Mapping[str, Tensor] | None = None, finite: bool = False
+                  ) -> dict[str, Tensor]:
     """weight [N, K] -> quantize_weight of it packed, as csrc/product.h wants it or, if `decoded`, csrc/decoded.h, with
     scale and zero_point [Np / 16, G, 16] and, of rows of one group, colsum [Np]; in one go, and in the tensors of
-    `into` if they have the shapes and dtypes for it."""
+    `into` if they have the shapes and dtypes for it. If `finite`, raises NonFinite for NaN and Inf, at the end."""
     n, k = weight.shape
     blocks, groups, width = padded(n, 32) // 16, k // group_size, 4 if bits <= 4 else 8
     wanted = {"qweight": ((blocks * 2 * padded(k, 64) * width,), torch.int8 if decoded and width == 8 else torch.uint8),
               "scale": ((blocks, groups, 16), weight.dtype)}
     wanted |= {} if symmetric else {"zero_point": ((blocks, groups, 16), torch.int8)}
     wanted |= {"colsum": ((blocks * 16,), torch.float32)} if colsum else {}
-    packed = _room(wanted, into)
+    packed, found = _room(wanted, into), ctypes.c_int32(1)
     succeed(library().qp_quantize_pack(
         *_floats(weight), group_size, bits, int(symmetric), int(decoded), packed["qweight"].data_ptr(),
         packed["qweight"].numel(), packed["scale"].data_ptr(),
         None if symmetric else packed["zero_point"].data_ptr(), packed["colsum"].data_ptr() if colsum else None,
-        torch.get_num_threads()))
+        ctypes.byref(found) if finite else None, torch.get_num_threads()))
+    _refuse(found)
     return packed
 
 
 def encode_pack(weight: Tensor, group_size: int, element: Element, rule: Rule, given: Tensor | None = None, *,
-                into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+                into: Mapping[str, Tensor] | None = None, finite: bool = False) -> dict[str, Tensor]:
     """weight [N, K] -> qweight and scale as x86_decoded packs what the codec of these numbers gives, bit for bit; the
-    last group of a row may be smaller. In the tensors of `into` where quantize_pack would use them."""
+    last group of a row may be smaller. `into` and `finite` as of quantize_pack."""
     n, k = weight.shape
     blocks, groups = padded(n, 32) // 16, -(-k // group_size)
     width, dtype = (4, torch.uint8) if element in ("e2m1", "codebook") else (8, torch.float8_e4m3fn)
@@ -81,10 +85,13 @@ def encode_pack(weight: Tensor, group_size: int, element: Element, rule: Rule, g
                     "scale": ((blocks, groups, 16), scales)}, into)
     given = torch.empty(0) if given is None else given.contiguous()
     assert given.dtype == torch.float32
+    found = ctypes.c_int32(1)
     succeed(library("decoded").qp_encode_pack(
         *_floats(weight), min(group_size, k), get_args(Element).index(element), get_args(Rule).index(rule),
         given.data_ptr(), given.numel(), packed["qweight"].data_ptr(), packed["qweight"].nbytes,
-        packed["scale"].data_ptr(), packed["scale"].nbytes, torch.get_num_threads()), "decoded")
+        packed["scale"].data_ptr(), packed["scale"].nbytes, ctypes.byref(found) if finite else None,
+        torch.get_num_threads()), "decoded")
+    _refuse(found)
     return packed
 
 
@@ -105,6 +112,11 @@ def largest(weight: Tensor, part: str = "products") -> Tensor:
     succeed(library(part).qp_largest(weight.data_ptr(), dtype_index()[weight.dtype], weight.numel(), found.data_ptr(),
                                      torch.get_num_threads()), part)
     return found
+
+
+def _refuse(found: ctypes.c_int32) -> None:
+    if not found.value:
+        raise NonFinite("the weight holds NaN or Inf")
 
 
 def _floats(weight: Tensor) -> tuple[int, int, int, int, int]:

@@ -11,7 +11,7 @@ from qpass.dtype import FLOATS, dtype_name
 from qpass.integer_scales import factor
 from qpass.kernels.cpu import native, native_weights
 from qpass.kernels.cpu.x86_encode import integers_known, largest
-from qpass.kernels.layout import Layout, Packed
+from qpass.kernels.layout import Layout, NonFinite, Packed
 from qpass.kernels.registry import LinearCall, register_kernel
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight
@@ -113,17 +113,19 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     return CanonicalWeight(tensors)
 
 
-def _quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
-              ) -> Packed | None:
+def _quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None,
+              finite: bool = False) -> Packed | None:
     numbers, weight = spec.weight, weight.detach()
     if not native_weights.takes(weight) or not integers_known(numbers):
         return None
     sums = "colsum" in _names(spec)
     if sums and spec.groups > 1:
+        if finite and not native_weights.largest(weight).isfinite():
+            raise NonFinite("the weight holds NaN or Inf")
         return _pack(native_weights.quantize_weight(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric),
                      spec)
     return native_weights.quantize_pack(weight, spec.group_size, numbers.bits, symmetric=numbers.symmetric, colsum=sums,
-                                        into=into)
+                                        into=into, finite=finite)
 
 
 def _rows_of(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:

@@ -32,35 +32,38 @@ def largest(weight: Tensor, part: str = "products") -> Tensor | None:
     return native_weights.largest(weight, part) if _taken(weight, part) else None
 
 
-def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
-             ) -> Packed | None:
+def quantize(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None,
+             finite: bool = False) -> Packed | None:
     """`weight` [N, K] as the layout x86_decoded packs it, in the tensors of `into` where they fit; or None.
 
     `largest` is the largest magnitude of this weight and of all that share a scale for the tensor with it, if it is
-    known already.
+    known already. If `finite`, raises NonFinite for NaN and Inf.
     """
     numbers, weight = spec.weight, weight.detach()
     if not _taken(weight, "products" if numbers.type == "int" else "decoded"):
         return None
     if numbers.type == "int":
-        return _integers(weight, spec, into)
+        return _integers(weight, spec, into, finite)
     whole = spec.in_features % spec.group_size == 0
     if numbers.type in _EXPONENT and whole:
-        made = native_weights.encode_pack(weight, spec.group_size, _EXPONENT[numbers.type], "exponent", into=into)
+        made = native_weights.encode_pack(weight, spec.group_size, _EXPONENT[numbers.type], "exponent", into=into,
+                                          finite=finite)
         table = {"table": values(E2M1, "cpu")} if numbers.type == "mxfp4" else {}
         return {**made, **table, **(_ones(spec) if numbers.type == "mxfp8" else {})}
     if numbers.type == "nvfp4" and whole:
         shared = global_scale_of(_amax(weight) if largest is None else largest)
-        made = native_weights.encode_pack(weight, spec.group_size, "e2m1", "nested", shared, into=into)
+        made = native_weights.encode_pack(weight, spec.group_size, "e2m1", "nested", shared, into=into,
+                                          finite=finite)
         gain = _ones(spec)["gain"]
         gain[:spec.out_features] = 1 / shared
         return {**made, "table": values(E2M1, "cpu"), "gain": gain, "global_scale": shared}
     if numbers.type in _BOOKS and whole:
         code = torch.tensor(_BOOKS[numbers.type])
-        made = native_weights.encode_pack(weight, spec.group_size, "codebook", "absmax", _bounds(code), into=into)
+        made = native_weights.encode_pack(weight, spec.group_size, "codebook", "absmax", _bounds(code), into=into,
+                                          finite=finite)
         return {**made, "table": code}
     if numbers.type == "fp8":
-        return {**_fp8(weight, spec, into, largest), **_ones(spec)}
+        return {**_fp8(weight, spec, into, largest, finite), **_ones(spec)}
     return None
 
 
@@ -76,11 +79,11 @@ def _taken(weight: Tensor, part: str) -> bool:
     return native_weights.takes(weight) and native.prepare(part) is None
 
 
-def _integers(weight: Tensor, spec: LinearSpec, into: Packed | None) -> Packed | None:
+def _integers(weight: Tensor, spec: LinearSpec, into: Packed | None, finite: bool) -> Packed | None:
     if not integers_known(spec.weight):
         return None
     made = native_weights.quantize_pack(weight, spec.group_size, spec.weight.bits, symmetric=spec.weight.symmetric,
-                                        decoded=True, into=into)
+                                        decoded=True, into=into, finite=finite)
     return {**made, **({"table": torch.arange(-8, 8, dtype=torch.float32)} if spec.weight.bits <= 4 else {})}
 
 
@@ -96,18 +99,21 @@ def _bounds(code: Tensor) -> Tensor:
 
 
 def _amax(weight: Tensor) -> Tensor:
-    return native_weights.amax(weight, weight.shape[1]).amax()
+    found = native_weights.largest(weight, "decoded")
+    return found if found.isfinite() else native_weights.amax(weight, weight.shape[1]).amax()
 
 
-def _fp8(weight: Tensor, spec: LinearSpec, into: Packed | None, largest: Tensor | None) -> Packed:
+def _fp8(weight: Tensor, spec: LinearSpec, into: Packed | None, largest: Tensor | None, finite: bool) -> Packed:
     n, granularity = spec.out_features, spec.weight.granularity
     if granularity == "per_tensor":
         scale = stored_scale((_amax(weight) if largest is None else largest) / LARGEST, weight.dtype).expand(n)
+    elif granularity == "per_block" and spec.group_size % 16 == 0 and spec.group_size <= spec.in_features:
+        return native_weights.encode_pack(weight, spec.group_size, "e4m3", "block", into=into, finite=finite)
     elif granularity == "per_block":
         side = spec.group_size
         most = torch.nn.functional.pad(native_weights.amax(weight, side), (0, 0, 0, -n % side))
         most = most.unflatten(0, (-1, side)).amax(1)
         scale = stored_scale(most / LARGEST, weight.dtype).repeat_interleave(side, 0)[:n]
     else:
-        return native_weights.encode_pack(weight, spec.group_size, "e4m3", "amax", into=into)
-    return native_weights.encode_pack(weight, spec.group_size, "e4m3", "given", scale, into=into)
+        return native_weights.encode_pack(weight, spec.group_size, "e4m3", "amax", into=into, finite=finite)
+    return native_weights.encode_pack(weight, spec.group_size, "e4m3", "given", scale, into=into, finite=finite)

@@ -10,12 +10,13 @@ from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, quantize_weight
 
 
-def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None
-              ) -> CanonicalWeight | Packed:
+def quantized(weight: Tensor, spec: LinearSpec, into: Packed | None = None, largest: Tensor | None = None,
+              *, finite: bool = False) -> CanonicalWeight | Packed:
     """`weight` [N, K] rounded to nearest, and packed at once if the kernel's layout can: then, where they fit, in the
-    tensors of `into` instead of new ones. `largest` as of quantize_weight."""
+    tensors of `into` instead of new ones. `largest` as of quantize_weight. NaN and Inf count as 0; if `finite`, what is
+    packed at once raises NonFinite for them, at the end."""
     faster = kernel(spec.kernel).layout.quantize
-    packed = None if faster is None else faster(weight, spec, into, largest)
+    packed = None if faster is None else faster(weight, spec, into, largest, finite)
     return quantize_weight(weight, spec, largest=largest) if packed is None else packed
 
 

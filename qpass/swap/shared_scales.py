@@ -28,6 +28,12 @@ def together(decisions: Iterable[Decision]) -> dict[str, tuple[Decision, ...]]:
     return {decision.site.name: tuple(group) for group in groups.values() if len(group) > 1 for decision in group}
 
 
+def magnitude(weight: Tensor) -> Tensor:
+    """The largest magnitude in a weight, float32 [], in which NaN and Inf count as 0."""
+    found = torch.stack(weight.aminmax()).abs().amax().float()
+    return found if found.isfinite() else weight.nan_to_num(0.0, 0.0, 0.0).abs().amax().float()
+
+
 class SharedScales:
     """Asked for each weight before it is swapped: the first of a group is asked while all are float."""
 
@@ -45,6 +51,6 @@ class SharedScales:
         if name not in self._known:
             weights = [self._model.get_submodule(d.site.owner)._parameters.get(d.site.name.rpartition(".")[2])
                        for d in group]
-            there = [w.detach().abs().amax().float() for w in weights if w is not None and not w.is_meta]
+            there = [magnitude(w.detach()) for w in weights if w is not None and not w.is_meta]
             self._known[name] = torch.stack([value.to(there[0].device) for value in there]).amax()
         return self._known[name]

@@ -12,6 +12,7 @@ from torch import nn
 import qpass
 from qpass.errors import QPassError, WeightError
 from qpass.layers.packed_layers import PackedLayer
+from qpass.scheme import ActivationArgs, WeightArgs, scheme_for
 
 Build = Callable[..., nn.Module]
 
@@ -97,7 +98,6 @@ def test_what_does_not_fit_changes_nothing(tiny_llama: Build) -> None:
     for change, said in (({name: good[name][:5]}, r"up_proj\.weight is \[5, 64\], the model has \[128, 64\]"),
                          ({"model.nothing": bad}, "model.nothing is nothing that this model has"),
                          ({"model.layers.1.self_attn.qkv_proj.weight": bad}, r"closest: .*self_attn\.q_proj\.weight"),
-                         ({name: bad}, r"up_proj\.weight holds 0 NaN and 1 Inf"),
                          ({name: bad.nan_to_num().int()}, "no float weight")):
         with pytest.raises(WeightError, match=said):
             qpass.update(model, {**good, **change})
@@ -106,6 +106,54 @@ def test_what_does_not_fit_changes_nothing(tiny_llama: Build) -> None:
     with pytest.raises(QPassError, match="load_state_dict"):
         qpass.update(tiny_llama(), good)
     assert qpass.update(model, {name: good[name]}) == 1
+
+
+@pytest.mark.parametrize("preset", ["w4a8", "w8a16", "w4a8_asym_inputs", "mxfp8", "nf4", "fp8_block", "fp8_per_tensor",
+                                    "nvfp4"])
+def test_a_layer_with_nan_is_whole_and_what_changed_before_is_named(preset: str, tiny_llama: Build) -> None:
+    asym = scheme_for(WeightArgs(bits=4, granularity="per_group", group_size=32), ActivationArgs(symmetric=False))
+    recipe = qpass.Recipe(asym if preset == "w4a8_asym_inputs" else preset, on_indivisible="adjust")
+    model = qpass.quantize(tiny_llama(), recipe, progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    new = tiny_llama(initializer_range=0.1)
+    expected = qpass.quantize(tiny_llama(initializer_range=0.1), recipe, progress=False).state_dict()
+    good, bad = new.state_dict(), "model.layers.0.mlp.up_proj"
+    given = {**good, f"{bad}.weight": good[f"{bad}.weight"].clone()}
+    given[f"{bad}.weight"][-1, -1] = float("nan")
+    with pytest.raises(WeightError, match=r"up_proj\.weight holds 1 NaN and 0 Inf") as error:
+        qpass.update(model, given)
+    nothing = preset == "nvfp4"  # one scale for the tensor is looked for before
+    assert nothing == ("Nothing was changed" in str(error.value))
+    assert nothing != ("The model holds it now, with 0 for these. Changed before it: " in str(error.value))
+    assert nothing != ("self_attn.q_proj.weight" in str(error.value))
+    state = model.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.items() if nothing or ".layers.1." in key)
+    zero = {**given, f"{bad}.weight": given[f"{bad}.weight"].nan_to_num(0)}
+    there = [name for name in good if nothing or name in str(error.value) or name == f"{bad}.weight"]
+    same = qpass.quantize(tiny_llama(), recipe, progress=False)
+    if not nothing:
+        qpass.update(same, {name: zero[name] for name in there})
+    assert all(torch.equal(tensor, state[key]) for key, tensor in same.state_dict().items())
+    with pytest.raises(WeightError, match=r"up_proj\.weight holds 1 NaN and 0 Inf"):
+        qpass.update(model, given, check_first=True)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    qpass.update(model, good)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    qpass.update(same, good)
+    for updated in (model, same):
+        qpass.update(updated, given if updated is model else zero, allow_nonfinite=True)
+    assert all(torch.equal(tensor, same.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+def test_experts_with_nan_stay(tiny_model: Build) -> None:
+    model = qpass.quantize(tiny_model("mixtral"), "w4a8", progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = tiny_model("mixtral", seed=1).state_dict()
+    name = next(name for name in given if name.endswith("experts.down_proj"))
+    given[name][-1, -1, -1] = float("inf")
+    with pytest.raises(WeightError, match=r"experts\.down_proj holds 0 NaN and 1 Inf.*Nothing was changed"):
+        qpass.update(model, {key: tensor for key, tensor in given.items() if key.startswith(name.rpartition(".")[0])})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_tied_names_with_different_numbers_change_nothing(tiny_model: Any) -> None:

@@ -46,17 +46,20 @@ int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_bytes, int64_
 
 // The same and packing in one: for 4 and 8 bits as product.h says; if `decoded`, for 2 to 8 bits as decoded.h says. scale and
 // zero_point are [Np / 16][G][16]. colsum, if not null: of each row, which is one group then, the sum as rounded [Np].
+// finite, if not null: whether all of w is; else NaN and Inf count as 0 all the same.
 int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size,
                          int32_t bits, int32_t symmetric, int32_t decoded, uint8_t* packed, int64_t packed_bytes,
-                         void* scale, int8_t* zero_point, float* colsum, int32_t threads);
+                         void* scale, int8_t* zero_point, float* colsum, int32_t* finite, int32_t threads);
 
 // A float weight [N, K] -> codes of small floats or of a codebook, packed as decoded.h says, and scale [Np / 16][G][16], as
 // the codecs of qpass/codecs make them. element: 0 e2m1, 1 e4m3, 2 e2m3 in bytes of e4m3, 3 a codebook. rule, how scales
 // are made, and what it is `given`: 0 powers of two in a byte; 1 e4m3, given the tensor's scale; 2 amax / 448 in the dtype of
-// w; 3 given all, [N][G]; 4, of codebooks, the largest magnitude as float, given 15 bounds and the 16 codes between them.
+// w; 3 given all, [N][G]; 4, of codebooks, the largest magnitude as float, given 15 bounds and the 16 codes between them;
+// 5 as 2, of blocks of group_size rows and columns.
+// finite as above.
 int32_t qp_encode_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size,
                        int32_t element, int32_t rule, const float* given, int64_t given_count, uint8_t* packed,
-                       int64_t packed_bytes, void* scale, int64_t scale_bytes, int32_t threads);
+                       int64_t packed_bytes, void* scale, int64_t scale_bytes, int32_t* finite, int32_t threads);
 
 // The largest magnitude of each group of each row, [N][G]; NaN and Inf count as 0.
 int32_t qp_amax(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size, float* amax,

@@ -12,8 +12,8 @@ namespace {
 enum class Element : int32_t { e2m1, e4m3, e2m3, codebook };
 
 // How a group's scale comes from its largest magnitude: a power of two; e4m3 times that of the tensor; a float, amax / 448;
-// a float that the caller has; the magnitude itself.
-enum class Rule : int32_t { exponent, nested, amax, given, absmax };
+// a float that the caller has; the magnitude itself; amax / 448 of a block of as many rows as columns.
+enum class Rule : int32_t { exponent, nested, amax, given, absmax, block };
 
 // The bounds between a codebook's values, ascending, and the codes between them; then the bounds of the third and fourth
 // step of a search in halves, and the codes, each by the negative of how many bounds lie below.

@@ -57,6 +57,7 @@ void scales_plain(const Job& job, int64_t row, const float* most, float* divisor
       }
       return;
     case Rule::amax:
+    case Rule::block:
       for (int64_t g = 0; g < groups; g++) {
         const float s = rounded_to(most[g] / 448.0f, job.dtype);
         divisor[g] = s != 0 ? s : eps_of(job.dtype);
@@ -120,43 +121,70 @@ struct Plain {
 namespace qpass {
 namespace {
 
-// One row: first all scales, then all codes, so that no group waits for its scale.
-template <class How, class T, Element kElement>
-void encode_row(const Job& job, const T* w, int64_t row, int8_t* q, void* scale) {
-  float *most = (float*)scratch(1, 2 * job.groups * 4), *divisor = most + job.groups;
-  bool all_finite = true;
+// The largest magnitudes of a row's groups; false if one of its weights is NaN or Inf, or nobody looked.
+template <class How, class T>
+bool largest_of_row(const Job& job, const T* w, float* most) {
+  bool finite = true;
   for (int64_t g = 0; g < job.groups;) {
     const int64_t first = g * job.group_size, left = job.K - first;
     if (left >= 8 * job.group_size && How::largest_8(w + first, job.group_size, most + g)) {
       g += 8;
       continue;
     }
-    all_finite &= How::largest(w + first, job.group_size < left ? job.group_size : left, most[g]);
+    finite &= How::largest(w + first, job.group_size < left ? job.group_size : left, most[g]);
     g++;
   }
+  return finite;
+}
+
+// One row: first all scales, then all codes, so that no group waits for its scale. Whether all its weights are finite.
+// `shared` are the largest magnitudes of the groups of a block of rows, if those count.
+template <class How, class T, Element kElement>
+bool encode_row(const Job& job, const T* w, int64_t row, const float* shared, int8_t* q, void* scale) {
+  float *most = (float*)scratch(1, 2 * job.groups * 4), *divisor = most + job.groups;
+  const bool finite = largest_of_row<How>(job, w, most);
+  if (shared) memcpy(most, shared, (size_t)job.groups * 4);
   How::scales(job, row, most, divisor, scale);
-  if (all_finite)
+  if (finite)
     How::template codes<T, kElement>(job, w, most, divisor, q);
   else
     codes_row<T, kElement>(job, w, divisor, q);
+  return finite || all_finite(w, job.K);
 }
 
 template <class How, class T>
-void encode_as(const Job& job, const T* w, int64_t row, int8_t* q, void* scale) {
+bool encode_as(const Job& job, const T* w, int64_t row, const float* shared, int8_t* q, void* scale) {
   w += row * job.K;
   switch (job.element) {
-    case Element::e2m1: return encode_row<How, T, Element::e2m1>(job, w, row, q, scale);
-    case Element::e4m3: return encode_row<How, T, Element::e4m3>(job, w, row, q, scale);
-    case Element::e2m3: return encode_row<How, T, Element::e2m3>(job, w, row, q, scale);
-    case Element::codebook: return encode_row<How, T, Element::codebook>(job, w, row, q, scale);
+    case Element::e2m1: return encode_row<How, T, Element::e2m1>(job, w, row, shared, q, scale);
+    case Element::e4m3: return encode_row<How, T, Element::e4m3>(job, w, row, shared, q, scale);
+    case Element::e2m3: return encode_row<How, T, Element::e2m3>(job, w, row, shared, q, scale);
+    case Element::codebook: return encode_row<How, T, Element::codebook>(job, w, row, shared, q, scale);
   }
+  return false;
 }
 
 template <class How>
-void encode(const Job& job, const void* w, int64_t row, int8_t* q, void* scale) {
-  if (job.dtype == DType::f32) return encode_as<How>(job, (const float*)w, row, q, scale);
-  if (job.dtype == DType::bf16) return encode_as<How>(job, (const uint16_t*)w, row, q, scale);
-  encode_as<How>(job, (const Half*)w, row, q, scale);
+bool encode(const Job& job, const void* w, int64_t row, const float* shared, int8_t* q, void* scale) {
+  if (job.dtype == DType::f32) return encode_as<How>(job, (const float*)w, row, shared, q, scale);
+  if (job.dtype == DType::bf16) return encode_as<How>(job, (const uint16_t*)w, row, shared, q, scale);
+  return encode_as<How>(job, (const Half*)w, row, shared, q, scale);
+}
+
+// The largest magnitudes of the groups of a block of rows.
+template <class How>
+void largest_of_block(const Job& job, const void* w, int64_t first, int64_t rows, float* most) {
+  float* one = (float*)scratch(1, 2 * job.groups * 4);
+  memset(most, 0, (size_t)job.groups * 4);
+  for (int64_t n = first; n < first + rows; n++) {
+    if (job.dtype == DType::f32)
+      largest_of_row<How>(job, (const float*)w + n * job.K, one);
+    else if (job.dtype == DType::bf16)
+      largest_of_row<How>(job, (const uint16_t*)w + n * job.K, one);
+    else
+      largest_of_row<How>(job, (const Half*)w + n * job.K, one);
+    for (int64_t g = 0; g < job.groups; g++) most[g] = one[g] > most[g] ? one[g] : most[g];
+  }
 }
 
 void pack_any(const int8_t* rows, int64_t stride, int32_t bits, uint8_t* out) { pack_tile(rows, stride, bits, out); }
@@ -178,15 +206,17 @@ using namespace qpass;
 extern "C" int32_t qp_encode_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K,
                                   int64_t group_size, int32_t element, int32_t rule, const float* given,
                                   int64_t given_count, uint8_t* packed, int64_t packed_bytes, void* scale,
-                                  int64_t scale_bytes, int32_t threads) {
+                                  int64_t scale_bytes, int32_t* finite, int32_t threads) {
   if (const char* why = check_sizes(w, dtype, w_bytes, N, K, group_size)) return fail("encode_pack: %s", why);
-  if (element < 0 || element > (int32_t)Element::codebook || rule < 0 || rule > (int32_t)Rule::absmax ||
+  if (element < 0 || element > (int32_t)Element::codebook || rule < 0 || rule > (int32_t)Rule::block ||
       (element == (int32_t)Element::codebook) != (rule == (int32_t)Rule::absmax))
     return fail("encode_pack: unknown numbers");
+  const bool square = rule == (int32_t)Rule::block;
+  if (square && group_size % 16) return fail("encode_pack: blocks must have a multiple of 16 rows");
   Job job = {K, group_size, (K + group_size - 1) / group_size, (DType)dtype, (Element)element, (Rule)rule, given, {}};
   const int32_t bits = job.element == Element::e2m1 || job.element == Element::codebook ? 4 : 8;
   const int64_t blocks = padded(N, 32) / 16, Kp = padded(K, 64);
-  const int64_t wanted[] = {0, 1, 0, N * job.groups, 31};  // what each rule is given
+  const int64_t wanted[] = {0, 1, 0, N * job.groups, 31, 0};  // what each rule is given
   const int64_t scale_size = job.rule <= Rule::nested ? 1 : job.rule == Rule::absmax ? 4 : bytes_of(job.dtype);
   if (given_count != wanted[rule] || (given_count && !given)) return fail("encode_pack: wrong numbers were given");
   if (!packed || packed_bytes != blocks * 2 * Kp * bits) return fail("encode_pack: the packed weight has the wrong size");
@@ -195,23 +225,30 @@ extern "C" int32_t qp_encode_pack(const void* w, int32_t dtype, int64_t w_bytes,
   const bool avx2 = machine_runs(1);
   const auto one = avx2 ? encode<Avx2> : encode<Plain>;
   const auto tile = avx2 ? pack_tile_avx2 : pack_any;
-  const int32_t team = team_size(threads, blocks);
-  int32_t failed = 0;
-#pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed)
-  for (int64_t b = 0; b < blocks; b++) {
+  const auto look = avx2 ? largest_of_block<Avx2> : largest_of_block<Plain>;
+  const int64_t tall = square ? group_size / 16 : 1;  // blocks of 16 rows that share their scales
+  const int32_t team = team_size(threads, (blocks + tall - 1) / tall);
+  int32_t failed = 0, rows_not_finite = 0;
+#pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed, rows_not_finite)
+  for (int64_t first = 0; first < blocks; first += tall) {
     try {
+      float* shared = square ? (float*)scratch(2, job.groups * 4) : nullptr;
+      if (square) look(job, w, first * 16, (first + tall) * 16 < N ? tall * 16 : N > first * 16 ? N - first * 16 : 0, shared);
       int8_t* rows = (int8_t*)scratch(0, 16 * Kp);
+      for (int64_t b = first; b < first + tall && b < blocks; b++) {
       for (int64_t r = 0; r < 16; r++) {
         const int64_t n = b * 16 + r, at = b * job.groups * 16 + r, there = n < N ? K : 0;
-        if (there) one(job, w, n, rows + r * Kp, (char*)scale + at * scale_size);
+        if (there) rows_not_finite += !one(job, w, n, shared, rows + r * Kp, (char*)scale + at * scale_size);
         for (int64_t g = 0; !there && g < job.groups; g++) pad_scale(job, scale, at + g * 16);
         memset(rows + r * Kp + there, 0, (size_t)(Kp - there));
       }
       for (int64_t j = 0; j < Kp / 64; j++) tile(rows + j * 64, Kp, bits, packed + (b * (Kp / 64) + j) * bits * 128);
+      }
     } catch (...) {
       failed++;
     }
   }
+  if (finite) *finite = !rows_not_finite;
   return failed ? fail("encode_pack: out of memory") : 0;
 }
 

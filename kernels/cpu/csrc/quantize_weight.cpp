@@ -126,13 +126,16 @@ struct Avx2 {
 // First all scales of the row, then all codes, so that no group waits for its scale.
 template <class How, class T>
 void quantize_row(const Job& job, const T* w, int64_t groups, int8_t* q, void* scale, int8_t* zero_point, int64_t first,
-                  int64_t step, Group* found) {
+                  int64_t step, Group* found, bool* finite) {
   How::numbers(job, w, groups, found);
   for (int64_t g = 0; g < groups; g++) {
     store_float(scale, job.dtype, first + g * step, found[g].scale);
     if (zero_point) zero_point[first + g * step] = (int8_t)found[g].zero_point;
   }
   const int64_t K = groups * job.group_size;
+  bool known = true;
+  for (int64_t g = 0; g < groups; g++) known &= found[g].all_finite != 0;
+  if (finite) *finite = known || all_finite(w, K);
   for (int64_t g = 0; g < groups; g++) {
     for (int64_t i = 0; i < job.group_size; i += 64 / (int64_t)sizeof(T))  // the next row, wanted next
       __builtin_prefetch(w + K + g * job.group_size + i);
@@ -140,18 +143,19 @@ void quantize_row(const Job& job, const T* w, int64_t groups, int8_t* q, void* s
   }
 }
 
-// One row, to q, its scales `step` apart from `first`. Throws std::bad_alloc.
+// One row, to q, its scales `step` apart from `first`; `finite`, if not null, whether all its weights are. Throws
+// std::bad_alloc.
 template <class How>
 const Group* row(const Job& job, const void* w, int64_t row, int64_t groups, int8_t* q, void* scale, int8_t* zero_point,
-                 int64_t first, int64_t step) {
+                 int64_t first, int64_t step, bool* finite) {
   const int64_t at = row * groups * job.group_size;
   Group* found = (Group*)scratch(1, groups * (int64_t)sizeof(Group));
   if (job.dtype == DType::f32)
-    quantize_row<How>(job, (const float*)w + at, groups, q, scale, zero_point, first, step, found);
+    quantize_row<How>(job, (const float*)w + at, groups, q, scale, zero_point, first, step, found, finite);
   else if (job.dtype == DType::bf16)
-    quantize_row<How>(job, (const uint16_t*)w + at, groups, q, scale, zero_point, first, step, found);
+    quantize_row<How>(job, (const uint16_t*)w + at, groups, q, scale, zero_point, first, step, found, finite);
   else
-    quantize_row<How>(job, (const Half*)w + at, groups, q, scale, zero_point, first, step, found);
+    quantize_row<How>(job, (const Half*)w + at, groups, q, scale, zero_point, first, step, found, finite);
   return found;
 }
 
@@ -198,7 +202,7 @@ extern "C" int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_by
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed)
   for (int64_t n = 0; n < N; n++) {
     try {
-      quantize(job, w, n, K / group_size, q + n * K, scale, zero_point, n * (K / group_size), 1);
+      quantize(job, w, n, K / group_size, q + n * K, scale, zero_point, n * (K / group_size), 1, nullptr);
     } catch (...) {
       failed++;
     }
@@ -209,7 +213,7 @@ extern "C" int32_t qp_quantize_weight(const void* w, int32_t dtype, int64_t w_by
 extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K,
                                     int64_t group_size, int32_t bits, int32_t symmetric, int32_t decoded,
                                     uint8_t* packed, int64_t packed_bytes, void* scale, int8_t* zero_point,
-                                    float* colsum, int32_t threads) {
+                                    float* colsum, int32_t* finite, int32_t threads) {
   if (const char* why = check(w, dtype, w_bytes, N, K, group_size, bits, packed, scale, zero_point, symmetric))
     return fail("quantize_pack: %s", why);
   if (!decoded && bits != 4 && bits != 8) return fail("quantize_pack: bits must be 4 or 8");
@@ -223,8 +227,8 @@ extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_byte
   const auto tile = machine_runs(1) ? pack_tile_avx2 : pack_any;
   const auto sum = machine_runs(1) ? sum_avx2 : sum_plain;
   const int32_t team = team_size(threads, blocks);
-  int32_t failed = 0;
-#pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed)
+  int32_t failed = 0, rows_not_finite = 0;
+#pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : failed, rows_not_finite)
   for (int64_t b = 0; b < blocks; b++) {
     try {
       int8_t* rows = (int8_t*)scratch(0, 16 * Kp);
@@ -232,7 +236,10 @@ extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_byte
         int8_t* q = rows + r * Kp;
         const int64_t n = b * 16 + r, there = n < N ? K : 0;
         if (there) {
-          const Group* found = quantize(job, w, n, groups, q, scale, zero_point, b * groups * 16 + r, 16);
+          bool row_finite = true;
+          const Group* found = quantize(job, w, n, groups, q, scale, zero_point, b * groups * 16 + r, 16,
+                                        finite ? &row_finite : nullptr);
+          rows_not_finite += !row_finite;
           if (colsum) colsum[n] = sum_of(sum(q, K), K, found[0]);
         } else {
           if (colsum) colsum[n] = 0;
@@ -249,5 +256,6 @@ extern "C" int32_t qp_quantize_pack(const void* w, int32_t dtype, int64_t w_byte
       failed++;
     }
   }
+  if (finite) *finite = !rows_not_finite;
   return failed ? fail("quantize_pack: out of memory") : 0;
 }

@@ -17,6 +17,17 @@ static inline uint32_t bits_at(const Half* w, int64_t i) { return bits_of(from_f
 // NaN and Inf count as 0: whoever does not want that has refused them before.
 static inline uint32_t finite(uint32_t u) { return (u & 0x7f800000u) == 0x7f800000u ? 0 : u; }
 
+// Whether all of them are numbers.
+template <class T>
+static inline bool all_finite(const T* w, int64_t size) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < size; i++) {
+    const uint32_t u = bits_at(w, i) & 0x7fffffffu;
+    most = u > most ? u : most;
+  }
+  return most < 0x7f800000u;
+}
+
 // A number as it will be read back once stored in `dtype`; what is too large is the largest.
 static inline float rounded_to(float s, DType dtype) {
   static constexpr float most[] = {3.40282347e38f, 3.38953139e38f, 65504.0f};

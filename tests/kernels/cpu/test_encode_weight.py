@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qpass.kernels.cpu import native, native_weights
 from qpass.kernels.cpu.x86_decoded import X86_DECODED
+from qpass.kernels.layout import NonFinite
 from qpass.scheme import WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, quantize_weight
@@ -138,6 +139,31 @@ def test_written_into_tensors_that_are_there() -> None:
             assert torch.equal(back.tensors[name].float(), tensor.float()), (numbers, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_weight_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    for numbers in CASES.values():
+        spec, weight = spec_of(numbers, 70, 576), torch.randn(70, 576).to(dtype)
+        assert X86_DECODED.quantize is not None
+        assert X86_DECODED.quantize(weight, spec, None, None, True) is not None
+        for wrong in ("nan", "-inf"):
+            for place in ((0, 0), (33, 300), (69, 575)):
+                broken = weight.clone()
+                broken[place] = float(wrong)
+                with pytest.raises(NonFinite):
+                    X86_DECODED.quantize(broken, spec, None, weight.abs().amax().float(), True)
+                if place[0]:
+                    continue
+                same(broken, numbers)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (128, 128), (1, 129), (257, 1040), (20, 100)], ids=str)
+def test_blocks_of_128(shape: tuple[int, int]) -> None:
+    for dtype in DTYPES:
+        weight = torch.randn(shape).to(dtype)
+        weight[:, 128:] = 0
+        same(weight, args("fp8", 8, 128, "per_block"))
+
+
 def test_what_is_not_taken() -> None:
     quantize = X86_DECODED.quantize
     assert quantize is not None
@@ -155,11 +181,11 @@ def test_sizes_are_checked() -> None:
              scales: int = 64, dtype: int = 0) -> str:
         code = native.library("decoded").qp_encode_pack(
             w.data_ptr(), dtype, nbytes, 4, 64, group, element, rule, given.data_ptr(), count, packed.data_ptr(), size,
-            scale.data_ptr(), scales, 1)
+            scale.data_ptr(), scales, None, 1)
         return "" if code == 0 else native.library("decoded").qp_last_error().decode()
 
     assert call() == ""
     assert "N * K" in call(nbytes=1000) and "1 to K" in call(group=65) and "unknown numbers" in call(element=3)
     assert "were given" in call(count=1) and "were given" in call(rule=1) and "packed weight" in call(size=1000)
-    assert "scale has" in call(scales=60) and "float32" in call(dtype=3) and "unknown numbers" in call(rule=5)
+    assert "scale has" in call(scales=60) and "float32" in call(dtype=3) and "unknown numbers" in call(rule=6)
     assert torch.equal(native_weights.amax(w, 32), w.abs().view(4, 2, 32).amax(-1))

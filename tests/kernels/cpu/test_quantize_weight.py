@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qpass.kernels.cpu import native, native_weights
 from qpass.kernels.cpu.x86 import X86_TILE64
+from qpass.kernels.layout import NonFinite
 from qpass.scheme import ActivationArgs, WeightArgs
 from qpass.spec import LinearSpec
 from qpass.weight import quantize_weight
@@ -89,6 +90,20 @@ def test_quotients_at_and_next_to_ties(dtype: torch.dtype, bits: int) -> None:
         want = quantize_weight(weight.view(-1, 128), spec)
         got = native_weights.quantize_weight(weight.view(-1, 128), 32, bits, symmetric=symmetric)
         assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_weight_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    for group, symmetric in ((32, True), (64, False), (576, True), (9, True)):
+        weight = torch.randn(37, 576).to(dtype)
+        native_weights.quantize_pack(weight, group, 4, symmetric=symmetric, finite=True)
+        for wrong in ("nan", "inf"):
+            for place in ((0, 0), (17, 300), (36, 575)):
+                broken = weight.clone()
+                broken[place] = float(wrong)
+                with pytest.raises(NonFinite):
+                    native_weights.quantize_pack(broken, group, 4, symmetric=symmetric, finite=True)
+                native_weights.quantize_pack(broken, group, 4, symmetric=symmetric)
 
 
 def test_the_layout_declines_what_it_does_not_take() -> None:

@@ -52,6 +52,16 @@ def test_one_scale_for_weights_with_one_input() -> None:
     assert difference.norm() / before.gate.weight.norm() < 0.12  # as good as with a scale of its own
 
 
+def test_what_is_not_finite_does_not_make_the_scale() -> None:
+    broken, zero = made(), made()
+    for block, value in ((broken, float("nan")), (zero, 0.0)):
+        block.gate.weight.data[0, 0] = block.down.weight.data[3, 3] = value
+    models = [qpass.quantize(block, "nvfp4a16", example_inputs=(X,), progress=False, allow_nonfinite=True)
+              for block in (broken, zero)]
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
 def test_other_formats_have_their_scales_alone() -> None:
     from qpass.plan_model import make_plan
 

@@ -37,6 +37,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_encode_pack": (_POINTER, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _POINTER, _I64, _POINTER, _I64, _POINTER,
                        _I64, _POINTER, _I32),
     "qp_amax": (_POINTER, _I32, _I64, _I64, _I64, _I64, _POINTER, _I32),
+    "qp_search_ranges": (_POINTER, _I64, _I64, _I64, _I64, _POINTER, _I64, _I32, _I32, _I32, _I32, ctypes.c_float,
+                         _POINTER, _I64, _I32, _POINTER, _POINTER, _I32),
     "qp_largest": (_POINTER, _I32, _I64, _POINTER, _I32),
     "qp_attention": (_POINTER, _I32, _POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER, _I64, _I32,
                      ctypes.c_float, ctypes.c_float, _POINTER, _I32),

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpass.calibrate.scale_search import Grid, storable
+from qpass.calibrate.scale_search import Grid
+from qpass.kernels.reference.range_search import storable
 
 _MOST_DAMPENING = 1e3
 _SOLVED_WHOLE = 256  # columns

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.calibrate.scale_search import Grid, storable
+from qpass.calibrate.scale_search import Grid
+from qpass.kernels.reference.range_search import storable
 
 _LEAST, _MOST = 0.6, 1.4  # of `a`
 

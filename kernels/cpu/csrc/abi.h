@@ -65,6 +65,14 @@ int32_t qp_encode_pack(const void* w, int32_t dtype, int64_t w_bytes, int64_t N,
 int32_t qp_amax(const void* w, int32_t dtype, int64_t w_bytes, int64_t N, int64_t K, int64_t group_size, float* amax,
                 int32_t threads);
 
+// Groups of weights w [N][groups][size], the importance of each column's error [groups][size] or null -> scale and, if not
+// symmetric, zero_point [N][groups] as floats: of the ranges `tried` those of least error, as
+// kernels/reference/range_search.py says. with_sign: scales may be negative. dtype: what scales are stored in.
+int32_t qp_search_ranges(const float* w, int64_t count, int64_t N, int64_t groups, int64_t size, const float* importance,
+                         int64_t importance_count, int32_t bits, int32_t symmetric, int32_t with_sign,
+                         int32_t compensated, float bias_weight, const float* tried, int64_t tried_count, int32_t dtype,
+                         float* scale, float* zero_point, int32_t threads);
+
 // Keys or values of a quantized cache: strides of codes in bytes, of scales in numbers (0 where one scale serves
 // several), the sizes of both buffers, and how many scales a row of a head has.
 struct qp_cached {

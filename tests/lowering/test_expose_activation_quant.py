@@ -66,11 +66,11 @@ def graph(p_bias, b_packed_qweight, b_packed_scale, x):
     round_default: "float32[2, 32]" = torch.ops.aten.round.default(div_tensor)
     clamp_min_default_1: "float32[2, 32]" = torch.ops.aten.clamp_min.default(round_default, -127)
     clamp_max_default: "float32[2, 32]" = torch.ops.aten.clamp_max.default(clamp_min_default_1, 127)
-    isnan_default: "bool[2, 32]" = torch.ops.aten.isnan.default(clamp_max_default)
+    ne_tensor: "bool[2, 32]" = torch.ops.aten.ne.Tensor(clamp_max_default, clamp_max_default)
     scalar_tensor_default: "float32[]" = torch.ops.aten.scalar_tensor.default(
         0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'),
     )
-    where_self: "float32[2, 32]" = torch.ops.aten.where.self(isnan_default, scalar_tensor_default, clamp_max_default)
+    where_self: "float32[2, 32]" = torch.ops.aten.where.self(ne_tensor, scalar_tensor_default, clamp_max_default)
     xq: "int8[2, 32]" = torch.ops.prims.convert_element_type.default(where_self, torch.int8)
     linear_q: "bfloat16[2, 8]" = torch.ops.qpass.linear_q.default(
         xq, x_scale, None, [b_packed_qweight, b_packed_scale], p_bias,
@@ -103,13 +103,11 @@ def graph(b_packed_qweight, b_packed_scale, x):
     add_tensor: "float32[2, 32]" = torch.ops.aten.add.Tensor(round_default_1, x_zero_point)
     clamp_min_default_2: "float32[2, 32]" = torch.ops.aten.clamp_min.default(add_tensor, -128)
     clamp_max_default_1: "float32[2, 32]" = torch.ops.aten.clamp_max.default(clamp_min_default_2, 127)
-    isnan_default: "bool[2, 32]" = torch.ops.aten.isnan.default(clamp_max_default_1)
+    ne_tensor: "bool[2, 32]" = torch.ops.aten.ne.Tensor(clamp_max_default_1, clamp_max_default_1)
     scalar_tensor_default: "float32[]" = torch.ops.aten.scalar_tensor.default(
         0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'),
     )
-    where_self: "float32[2, 32]" = torch.ops.aten.where.self(
-        isnan_default, scalar_tensor_default, clamp_max_default_1,
-    )
+    where_self: "float32[2, 32]" = torch.ops.aten.where.self(ne_tensor, scalar_tensor_default, clamp_max_default_1)
     xq: "int8[2, 32]" = torch.ops.prims.convert_element_type.default(where_self, torch.int8)
     linear_q: "float32[2, 8]" = torch.ops.qpass.linear_q.default(
         xq, x_scale, x_zero_point, [b_packed_qweight, b_packed_scale], None,

@@ -63,6 +63,7 @@ def test_quantization_is_part_of_the_producers_function(quantize_layers, install
     norms = [name for name in writing if "rsqrt" in name and "mean" in name and "amax" in name and "round" in name]
     gates = [name for name in writing if activation in name and "mul" in name and "amax" in name and "round" in name]
     assert (len(writing), len(norms), len(gates)) == (3, 2, 1)
+    assert not any("isnan" in text for text in writing.values())  # Inductor takes it one number at a time
     # 3 functions write integers for 6 layers: q, k and v read those of one, gate and up those of another.
     assert len(re.findall(r"= torch\.ops\.qpass\.linear_q_list\.default\(", code)) == 2
     assert len(re.findall(r"= torch\.ops\.qpass\.linear_q\.default\(", code)) == 1

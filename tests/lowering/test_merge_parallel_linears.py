@@ -99,11 +99,11 @@ def graph(
     round_default: "float32[2, 32]" = torch.ops.aten.round.default(div_tensor)
     clamp_min_default_1: "float32[2, 32]" = torch.ops.aten.clamp_min.default(round_default, -127)
     clamp_max_default: "float32[2, 32]" = torch.ops.aten.clamp_max.default(clamp_min_default_1, 127)
-    isnan_default: "bool[2, 32]" = torch.ops.aten.isnan.default(clamp_max_default)
+    ne_tensor: "bool[2, 32]" = torch.ops.aten.ne.Tensor(clamp_max_default, clamp_max_default)
     scalar_tensor_default: "float32[]" = torch.ops.aten.scalar_tensor.default(
         0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'),
     )
-    where_self: "float32[2, 32]" = torch.ops.aten.where.self(isnan_default, scalar_tensor_default, clamp_max_default)
+    where_self: "float32[2, 32]" = torch.ops.aten.where.self(ne_tensor, scalar_tensor_default, clamp_max_default)
     xq: "int8[2, 32]" = torch.ops.prims.convert_element_type.default(where_self, torch.int8)
     linear_q_list: "(float32[2, 32], float32[2, 32], float32[2, 32])" = torch.ops.qpass.linear_q_list.default(
         xq, x_scale, None,
@@ -136,12 +136,12 @@ def graph(
     round_default_3: "float32[2, 32]" = torch.ops.aten.round.default(div_tensor_3)
     clamp_min_default_7: "float32[2, 32]" = torch.ops.aten.clamp_min.default(round_default_3, -127)
     clamp_max_default_3: "float32[2, 32]" = torch.ops.aten.clamp_max.default(clamp_min_default_7, 127)
-    isnan_default_3: "bool[2, 32]" = torch.ops.aten.isnan.default(clamp_max_default_3)
+    ne_tensor_3: "bool[2, 32]" = torch.ops.aten.ne.Tensor(clamp_max_default_3, clamp_max_default_3)
     scalar_tensor_default_3: "float32[]" = torch.ops.aten.scalar_tensor.default(
         0, dtype=torch.float32, layout=torch.strided, device=torch.device(type='cpu'),
     )
     where_self_3: "float32[2, 32]" = torch.ops.aten.where.self(
-        isnan_default_3, scalar_tensor_default_3, clamp_max_default_3,
+        ne_tensor_3, scalar_tensor_default_3, clamp_max_default_3,
     )
     xq_3: "int8[2, 32]" = torch.ops.prims.convert_element_type.default(where_self_3, torch.int8)
     linear_q_3: "float32[2, 16]" = torch.ops.qpass.linear_q.default(

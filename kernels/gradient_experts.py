@@ -26,6 +26,16 @@ LIBRARY.define("experts_backward(Tensor grad, Tensor x, Tensor index, Tensor wei
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def both_or_none(bias: list[Tensor | None], spec: ExpertsSpec) -> list[Tensor | None]:
+    """The two biases of a call that is to be differentiated: zeros for one that is missing beside one that is not.
+
+    For torch passes no gradient to the tensors in a list that holds None as well.
+    """
+    there = [b for b in bias if b is not None]
+    sizes = (spec.experts, spec.up_features), (spec.experts, spec.hidden)
+    return [there[0].new_zeros(size) if b is None and there else b for b, size in zip(bias, sizes, strict=True)]
+
+
 def _empty(x: Tensor, weight: Tensor, spec: ExpertsSpec) -> _Four:
     """Of the input [T, H], the routing weights [T, k], and the two biases [E, N]; float32."""
     sizes = (x.shape, weight.shape, (spec.experts, spec.up_features), (spec.experts, spec.hidden))
@@ -85,7 +95,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     packed, given = rest[:ctx.count], iter(rest[ctx.count:])
     bias = [next(given) if there else None for there in ctx.biased]
     grad_x, grad_weight, *grad_bias = torch.ops.qpass.experts_backward(grad, x, index, weight, packed, bias, ctx.spec)
-    of_bias = [None if b is None else g.to(b.dtype) for b, g in zip(bias, grad_bias, strict=True)]
+    # torch takes a list for tensors if all in it are, and anything else for one argument, whose gradient is None.
+    of_bias = ([g.to(b.dtype) for b, g in zip(bias, grad_bias, strict=True) if b is not None]
+               if all(ctx.biased) else None)
     return grad_x.to(x.dtype), None, grad_weight.to(weight.dtype), [None] * ctx.count, of_bias, None
 
 

@@ -9,6 +9,7 @@ Names load when first used: importing qpass is quick, compiles nothing and touch
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +72,16 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _tell_transformers() -> None:
-    """Make our configs known to Transformers' loader. One of a version without its hooks goes on as it was, and
-    `qpass.QPassConfig` raises what is missing when it is asked for."""
+def _register(module: str) -> None:
+    """Make our configs known to Transformers' loader, or our layers to peft. One of a version without what the module
+    needs goes on as it was; `qpass.QPassConfig` raises what is missing when it is asked for."""
     try:
-        import_module("qpass.hf.registration")
+        import_module(module)
     except (ImportError, AttributeError):
         pass
 
 
-# Whichever of the two is imported first, Transformers' loader knows our configs as soon as it is there.
-# The module registers as it is imported; if that is what imports Transformers, it is on its way here already.
-after_import("transformers.quantizers.auto", _tell_transformers)
+# Whichever of the two is imported first, Transformers' loader knows our configs as soon as it is there, and peft our
+# layers. The modules register as they are imported; if that is what imports Transformers, it is on its way already.
+after_import("transformers.quantizers.auto", partial(_register, "qpass.hf.registration"))
+after_import("peft.tuners.lora.model", partial(_register, "qpass.hf.packed_lora"))

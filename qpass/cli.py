@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_all = options.traceback or bool(os.environ.get("QPASS_DEBUG"))
     if arguments is None and options.command in _WITHOUT_TORCH:  # as the process's own command, after which it ends
         import_when_used("torch", "numpy")
-    from qpass import cli_commands
-
     try:
+        from qpass import cli_commands  # here, for importing torch is when most people press Ctrl-C
+
         with cli_commands.quiet(enabled=not show_all):
             getattr(cli_commands, f"run_{options.command}")(options)
         sys.stdout.flush()

@@ -14,6 +14,7 @@ from typing import Any
 
 import qpass
 from qpass.checkpoints.model_folder import TokenizerFiles, check_folder, is_quantized, load_float, load_meta
+from qpass.checkpoints.publish_folder import check_target
 from qpass.errors import CheckpointError, QPassError
 
 _CHATTY = ("torchao", "transformers", "torch.utils._pytree", "torch.distributed", "torch._inductor", "torch._dynamo",
@@ -57,6 +58,7 @@ def run_quantize(options: argparse.Namespace) -> None:
     if is_quantized(source):
         raise CheckpointError(f"the model in {source} is quantized already; give the float model, or see what was done "
                               f"to it: qpass explain {source}")
+    check_target(destination)
     model = qpass.quantize(load_float(source), recipe)
     tokenizer = TokenizerFiles(source)
     qpass.save(model, destination, tokenizer=tokenizer)
@@ -66,12 +68,13 @@ def run_quantize(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print the dry run, made on the meta device."""
-    _show(qpass.plan(load_meta(check_folder(options.source)), recipe_of(options)), options)
+    source = _checked(options)
+    _show(qpass.plan(load_meta(source), recipe_of(options)), options)
 
 
 def run_explain(options: argparse.Namespace) -> None:
     """Load the quantized model and print its report."""
-    source = check_folder(options.source)
+    source = _checked(options)
     if not is_quantized(source):
         raise CheckpointError(f"the model in {source} is not quantized; what could be done to it: qpass plan {source}")
     _show(qpass.explain(qpass.load(source)), options)
@@ -139,6 +142,13 @@ def recipe_of(options: argparse.Namespace) -> Any:
 
 def _load(folder: Path) -> Any:
     return qpass.load(folder) if is_quantized(folder) else load_float(folder)
+
+
+def _checked(options: argparse.Namespace) -> Path:
+    """The model folder, and a place for the page: asked before any work."""
+    if options.html and (Path(options.html).is_dir() or not Path(options.html).absolute().parent.is_dir()):
+        raise QPassError(f"--html: {options.html} cannot be written: it is a folder, or lies in one that is not there")
+    return check_folder(options.source)
 
 
 def _show(table: Any, options: argparse.Namespace) -> None:

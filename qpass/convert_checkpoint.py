@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpass.checkpoints.model_folder import TokenizerFiles
+from qpass.checkpoints.publish_folder import check_target
 from qpass.errors import CheckpointError
 from qpass.inspect_checkpoint import Inspection, inspect
 from qpass.reports.bands import pattern, without_indices
@@ -57,6 +58,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     target = Path(destination)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is not empty; choose another folder")
+    check_target(target)
     before = inspect(source)
     if before.format is None:
         raise CheckpointError(f"the model in {before.path} is not quantized; qpass quantize does that")

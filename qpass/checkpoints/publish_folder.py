@@ -33,14 +33,11 @@ def publish_folder(target: Path, replaces: Callable[[str], bool]) -> Iterator[Pa
     """
     target = Path(os.path.abspath(target)).resolve()
     with _told(target):
-        if target.exists() and not target.is_dir():
-            raise CheckpointError(f"{target} is a file; save needs a folder")
-        if target.exists() and not os.access(target, os.W_OK | os.X_OK):
-            raise CheckpointError(f"cannot save to {target}: the folder is read-only; nothing was written")
+        _refuse(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = _can_rename(target)
         home = target.parent if beside else target
-        staging = home / f".{target.name}.saving-{os.getpid()}-{secrets.token_hex(4)}"
+        staging = _staging(home, target)
         try:
             os.mkdir(staging)
             yield staging
@@ -49,6 +46,29 @@ def publish_folder(target: Path, replaces: Callable[[str], bool]) -> Iterator[Pa
                 (_exchange if beside else _replace_each)(staging, target, replaces)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Raise now the CheckpointError that publish_folder would raise at once, after the work that is to be saved."""
+    target = Path(os.path.abspath(target)).resolve()
+    with _told(target):
+        _refuse(target)
+        home = next(folder for folder in target.parents if folder.exists())
+        # Made and taken away again: neither root nor some file systems obey what a folder's mode says.
+        probe = _staging(target if target.exists() and not _can_rename(target) else home, target)
+        os.mkdir(probe)
+        os.rmdir(probe)
+
+
+def _refuse(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; save needs a folder")
+    if target.exists() and not os.access(target, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot save to {target}: the folder is read-only; nothing was written")
+
+
+def _staging(home: Path, target: Path) -> Path:
+    return home / f".{target.name}.saving-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _exchange(staging: Path, target: Path, replaces: Callable[[str], bool]) -> None:

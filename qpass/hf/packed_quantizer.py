@@ -6,7 +6,7 @@ from transformers.quantizers.base import HfQuantizer
 
 
 class PackedQuantizer(HfQuantizer):
-    """Needs no calibration; its models can be saved and compiled, and not trained."""
+    """Needs no calibration; its models can be saved and compiled, and adapters on them trained."""
 
     requires_calibration = False
 
@@ -15,7 +15,7 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # asked by Trainer, of models with adapters; of others it says that they need them
 
     @property
     def is_compileable(self) -> bool:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qpass.kernels.dispatch
-import qpass.kernels.gradient_experts  # noqa: F401  (both give the op below what it does)
+import qpass.kernels.dispatch  # noqa: F401  (gives the op below what it does, as gradient_experts does)
 from qpass.experts_site import Argument, ExpertsSite
 from qpass.experts_spec import ExpertsSpec
 from qpass.find.experts_rows import gate_first, packed_part
 from qpass.kernels.experts_choice import choose_experts, unpack_block
+from qpass.kernels.gradient_experts import both_or_none
 from qpass.kernels.layout import Packed
 from qpass.kernels.reference.experts import part_names
 from qpass.kernels.registry import ExpertsCall, kernel
@@ -135,6 +135,7 @@ class QuantExperts(PackedLayer):
         learns = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in biases)
         bias = [b if b is None or len(self.blocks) == 1 else b[list(block.experts)]
                 for b in (self._bias_rows() if learns else (self.first_bias_rows, self.second_bias_rows))]
+        bias = both_or_none(bias, block.spec) if learns else bias
         if torch.compiler.is_compiling() or learns or (
                 torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return torch.ops.qpass.experts(x, index, weight, packed, bias, block.text)  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ from qpass.weight import CanonicalWeight, dequantize_weight
 
 
 class PackedLayer(nn.Module):
-    """What is packed for inference, and does not train. `on_disk`: dtype and shape of what `tensor_on_disk` makes."""
+    """What is packed for inference, and does not learn. `on_disk`: dtype and shape of what `tensor_on_disk` makes."""
 
     on_disk: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     _spec_text: str
@@ -47,10 +47,7 @@ class PackedLayer(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> PackedLayer:
-        if mode:
-            raise PackedForInference(
-                f"layers packed for inference cannot train ({self._spec_text}); qpass.dequantize(model) gives ordinary "
-                "float layers back, and model.eval() puts the layers that already switched back")
+        """Nothing: what is packed is the same in both modes. The model that it is in refuses (refuse_training.py)."""
         return self
 
 

@@ -13,8 +13,14 @@ from tests.small_experts import Experts, Mixture
 E, H, N = 4, 32, 32
 
 
-def mixture(alternating: bool) -> Mixture:
-    return Mixture(Experts(E, H, N, biased=True, alternating=alternating)).eval()
+BIASES = ("up_bias", "down_bias")
+
+
+def mixture(alternating: bool, biases: tuple[str, ...] = BIASES) -> Mixture:
+    made = Mixture(Experts(E, H, N, biased=True, alternating=alternating)).eval()
+    for name in set(BIASES) - set(biases):
+        setattr(made.experts, name, None)
+    return made
 
 
 def gradients(model: nn.Module, x: Tensor, run: nn.Module | None = None) -> dict[str, Tensor]:
@@ -25,10 +31,12 @@ def gradients(model: nn.Module, x: Tensor, run: nn.Module | None = None) -> dict
     return {"x": x.grad, **found}
 
 
-@pytest.mark.parametrize("alternating", [False, True], ids=["halves", "alternating"])
-def test_gradients_are_those_of_the_dequantized_experts(alternating: bool) -> None:
+@pytest.mark.parametrize(("alternating", "biases"), [
+    (False, BIASES), (True, BIASES), (False, ()), (False, BIASES[:1]), (False, BIASES[1:])],
+    ids=["halves", "alternating", "no-bias", "bias-of-the-first", "bias-of-the-second"])
+def test_gradients_are_those_of_the_dequantized_experts(alternating: bool, biases: tuple[str, ...]) -> None:
     torch.manual_seed(0)
-    model, x = mixture(alternating), torch.randn(9, H)
+    model, x = mixture(alternating, biases), torch.randn(9, H)
     recipe = qpass.Recipe(None, overrides={"experts.up": "w8a8", "experts.down": "w8a8"})
     qpass.quantize(model, recipe, example_inputs=x, progress=False)
     assert isinstance(model.experts, QuantExperts)
@@ -37,7 +45,7 @@ def test_gradients_are_those_of_the_dequantized_experts(alternating: bool) -> No
     torch._dynamo.reset()
     qpass.dequantize(model)
     want = gradients(model, x)
-    assert set(got) == {"x", "gate.weight", "experts.up_bias", "experts.down_bias"}
+    assert set(got) == {"x", "gate.weight", *(f"experts.{name}" for name in biases)}
     for name, value in got.items():
         assert torch.allclose(compiled[name], value, rtol=1e-4, atol=1e-4), name
         error = float((value - want[name]).norm() / want[name].norm())

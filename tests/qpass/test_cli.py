@@ -80,6 +80,47 @@ def test_errors_are_said_and_exit_with_1(folder: Path, tmp_path: Path, capsys: p
     assert said.err.startswith("error: ") and says in said.err and "Traceback" not in said.err and said.out == ""
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder in which nobody can make another")
+@pytest.mark.parametrize("command", [["quantize", "{model}", "/proc/qpass"], ["quantize", "{model}", "{file}/out"],
+                                     ["explain", "{model}", "--html", "/no/such/page.html"],
+                                     ["plan", "{model}", "--html", "{model}"]])
+def test_what_cannot_be_written_is_said_before_any_work(
+        folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+        command: list[str]) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("worked before it asked whether the result can be kept")
+
+    for name in ("load_float", "load_meta", "is_quantized"):
+        monkeypatch.setattr(f"qpass.cli_commands.{name}", never if name != "is_quantized" else lambda source: False)
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([part.format(model=folder, file=tmp_path / "file") for part in command]) == 1
+    said = capsys.readouterr().err
+    assert ("cannot save to " if command[0] == "quantize" else "cannot be written") in said and said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_convert_asks_first_whether_it_can_write(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                                 ) -> None:
+    (tmp_path / "file").write_text("")
+    for to in ("awq", "gguf"):
+        assert main(["convert", str(folder), str(tmp_path / "file" / "out.gguf"), "--to", to]) == 1
+        assert "cannot save to " in capsys.readouterr().err
+
+
+def test_interrupted_while_importing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "qpass.cli_commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "qpass.cli_commands", raising=False)
+    monkeypatch.delattr(qpass, "cli_commands", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert main(["kernels"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_damaged_model_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

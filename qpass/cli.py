@@ -33,18 +33,20 @@ _RECIPE_HELP = ("a preset (w4a8, w8a8, w4a16, w8a16, w4a16_asym, w4a8_channel, .
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse itself exits with 2 for a command that it cannot read."""
-    options, unknown = build_parser().parse_known_args(arguments)
-    if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    show_all = options.traceback or bool(os.environ.get("QPASS_DEBUG"))
-    if arguments is None and options.command in _WITHOUT_TORCH:  # as the process's own command, after which it ends
-        import_when_used("torch", "numpy")
+    show_all = bool(os.environ.get("QPASS_DEBUG"))
     try:
+        options, unknown = build_parser().parse_known_args(arguments)
+        if unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        show_all = show_all or options.traceback
+        if arguments is None and options.command in _WITHOUT_TORCH:  # as the process's own command, after which it ends
+            import_when_used("torch", "numpy")
         from qpass import cli_commands  # here, for importing torch is when most people press Ctrl-C
 
         with cli_commands.quiet(enabled=not show_all):
             getattr(cli_commands, f"run_{options.command}")(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by `>&-`
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -55,11 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if show_all:
             traceback.print_exc()
+        if _of_interrupt(error):
+            print("interrupted", file=sys.stderr)
+            return 130
         known = isinstance(error, (QPassError, OSError))
         print(f"error: {error if known else f'{type(error).__name__}: {error}'}", file=sys.stderr)
         if not known and not show_all:
             print("this error was not expected; --traceback shows where it comes from", file=sys.stderr)
         return 1
+
+
+def _of_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: importing a package in C makes an error of its own of whatever stops it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def build_parser() -> argparse.ArgumentParser:

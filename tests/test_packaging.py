@@ -51,7 +51,7 @@ def test_every_python_file_is_in_a_package() -> None:
 def test_every_import_is_a_declared_dependency() -> None:
     project = PYPROJECT["project"]
     names = [Requirement(text).name for text in project["dependencies"]]
-    optional = [Requirement(text).name for extra in ("hf", "demo", "search")
+    optional = [Requirement(text).name for extra in ("hf", "demo", "search", "peft")
                 for text in project["optional-dependencies"][extra]]
     required, all_names = ({canonicalize_name(n) for n in group} for group in (names, names + optional))
     wrong = []

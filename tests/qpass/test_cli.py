@@ -108,17 +108,30 @@ def test_convert_asks_first_whether_it_can_write(folder: Path, tmp_path: Path, c
         assert "cannot save to " in capsys.readouterr().err
 
 
-def test_interrupted_while_importing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrapped", [False, True], ids=["as-it-is", "in-an-error-of-the-package"])
+def test_interrupted_while_importing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+                                     wrapped: bool) -> None:
     class Interrupted:
         def find_spec(self, name: str, *_: Any) -> None:
             if name == "qpass.cli_commands":
-                raise KeyboardInterrupt
+                try:
+                    raise KeyboardInterrupt
+                except KeyboardInterrupt as stop:
+                    if wrapped:
+                        raise ImportError("initialization failed") from stop
+                    raise
 
     monkeypatch.delitem(sys.modules, "qpass.cli_commands", raising=False)
     monkeypatch.delattr(qpass, "cli_commands", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     assert main(["kernels"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_stdout_closed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["kernels"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_damaged_model_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

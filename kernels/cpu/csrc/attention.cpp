@@ -3,17 +3,12 @@
 #include <cmath>
 #include <new>
 
-#include "avx2_intrinsics.h"
 #include "abi.h"
-#include "avx2_exp.h"
-#include "convert.h"
+#include "attention_rows.h"
 #include "scratch.h"
 
 namespace qpass {
 namespace {
-
-constexpr int kRows = 8;  // of keys or values at a time: decoded ones stay in the first cache
-enum Kind { kInt8 = 0, kFp8 = 1, kInt4 = 2 };
 
 struct Call {
   int64_t B, Hq, Hkv, M, S, D, Dv;
@@ -21,98 +16,12 @@ struct Call {
   float scaling, softcap;
   const void* mask;
   int64_t mask_batch, mask_head, mask_row;
+
+  // The codes of token 0.
+  const uint8_t* codes_of(const qp_cached& t, int64_t b, int64_t h) const {
+    return (const uint8_t*)t.codes + b * t.batch + h * t.head;
+  }
 };
-
-// 8 codes of e4m3 in the low bytes, their signs above: moved up so that exponent and mantissa lie in float's place, the
-// sign is there too. e4m3 has bias 7: in float's place its numbers are 2^120 too small, the subnormal ones too.
-QPASS_AVX2_INLINE __m256 of_fp8(__m256i extended) {
-  const __m256i number = _mm256_and_si256(_mm256_slli_epi32(extended, 20), _mm256_set1_epi32((int)0x87f00000u));
-  return _mm256_mul_ps(_mm256_castsi256_ps(number), _mm256_set1_ps(0x1p120f));
-}
-
-// 8 numbers from element i of a row of `size`; int4 has element j and j + size / 2 in one byte, 8 stands for 0.
-template <int kind>
-QPASS_AVX2_INLINE __m256 load8(const uint8_t* row, int64_t i, int64_t size) {
-  if (kind == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + i))));
-  if (kind == kFp8) return of_fp8(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + i))));
-  const bool high = i >= size / 2;
-  __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + (high ? i - size / 2 : i))));
-  u = high ? _mm256_srli_epi32(u, 4) : _mm256_and_si256(u, _mm256_set1_epi32(15));
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(8)));
-}
-
-inline float scale_at(const qp_cached& c, int64_t at) { return load_float(c.scale, (DType)c.scale_dtype, at); }
-
-// One row of codes as floats; returns the factor that is still missing, 1 where the row has several scales.
-template <int kind>
-QPASS_AVX2_INLINE float decode(const qp_cached& c, int64_t b, int64_t h, int64_t t, int64_t size, float* out) {
-  const uint8_t* row = (const uint8_t*)c.codes + b * c.batch + h * c.head + t * c.token;
-  const int64_t at = b * c.scale_batch + h * c.scale_head + t * c.scale_token;
-  if (c.groups == 1) {
-    for (int64_t i = 0; i < size; i += 8) _mm256_storeu_ps(out + i, load8<kind>(row, i, size));
-    return scale_at(c, at);
-  }
-  const int64_t group = size / c.groups;
-  for (int64_t g = 0; g < c.groups; g++) {
-    const __m256 scale = _mm256_set1_ps(scale_at(c, at + g * c.scale_group));
-    for (int64_t i = g * group; i < (g + 1) * group; i += 8)
-      _mm256_storeu_ps(out + i, _mm256_mul_ps(load8<kind>(row, i, size), scale));
-  }
-  return 1;
-}
-
-QPASS_AVX2_INLINE float dot(const float* x, const float* y, int64_t size) {
-  __m256 one = _mm256_setzero_ps(), two = one;
-  int64_t i = 0;
-  for (; i + 16 <= size; i += 16) {
-    one = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), one);
-    two = _mm256_fmadd_ps(_mm256_loadu_ps(x + i + 8), _mm256_loadu_ps(y + i + 8), two);
-  }
-  if (i < size) one = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), one);
-  return sum8(_mm256_add_ps(one, two));
-}
-
-// Scores [S] become weights that add up to 1; all 0 if no key may be seen, all NaN if one score is.
-QPASS_AVX2 void softmax(float* s, int64_t size) {
-  float most = -INFINITY, total = 0;
-  bool numbers = true;
-  int64_t t = 0;
-  __m256 largest = _mm256_set1_ps(-INFINITY), wrong = _mm256_setzero_ps();
-  for (; t + 8 <= size; t += 8) {
-    const __m256 x = _mm256_loadu_ps(s + t);
-    largest = _mm256_max_ps(largest, x);
-    wrong = _mm256_or_ps(wrong, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  }
-  alignas(32) float parts[8];
-  _mm256_store_ps(parts, largest);
-  for (float part : parts) most = part > most ? part : most;
-  for (; t < size; t++) {
-    most = s[t] > most ? s[t] : most;
-    numbers &= s[t] == s[t];
-  }
-  numbers &= _mm256_movemask_ps(wrong) == 0;
-  if (most == -INFINITY || !numbers) {
-    for (t = 0; t < size; t++) s[t] = numbers ? 0 : NAN;
-    return;
-  }
-  __m256 sum = _mm256_setzero_ps();
-  for (t = 0; t + 8 <= size; t += 8) {
-    const __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + t), _mm256_set1_ps(most)));
-    _mm256_storeu_ps(s + t, e);
-    sum = _mm256_add_ps(sum, e);
-  }
-  for (; t < size; t++) total += s[t] = std::exp(s[t] - most);
-  const float factor = 1 / (total + sum8(sum));
-  for (t = 0; t < size; t++) s[t] *= factor;
-}
-
-}  // namespace
-}  // namespace qpass
-
-#include "attention_rows.h"
-
-namespace qpass {
-namespace {
 
 // What a mask adds to the score of key t for row m of head hq: 0 or a number, -inf where it may not be seen.
 inline float masked(const Call& c, int64_t b, int64_t hq, int64_t m, int64_t t) {
@@ -143,44 +52,198 @@ QPASS_AVX2_INLINE bool masked8(const Call& c, int64_t b, int64_t hq, int64_t m, 
   return _mm256_movemask_ps(_mm256_cmp_ps(add, hidden, _CMP_NEQ_UQ)) != 0;
 }
 
+// Work space of one head, in floats: queries, what their int4 sums start at, rows decoded to memory, scores and what is
+// added to 8 of them, sums of values, the largest score and the look for NaN, weights with and without scales.
+struct Work {
+  float *x, *less, *rows, *scores, *add, *sum, *largest, *wrong, *weight, *taken, *scale, *factor;
+};
+
+int64_t work_of(const Call& c, const qp_cached& k, const qp_cached& v, float* from, Work& w) {
+  const int64_t R = c.Hq / c.Hkv * c.M, widest = c.D > c.Dv ? c.D : c.Dv, parts = parts_of(v, c.kind);
+  int64_t total = 0;
+  const auto next = [&](int64_t size) {
+    float* here = from ? from + total : nullptr;
+    total += padded(size, 8);
+    return here;
+  };
+  w.x = next(R * c.D), w.less = next(R * parts_of(k, c.kind)), w.rows = next(kTokens * widest);
+  w.scores = next(R * padded(c.S, 8)), w.add = next(R * 8), w.sum = next(R * c.Dv);
+  w.largest = next(R * 8), w.wrong = next(R * 8), w.weight = next(parts * R * kTokens), w.taken = next(parts * R * 8);
+  w.scale = next((k.groups > parts ? k.groups : parts) * kTokens), w.factor = next(R);
+  return total;
+}
+
+// Scores of one row become weights exp(score - most). Returns what makes them add up to 1; all weights are 0 if no key may
+// be seen, and NaN if one score is.
+QPASS_AVX2 float weigh(float* s, int64_t size, const float* largest, const float* wrong) {
+  const __m256 bad = _mm256_loadu_ps(wrong);
+  float most = largest[0];
+  for (int j = 1; j < 8; j++) most = largest[j] > most ? largest[j] : most;
+  const bool numbers = _mm256_movemask_ps(bad) == 0;
+  if (most == -INFINITY || !numbers) {
+    for (int64_t t = 0; t < size; t++) s[t] = numbers ? 0 : NAN;
+    return 1;
+  }
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t t = 0; t < size; t += 8) {
+    const __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + t), _mm256_set1_ps(most)));
+    _mm256_storeu_ps(s + t, e);
+    sum = _mm256_add_ps(sum, e);
+  }
+  return 1 / sum8(sum);
+}
+
+// Scores of N rows from r on with 8 keys: scaled, capped, masked and stored.
+template <int kind, int N>
+QPASS_AVX2_INLINE void score8(const Call& c, const qp_cached& k, const uint8_t* const (&keys)[8], const Work& w, int64_t t,
+                              int64_t r, bool one_mask, __m256 factor) {
+  const int64_t ld = padded(c.S, 8), parts = parts_of(k, c.kind);
+  __m128 half[2][N];
+  for (int i = 0; i < 2; i++)
+    dots4<kind, N>(keys + i * 4, w.x + r * c.D, w.less + r * parts, c.D, parts, k.groups, w.scale + i * 4, half[i]);
+  const __m256 hidden = _mm256_set1_ps(-INFINITY);
+  for (int n = 0; n < N; n++) {
+    __m256 s = _mm256_mul_ps(_mm256_set_m128(half[1][n], half[0][n]), factor);
+    if (c.softcap > 0) {
+      float each[8];
+      _mm256_storeu_ps(each, s);
+      for (float& one : each) one = c.softcap * std::tanh(one / c.softcap);
+      s = _mm256_loadu_ps(each);
+    }
+    const __m256 add = _mm256_loadu_ps(w.add + (one_mask ? 0 : r + n) * 8);
+    s = _mm256_blendv_ps(_mm256_add_ps(s, add), hidden, _mm256_cmp_ps(add, hidden, _CMP_EQ_OQ));
+    _mm256_storeu_ps(w.scores + (r + n) * ld + t, s);
+    float *largest = w.largest + (r + n) * 8, *wrong = w.wrong + (r + n) * 8;
+    _mm256_storeu_ps(largest, _mm256_max_ps(_mm256_loadu_ps(largest), s));
+    _mm256_storeu_ps(wrong, _mm256_or_ps(_mm256_loadu_ps(wrong), _mm256_cmp_ps(s, s, _CMP_UNORD_Q)));
+  }
+}
+
+template <int kind>
+QPASS_AVX2 void all_scores(const Call& c, const qp_cached& k, int64_t b, int64_t h, const Work& w) {
+  const int64_t G = c.Hq / c.Hkv, R = G * c.M, ld = padded(c.S, 8);
+  const bool one_mask = c.M == 1 && (c.mask_dtype == 0 || c.mask_head == 0);  // the same for all rows of a head
+  const uint8_t* first = c.codes_of(k, b, h);
+  for (int64_t t = 0; t < c.S; t += kRows) {
+    const int64_t count = c.S - t < kRows ? c.S - t : kRows;
+    bool seen = false;
+    for (int64_t r = 0; r < (one_mask ? 1 : R); r++)
+      seen |= masked8(c, b, h * G + r / c.M, r % c.M, t, count, w.add + r * 8);
+    if (!seen) {
+      for (int64_t r = 0; r < R; r++) _mm256_storeu_ps(w.scores + r * ld + t, _mm256_set1_ps(-INFINITY));
+      continue;
+    }
+    const uint8_t* keys[8];
+    for (int64_t j = 0; j < kRows; j++) {
+      const int64_t there = j < count ? j : count - 1;
+      keys[j] = kind == kFloat ? (const uint8_t*)(w.rows + there * c.D) : first + (t + there) * k.token;
+    }
+    __m256 factor = _mm256_set1_ps(1);
+    if (kind == kFloat) {
+      const auto decoded = c.kind == kInt8 ? decode<kInt8> : c.kind == kFp8 ? decode<kFp8> : decode<kInt4>;
+      for (int64_t j = 0; j < count; j++) decoded(k, b, h, t + j, c.D, w.rows + j * c.D);
+    } else {
+      scales_of(k, b, h, t, count, kRows, w.scale);
+      if (kind != kInt4) factor = _mm256_mul_ps(_mm256_loadu_ps(w.scale), _mm256_set1_ps(half_unit<kind>));
+    }
+    for (int64_t r = 0; r < R;) {
+      const int64_t left = R - r;
+      if (left == 1) score8<kind, 1>(c, k, keys, w, t, r, one_mask, factor), r += 1;
+      else if (left == 2 || left == 4) score8<kind, 2>(c, k, keys, w, t, r, one_mask, factor), r += 2;
+      else score8<kind, 3>(c, k, keys, w, t, r, one_mask, factor), r += 3;
+    }
+  }
+}
+
+// Weights of the values t .. t + count - 1, times their scales, to w.weight; false if all are 0.
+QPASS_AVX2_INLINE bool scaled_weights(const Call& c, const Work& w, int64_t R, int64_t t, int64_t count,
+                                      int64_t parts, int64_t groups) {
+  const int64_t ld = padded(c.S, 8);
+  const __m256 zero = _mm256_setzero_ps();
+  __m256 any = zero;
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t i = 0; i < count; i += 8) any = _mm256_or_ps(any, _mm256_loadu_ps(w.scores + r * ld + t + i));
+  if (_mm256_testz_si256(_mm256_castps_si256(any), _mm256_castps_si256(any))) return false;
+  for (int64_t p = 0; p < parts; p++)
+    for (int64_t r = 0; r < R; r++) {
+      float *to = w.weight + (p * R + r) * kTokens, *taken = w.taken + (p * R + r) * 8;
+      __m256 sum = _mm256_loadu_ps(taken);
+      for (int64_t i = 0; i < count; i += 8) {  // a scale that no row sees may be anything
+        const __m256 e = _mm256_loadu_ps(w.scores + r * ld + t + i), scale = _mm256_loadu_ps(w.scale + (groups == 1 ? 0 : p) * kTokens + i);
+        const __m256 scaled = _mm256_and_ps(_mm256_mul_ps(e, scale), _mm256_cmp_ps(e, zero, _CMP_NEQ_UQ));
+        _mm256_storeu_ps(to + i, scaled);
+        sum = _mm256_add_ps(sum, scaled);
+      }
+      _mm256_storeu_ps(taken, sum);
+    }
+  return true;
+}
+
+template <int kind>
+QPASS_AVX2 void all_values(const Call& c, const qp_cached& v, int64_t b, int64_t h, const Work& w) {
+  const int64_t R = c.Hq / c.Hkv * c.M, parts = kind == kFloat ? 1 : parts_of(v, c.kind);
+  const int64_t step = kind == kFloat ? c.Dv * 4 : v.token, part = c.Dv / parts;
+  for (int64_t i = 0; i < R * c.Dv; i++) w.sum[i] = 0;
+  for (int64_t i = 0; i < parts * R * 8; i++) w.taken[i] = 0;
+  for (int64_t t = 0; t < c.S; t += kTokens) {
+    const int64_t count = c.S - t < kTokens ? c.S - t : kTokens;
+    if (kind == kFloat)
+      for (int64_t j = 0; j < kTokens; j++) w.scale[j] = 1;
+    else
+      scales_of(v, b, h, t, count, kTokens, w.scale);
+    for (int64_t j = 0; kind == kFp8 && j < kTokens; j++) w.scale[j] *= half_unit<kind>;
+    if (!scaled_weights(c, w, R, t, count, parts, kind == kFloat ? 1 : v.groups)) continue;
+    const uint8_t* first = c.codes_of(v, b, h) + t * v.token;
+    if (kind == kFloat) {
+      const auto decoded = c.kind == kInt8 ? decode<kInt8> : c.kind == kFp8 ? decode<kFp8> : decode<kInt4>;
+      for (int64_t j = 0; j < count; j++) decoded(v, b, h, t + j, c.Dv, w.rows + j * c.Dv);
+      first = (const uint8_t*)w.rows;
+    }
+    for (int64_t r = 0; r < R;) {
+      const int64_t left = R - r, n = left == 5 ? 3 : left < 4 ? left : left == 6 ? 3 : 4;
+      const float* weight = w.weight + r * kTokens;
+      float* sum = w.sum + r * c.Dv;
+      if (n == 1) add_values<kind, 1>(first, step, count, weight, R * kTokens, part, c.Dv, sum);
+      if (n == 2) add_values<kind, 2>(first, step, count, weight, R * kTokens, part, c.Dv, sum);
+      if (n == 3) add_values<kind, 3>(first, step, count, weight, R * kTokens, part, c.Dv, sum);
+      if (n == 4) add_values<kind, 4>(first, step, count, weight, R * kTokens, part, c.Dv, sum);
+      r += n;
+    }
+  }
+  for (int64_t r = 0; r < R && kind == kInt4; r++)
+    for (int64_t p = 0; p < parts; p++) {
+      const float eight = 8 * sum8(_mm256_loadu_ps(w.taken + (p * R + r) * 8));
+      for (int64_t i = p * part; i < (p + 1) * part; i++) w.sum[r * c.Dv + i] -= eight;
+    }
+}
+
 template <int kind>
 QPASS_AVX2 void one_head(const Call& c, const qp_cached& k, const qp_cached& v, const void* q, DType dtype, void* out,
-                         int64_t b, int64_t h, float* work) {
-  const int64_t G = c.Hq / c.Hkv, R = G * c.M, widest = c.D > c.Dv ? c.D : c.Dv, ld = padded(c.S, 8);
-  float *x = work, *rows = x + R * c.D, *eight = rows + kRows * widest, *scores = eight + R * kRows;
-  float* sum = scores + R * ld;
-  for (int64_t r = 0; r < R; r++)
+                         int64_t b, int64_t h, float* space) {
+  const int64_t G = c.Hq / c.Hkv, R = G * c.M, parts = parts_of(k, c.kind);
+  const bool direct_k = has_parts(k, c.kind), direct_v = has_parts(v, c.kind);
+  Work w;
+  work_of(c, k, v, space, w);
+  for (int64_t r = 0; r < R; r++) {
     for (int64_t i = 0; i < c.D; i++)
-      x[r * c.D + i] = c.scaling * load_float(q, dtype, ((b * c.Hq + h * G) * c.M + r) * c.D + i);
-  const bool one_mask = c.M == 1 && (c.mask_dtype == 0 || c.mask_head == 0);  // the same for all rows of a head
-  for (int64_t t = 0; t < c.S; t += kRows) {
-    const int64_t count = c.S - t < kRows ? c.S - t : kRows;
-    bool seen = false;
-    for (int64_t r = 0; r < R; r++) {
-      float* to = scores + r * ld + t;
-      if (r && one_mask) _mm256_storeu_ps(to, _mm256_loadu_ps(scores + t));
-      else seen |= masked8(c, b, h * G + r / c.M, r % c.M, t, count, to);
+      w.x[r * c.D + i] = c.scaling * (direct_k ? half_unit<kind> : 1) * load_float(q, dtype, ((b * c.Hq + h * G) * c.M + r) * c.D + i);
+    for (int64_t p = 0; p < parts; p++) {
+      float sum = 0;
+      for (int64_t i = p * (c.D / parts); i < (p + 1) * (c.D / parts); i++) sum += w.x[r * c.D + i];
+      w.less[r * parts + p] = -sum;  // in each of 8 lanes
     }
-    if (!seen) continue;
-    score8<kind>(k, b, h, t, count, x, R, c.D, rows, eight);
-    for (int64_t r = 0; r < R; r++) {
-      float *s = eight + r * kRows, *to = scores + r * ld + t;
-      for (int64_t j = 0; j < count && c.softcap > 0; j++) s[j] = c.softcap * std::tanh(s[j] / c.softcap);
-      _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_loadu_ps(s)));
-    }
+    _mm256_storeu_ps(w.largest + r * 8, _mm256_set1_ps(-INFINITY));
+    _mm256_storeu_ps(w.wrong + r * 8, _mm256_setzero_ps());
   }
-  for (int64_t r = 0; r < R; r++) softmax(scores + r * ld, c.S);
-  for (int64_t i = 0; i < R * c.Dv; i++) sum[i] = 0;
-  for (int64_t t = 0; t < c.S; t += kRows) {
-    const int64_t count = c.S - t < kRows ? c.S - t : kRows;
-    bool seen = false;
-    for (int64_t r = 0; r < R && !seen; r++)
-      for (int64_t j = 0; j < count; j++) seen |= scores[r * ld + t + j] != 0;
-    if (seen) add8<kind>(v, b, h, t, count, scores + t, ld, R, c.Dv, rows, sum);
-  }
-  for (int64_t r = 0; r < R; r++)  // out is [B, M, Hq, Dv]
+  (direct_k ? all_scores<kind> : all_scores<kFloat>)(c, k, b, h, w);
+  for (int64_t r = 0; r < R; r++)
+    w.factor[r] = weigh(w.scores + r * padded(c.S, 8), padded(c.S, 8), w.largest + r * 8, w.wrong + r * 8);
+  (direct_v ? all_values<kind> : all_values<kFloat>)(c, v, b, h, w);
+  for (int64_t r = 0; r < R; r++) {  // out is [B, M, Hq, Dv]
+    const float factor = w.factor[r] * (direct_v ? half_unit<kind> : 1);
     for (int64_t i = 0; i < c.Dv; i++)
-      store_float(out, dtype, ((b * c.M + r % c.M) * c.Hq + h * G + r / c.M) * c.Dv + i, sum[r * c.Dv + i]);
+      store_float(out, dtype, ((b * c.M + r % c.M) * c.Hq + h * G + r / c.M) * c.Dv + i, w.sum[r * c.Dv + i] * factor);
+  }
 }
 
 bool fits(const Call& c, const qp_cached& t, int64_t size) {
@@ -213,8 +276,8 @@ extern "C" int32_t qp_attention(const void* q, int32_t dtype, const int64_t* siz
   if (mask_dtype && (!mask || c.mask_batch < 0 || c.mask_head < 0 || c.mask_row < 0 ||
                      (c.B - 1) * c.mask_batch + (c.Hq - 1) * c.mask_head + (c.M - 1) * c.mask_row + c.S > mask_count))
     return fail("attention: the mask is smaller than [B, H, M, S]");
-  const int64_t R = c.Hq / c.Hkv * c.M, widest = c.D > c.Dv ? c.D : c.Dv;
-  const int64_t need = 4 * (R * (c.D + c.Dv + padded(c.S, 8) + kRows) + kRows * widest);
+  Work none;
+  const int64_t need = 4 * work_of(c, *k, *v, nullptr, none);
   bool failed = false;
 #pragma omp parallel for num_threads(team_size(threads, c.B * c.Hkv)) schedule(dynamic)
   for (int64_t task = 0; task < c.B * c.Hkv; task++) {

@@ -21,7 +21,8 @@ NUMBERS = {
     "int4 per group": CacheNumbers(kind="int4", granularity="per_group", group_size=16),
 }
 # batch, heads of queries, heads of keys, queries, keys, head size of keys, of values
-SIZES = [(1, 1, 1, 1, 1, 16, 16), (2, 6, 2, 1, 37, 64, 64), (1, 4, 4, 5, 19, 48, 32), (3, 8, 1, 3, 130, 80, 80)]
+SIZES = [(1, 1, 1, 1, 1, 16, 16), (2, 6, 2, 1, 37, 64, 64), (1, 4, 4, 5, 19, 48, 32), (2, 8, 1, 3, 130, 80, 80),
+         (1, 8, 2, 1, 45, 32, 64)]
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scaling: float,
@@ -146,3 +147,29 @@ def test_a_query_that_is_nan_stays_nan(run: Any) -> None:
         assert y[0, 0, 1].isnan().all()
         assert y[0, 0, 0].isfinite().all() and y[0, 1].isfinite().all()
     assert (y[0, 1] == 0).all()  # a row that sees nothing
+
+
+@pytest.mark.skipif(machine_refuses("avx2") is not None or native.refuses() is not None, reason="the native kernel")
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS.keys())
+def test_what_no_query_sees_may_be_anything(numbers: CacheNumbers) -> None:
+    if numbers.static:
+        pytest.skip("one scale for all tokens")
+    states, q = torch.randn(1, 2, 45, 32), torch.randn(1, 8, 1, 32).half()
+    scale = numbers.scale_of(states)
+    codes, seen = numbers.encode(states, scale), torch.rand(1, 1, 1, 45) < 0.5
+    seen[..., 16:24], seen[..., -1] = False, False
+    given: Any = (codes, scale, seen, numbers.kind, False, 0.25, 0.0)
+    want = x86_attention.cache_attention_avx2(q, *given[:2], *given)
+    scale = scale.masked_fill(~seen.view(1, 1, 45, 1), torch.nan)
+    assert torch.equal(x86_attention.cache_attention_avx2(q, codes, scale, codes, scale, *given[2:]), want)
+
+
+@pytest.mark.skipif(machine_refuses("avx2") is not None or native.refuses() is not None, reason="the native kernel")
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS.keys())
+def test_a_query_does_not_depend_on_the_others_of_its_keys(numbers: CacheNumbers) -> None:
+    keys, values = made(numbers, (1, 1, 70, 32)), made(numbers, (1, 1, 70, 64))
+    q = torch.randn(1, 7, 1, 32)
+    given: Any = (*keys[:2], *values[:2], None, numbers.kind, False, 0.25, 0.0)
+    whole = x86_attention.cache_attention_avx2(q, *given)
+    for first, last in ((0, 1), (1, 3), (2, 5), (3, 7), (1, 6)):
+        assert torch.equal(x86_attention.cache_attention_avx2(q[:, first:last], *given), whole[:, :, first:last])

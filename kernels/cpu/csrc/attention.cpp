@@ -1,77 +1,12 @@
 // Attention over a quantized cache: queries in, keys and values read as codes, one row at a time, outputs in float.
 // For decoding: every code is read from memory once, and there is no copy of the cache in float.
-#include <cmath>
 #include <new>
 
-#include "abi.h"
-#include "attention_rows.h"
+#include "attention_call.h"
 #include "scratch.h"
 
 namespace qpass {
 namespace {
-
-struct Call {
-  int64_t B, Hq, Hkv, M, S, D, Dv;
-  int32_t kind, mask_dtype, causal;
-  float scaling, softcap;
-  const void* mask;
-  int64_t mask_batch, mask_head, mask_row;
-
-  // The codes of token 0.
-  const uint8_t* codes_of(const qp_cached& t, int64_t b, int64_t h) const {
-    return (const uint8_t*)t.codes + b * t.batch + h * t.head;
-  }
-};
-
-// What a mask adds to the score of key t for row m of head hq: 0 or a number, -inf where it may not be seen.
-inline float masked(const Call& c, int64_t b, int64_t hq, int64_t m, int64_t t) {
-  if (c.causal && t > c.S - c.M + m) return -INFINITY;
-  if (c.mask_dtype == 0) return 0;
-  const int64_t at = b * c.mask_batch + hq * c.mask_head + m * c.mask_row + t;
-  if (c.mask_dtype == 1) return ((const uint8_t*)c.mask)[at] ? 0 : -INFINITY;
-  return ((const float*)c.mask)[at];
-}
-
-// The same for 8 keys from t on, of which `count` exist; returns whether one of them may be seen.
-QPASS_AVX2_INLINE bool masked8(const Call& c, int64_t b, int64_t hq, int64_t m, int64_t t, int64_t count, float* out) {
-  __m256 add = _mm256_setzero_ps();
-  const __m256 hidden = _mm256_set1_ps(-INFINITY);
-  if (count < 8 || (c.causal && t + 7 > c.S - c.M + m)) {
-    for (int64_t j = 0; j < 8; j++) out[j] = j < count ? masked(c, b, hq, m, t + j) : -INFINITY;
-    add = _mm256_loadu_ps(out);
-  } else if (c.mask_dtype != 0) {
-    const int64_t at = b * c.mask_batch + hq * c.mask_head + m * c.mask_row + t;
-    if (c.mask_dtype == 1) {
-      const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const uint8_t*)c.mask + at)));
-      add = _mm256_and_ps(hidden, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256())));
-    } else {
-      add = _mm256_loadu_ps((const float*)c.mask + at);
-    }
-  }
-  _mm256_storeu_ps(out, add);
-  return _mm256_movemask_ps(_mm256_cmp_ps(add, hidden, _CMP_NEQ_UQ)) != 0;
-}
-
-// Work space of one head, in floats: queries, what their int4 sums start at, rows decoded to memory, scores and what is
-// added to 8 of them, sums of values, the largest score and the look for NaN, weights with and without scales.
-struct Work {
-  float *x, *less, *rows, *scores, *add, *sum, *largest, *wrong, *weight, *taken, *scale, *factor;
-};
-
-int64_t work_of(const Call& c, const qp_cached& k, const qp_cached& v, float* from, Work& w) {
-  const int64_t R = c.Hq / c.Hkv * c.M, widest = c.D > c.Dv ? c.D : c.Dv, parts = parts_of(v, c.kind);
-  int64_t total = 0;
-  const auto next = [&](int64_t size) {
-    float* here = from ? from + total : nullptr;
-    total += padded(size, 8);
-    return here;
-  };
-  w.x = next(R * c.D), w.less = next(R * parts_of(k, c.kind)), w.rows = next(kTokens * widest);
-  w.scores = next(R * padded(c.S, 8)), w.add = next(R * 8), w.sum = next(R * c.Dv);
-  w.largest = next(R * 8), w.wrong = next(R * 8), w.weight = next(parts * R * kTokens), w.taken = next(parts * R * 8);
-  w.scale = next((k.groups > parts ? k.groups : parts) * kTokens), w.factor = next(R);
-  return total;
-}
 
 // Scores of one row become weights exp(score - most). Returns what makes them add up to 1; all weights are 0 if no key may
 // be seen, and NaN if one score is.
@@ -140,8 +75,7 @@ QPASS_AVX2 void all_scores(const Call& c, const qp_cached& k, int64_t b, int64_t
     }
     __m256 factor = _mm256_set1_ps(1);
     if (kind == kFloat) {
-      const auto decoded = c.kind == kInt8 ? decode<kInt8> : c.kind == kFp8 ? decode<kFp8> : decode<kInt4>;
-      for (int64_t j = 0; j < count; j++) decoded(k, b, h, t + j, c.D, w.rows + j * c.D);
+      decode_rows(c.kind, k, b, h, t, count, c.D, w.rows);
     } else {
       scales_of(k, b, h, t, count, kRows, w.scale);
       if (kind != kInt4) factor = _mm256_mul_ps(_mm256_loadu_ps(w.scale), _mm256_set1_ps(half_unit<kind>));
@@ -149,6 +83,7 @@ QPASS_AVX2 void all_scores(const Call& c, const qp_cached& k, int64_t b, int64_t
     for (int64_t r = 0; r < R;) {
       const int64_t left = R - r;
       if (left == 1) score8<kind, 1>(c, k, keys, w, t, r, one_mask, factor), r += 1;
+      else if (kind == kInt4 && left == 4) score8<kind, 4>(c, k, keys, w, t, r, one_mask, factor), r += 4;
       else if (left == 2 || left == 4) score8<kind, 2>(c, k, keys, w, t, r, one_mask, factor), r += 2;
       else score8<kind, 3>(c, k, keys, w, t, r, one_mask, factor), r += 3;
     }
@@ -169,7 +104,8 @@ QPASS_AVX2_INLINE bool scaled_weights(const Call& c, const Work& w, int64_t R, i
       float *to = w.weight + (p * R + r) * kTokens, *taken = w.taken + (p * R + r) * 8;
       __m256 sum = _mm256_loadu_ps(taken);
       for (int64_t i = 0; i < count; i += 8) {  // a scale that no row sees may be anything
-        const __m256 e = _mm256_loadu_ps(w.scores + r * ld + t + i), scale = _mm256_loadu_ps(w.scale + (groups == 1 ? 0 : p) * kTokens + i);
+        const __m256 e = _mm256_loadu_ps(w.scores + r * ld + t + i);
+        const __m256 scale = _mm256_loadu_ps(w.scale + (groups == 1 ? 0 : p) * kTokens + i);
         const __m256 scaled = _mm256_and_ps(_mm256_mul_ps(e, scale), _mm256_cmp_ps(e, zero, _CMP_NEQ_UQ));
         _mm256_storeu_ps(to + i, scaled);
         sum = _mm256_add_ps(sum, scaled);
@@ -195,8 +131,12 @@ QPASS_AVX2 void all_values(const Call& c, const qp_cached& v, int64_t b, int64_t
     if (!scaled_weights(c, w, R, t, count, parts, kind == kFloat ? 1 : v.groups)) continue;
     const uint8_t* first = c.codes_of(v, b, h) + t * v.token;
     if (kind == kFloat) {
-      const auto decoded = c.kind == kInt8 ? decode<kInt8> : c.kind == kFp8 ? decode<kFp8> : decode<kInt4>;
-      for (int64_t j = 0; j < count; j++) decoded(v, b, h, t + j, c.Dv, w.rows + j * c.Dv);
+      decode_rows(c.kind, v, b, h, t, count, c.Dv, w.rows);
+      for (int64_t j = 0; j < count; j++) {
+        bool seen = false;
+        for (int64_t r = 0; r < R; r++) seen |= w.weight[r * kTokens + j] != 0;
+        for (int64_t i = 0; i < c.Dv && !seen; i++) w.rows[j * c.Dv + i] = 0;
+      }
       first = (const uint8_t*)w.rows;
     }
     for (int64_t r = 0; r < R;) {
@@ -225,8 +165,9 @@ QPASS_AVX2 void one_head(const Call& c, const qp_cached& k, const qp_cached& v, 
   Work w;
   work_of(c, k, v, space, w);
   for (int64_t r = 0; r < R; r++) {
-    for (int64_t i = 0; i < c.D; i++)
-      w.x[r * c.D + i] = c.scaling * (direct_k ? half_unit<kind> : 1) * load_float(q, dtype, ((b * c.Hq + h * G) * c.M + r) * c.D + i);
+    const int64_t from = ((b * c.Hq + h * G) * c.M + r) * c.D;
+    const float by = c.scaling * (direct_k ? half_unit<kind> : 1);
+    for (int64_t i = 0; i < c.D; i++) w.x[r * c.D + i] = by * load_float(q, dtype, from + i);
     for (int64_t p = 0; p < parts; p++) {
       float sum = 0;
       for (int64_t i = p * (c.D / parts); i < (p + 1) * (c.D / parts); i++) sum += w.x[r * c.D + i];

@@ -56,18 +56,25 @@ QPASS_AVX2_INLINE void scales_of(const qp_cached& c, int64_t b, int64_t h, int64
       out[g * room + i] = i < count ? scale_at(c, at + i * c.scale_token + g * c.scale_group) : 0;
 }
 
-// One row of codes as floats, scaled.
 template <int kind>
-QPASS_AVX2_INLINE void decode(const qp_cached& c, int64_t b, int64_t h, int64_t t, int64_t size, float* out) {
-  const uint8_t* row = (const uint8_t*)c.codes + b * c.batch + h * c.head + t * c.token;
-  const int64_t at = b * c.scale_batch + h * c.scale_head + t * c.scale_token, group = size / c.groups;
+QPASS_AVX2 void decode_row(const qp_cached& c, const uint8_t* row, int64_t scale, int64_t size, float* out) {
+  const int64_t group = size / c.groups;
   const __m256 unit = _mm256_set1_ps(half_unit<kind>), zero = _mm256_set1_ps(kind == kInt4 ? 8 : 0);
   for (int64_t i = 0; i < size; i += 8) {
     const bool high = kind == kInt4 && i >= size / 2;
     const __m256 code = high ? codes8<kind, true>(row, i - size / 2) : codes8<kind>(row, i);
     const __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_sub_ps(code, zero), unit), unit);
-    _mm256_storeu_ps(out + i, _mm256_mul_ps(value, _mm256_set1_ps(scale_at(c, at + i / group * c.scale_group))));
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(value, _mm256_set1_ps(scale_at(c, scale + i / group * c.scale_group))));
   }
+}
+
+// `count` rows from token t on as floats, scaled.
+inline void decode_rows(int32_t kind, const qp_cached& c, int64_t b, int64_t h, int64_t t, int64_t count, int64_t size,
+                        float* out) {
+  const auto one = kind == kInt8 ? decode_row<kInt8> : kind == kFp8 ? decode_row<kFp8> : decode_row<kInt4>;
+  for (int64_t j = t; j < t + count; j++, out += size)
+    one(c, (const uint8_t*)c.codes + b * c.batch + h * c.head + j * c.token,
+        b * c.scale_batch + h * c.scale_head + j * c.scale_token, size, out);
 }
 
 }  // namespace

@@ -47,23 +47,27 @@ QPASS_AVX2_INLINE void dots4(const uint8_t* const* keys, const float* x, const f
     for (int n = 0; n < N; n++) out[n] = sums4(a[n][0], a[n][1], a[n][2], a[n][3]);
   } else {
     const int64_t part = size / parts;
-    __m256 total[N][4];
-#pragma GCC unroll 2
-    for (int j0 = 0; j0 < 4; j0 += 2) {
-      const uint8_t* row[2] = {keys[j0], keys[j0 + 1]};
-      for (int n = 0; n < N; n++) total[n][j0] = total[n][j0 + 1] = _mm256_setzero_ps();
+    alignas(32) float total[2][N][2][8];
+    for (int i = 0; i < 2; i++) {
+      const uint8_t* row[2] = {keys[i * 2], keys[i * 2 + 1]};
       for (int64_t p = 0; p < parts; p++) {
         __m256 a[N][2];
         for (int n = 0; n < N; n++) a[n][0] = a[n][1] = _mm256_broadcast_ss(less + n * parts + p);
         if (p < parts / 2) add_part<kind, false, N, 2>(row, p * part, x + p * part, size, part, a);
         else add_part<kind, true, N, 2>(row, p * part - size / 2, x + p * part, size, part, a);
         for (int j = 0; j < 2; j++) {
-          const __m256 s = _mm256_broadcast_ss(scale + (groups == 1 ? 0 : p) * kRows + j0 + j);
-          for (int n = 0; n < N; n++) total[n][j0 + j] = _mm256_fmadd_ps(a[n][j], s, total[n][j0 + j]);
+          const __m256 s = _mm256_broadcast_ss(scale + (groups == 1 ? 0 : p) * kRows + i * 2 + j);
+          for (int n = 0; n < N; n++) {
+            float* at = total[i][n][j];
+            _mm256_store_ps(at, _mm256_fmadd_ps(a[n][j], s, p ? _mm256_load_ps(at) : _mm256_setzero_ps()));
+          }
         }
+        __asm__ volatile("" : : "r"(total) : "memory");  // in registers they would leave none for the sums under way
       }
     }
-    for (int n = 0; n < N; n++) out[n] = sums4(total[n][0], total[n][1], total[n][2], total[n][3]);
+    for (int n = 0; n < N; n++)
+      out[n] = sums4(_mm256_load_ps(total[0][n][0]), _mm256_load_ps(total[0][n][1]), _mm256_load_ps(total[1][n][0]),
+                     _mm256_load_ps(total[1][n][1]));
   }
 }
 

@@ -61,7 +61,8 @@ class ReorderedLinear(QuantLinear):
             layer._non_persistent_buffers_set |= {*_OWN, *_HALVES}
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
-        (x,) = named.values() if x is None else (x, *named.values())  # by keyword in the replaced module's own word
+        if x is None or named:  # by keyword in the replaced module's own word
+            (x,) = named.values() if x is None else (x, *named.values())
         return self.multiply(self._changed(x), self.bias)
 
     def taken_over(self, x: Tensor, bias: Tensor | None) -> Tensor:

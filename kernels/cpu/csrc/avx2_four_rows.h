@@ -5,7 +5,7 @@
 // multiplications, which additions take too, and gets to 1.55 multiplications a cycle this way, 1.5 in the plain order.
 //
 // Registers: ymm0 to 7 the sums, two a row; 8 to 11 products and inputs; 12 and 13 the codes; 14 ones. %0 points to the
-// codes, %1 to the inputs of the four rows, %3 to where their int16 sums start, %4 to their int32 totals.
+// codes, %1 to the inputs of the four rows, %3 to where their int16 sums start, %4 to their int32 totals or outputs.
 #pragma once
 
 // Inputs of a row, `at` bytes from %1, times both registers of codes, into p and q.
@@ -26,6 +26,10 @@
 #define QPASS_BEGIN(at, a, b) "vpbroadcastd " #at "(%3), %%ymm" #a "\n\tvmovdqa %%ymm" #a ", %%ymm" #b "\n\t"
 #define QPASS_END(at, a) \
   "vpmaddwd %%ymm14, %%ymm" #a ", %%ymm" #a "\n\tvpaddd " #at "(%4), %%ymm" #a ", %%ymm" #a "\n\tvmovdqa %%ymm" #a ", " #at "(%4)\n\t"
+// The same for the only sum of a group: times the scales of its outputs, in ymm12 or 13, added to floats.
+#define QPASS_END_SCALED(at, a, scale)                                                                     \
+  "vpmaddwd %%ymm14, %%ymm" #a ", %%ymm" #a "\n\tvcvtdq2ps %%ymm" #a ", %%ymm" #a "\n\tvfmadd213ps " #at \
+  "(%4), %%ymm" #scale ", %%ymm" #a "\n\tvmovaps %%ymm" #a ", " #at "(%4)\n\t"
 #define QPASS_ALL(DO) DO(0, 0) DO(32, 1) DO(64, 2) DO(96, 3) DO(128, 4) DO(160, 5) DO(192, 6) DO(224, 7)
 
 // Four lines of bytes, added in int16.

@@ -116,17 +116,31 @@ void unpack_panel(const Weight& w, int64_t block, int64_t k, int64_t inputs, int
     }
 }
 
+#define QPASS_RUN                                                                                  \
+  QPASS_BEGIN(0, 0, 1) QPASS_BEGIN(4, 2, 3) QPASS_BEGIN(8, 4, 5) QPASS_BEGIN(12, 6, 7)             \
+  "1:\n\t" QPASS_LINES4 "add $256, %0\n\tadd $64, %1\n\tdec %2\n\tjnz 1b\n\t"                        \
+  "vpcmpeqw %%ymm14, %%ymm14, %%ymm14\n\tvpabsw %%ymm14, %%ymm14\n\t"
+#define QPASS_CHANGED                                                                                       \
+  "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+      "xmm11", "xmm12", "xmm13", "xmm14"
+
 // The products of a run of inputs, added to `total`.
 inline __attribute__((always_inline)) void add_run(const uint8_t* codes, const int8_t* x, const int32_t* starts,
                                                    int64_t run, int32_t (&total)[4][16]) {
   int64_t turns = run / 16;
-  __asm__ volatile(
-      QPASS_BEGIN(0, 0, 1) QPASS_BEGIN(4, 2, 3) QPASS_BEGIN(8, 4, 5) QPASS_BEGIN(12, 6, 7)
-      "1:\n\t" QPASS_LINES4 "add $256, %0\n\tadd $64, %1\n\tdec %2\n\tjnz 1b\n\t"
-      "vpcmpeqw %%ymm14, %%ymm14, %%ymm14\n\tvpabsw %%ymm14, %%ymm14\n\t" QPASS_ALL(QPASS_END)
-      : "+r"(codes), "+r"(x), "+r"(turns) : "r"(starts), "r"(total)
-      : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
-        "xmm11", "xmm12", "xmm13", "xmm14");
+  __asm__ volatile(QPASS_RUN QPASS_ALL(QPASS_END)
+                   : "+r"(codes), "+r"(x), "+r"(turns) : "r"(starts), "r"(total) : QPASS_CHANGED);
+}
+
+// The products of a run that is a whole group, times its scales, added to y, with no way through memory between.
+inline __attribute__((always_inline)) void add_group(const uint8_t* codes, const int8_t* x, const int32_t* starts,
+                                                     int64_t run, const float (&scale)[16], float (&y)[4][16]) {
+  int64_t turns = run / 16;
+  __asm__ volatile(QPASS_RUN "vmovaps (%5), %%ymm12\n\tvmovaps 32(%5), %%ymm13\n\t"
+                   QPASS_END_SCALED(0, 0, 12) QPASS_END_SCALED(32, 1, 13) QPASS_END_SCALED(64, 2, 12)
+                   QPASS_END_SCALED(96, 3, 13) QPASS_END_SCALED(128, 4, 12) QPASS_END_SCALED(160, 5, 13)
+                   QPASS_END_SCALED(192, 6, 12) QPASS_END_SCALED(224, 7, 13)
+                   : "+r"(codes), "+r"(x), "+r"(turns) : "r"(starts), "r"(y), "r"(scale) : QPASS_CHANGED);
 }
 
 // The totals of group g of the panel go into y, or times multipliers into `whole`; sums [4] are those of its inputs.
@@ -165,7 +179,7 @@ inline __attribute__((always_inline)) void end_group(const Weight& w, const Pane
 void multiply_panels(const Weight& w, const QuantRows& x, const PanelRows& rows, const Output& out, int64_t block) {
   Panel& panel = *(Panel*)scratch(6, sizeof(Panel));
   const int64_t run = rows.run, groups = inner_groups(w), per = inner_size(w) / run, all = groups * per;
-  __builtin_memset(rows.partial, 0, (size_t)rows.count * sizeof(PanelSums));
+  const bool at_once = per == 1 && !w.multiplier && !w.zero_point;
   for (int64_t k = 0; k < w.Kp; k += kStretch) {
     const int64_t inputs = w.Kp - k < kStretch ? w.Kp - k : kStretch, first = k / run;
     const int64_t last = (k + inputs) / run < all ? (k + inputs) / run : all;  // after the last group it is padding
@@ -177,10 +191,16 @@ void multiply_panels(const Weight& w, const QuantRows& x, const PanelRows& rows,
       const int8_t* codes = rows.x + (i * w.Kp + k) * 4;
       const int32_t* starts = rows.starts + (i * w.Kp / run + first) * 4;
       PanelSums& to = rows.partial[i];
+      if (k == 0) __builtin_memset(&to, 0, sizeof to);
       for (int64_t r = first, left = per - first % per, g = 0; r < last; r++, starts += 4, codes += run * 4) {
         for (int64_t n = 0; n < each && left_lines > 0; n++, left_lines--, ahead += 64)
           _mm_prefetch((const char*)ahead, _MM_HINT_T0);
-        add_run(panel.codes + (r - first) * run * 16, codes, starts, run, to.total);
+        const uint8_t* lines16 = panel.codes + (r - first) * run * 16;
+        if (at_once) {
+          add_group(lines16, codes, starts, run, panel.scale[r - first], to.y);
+          continue;
+        }
+        add_run(lines16, codes, starts, run, to.total);
         if (--left) continue;
         end_group(w, panel, g, rows.sums + (i * groups + first / per + g) * 4, to);
         left = per, g++;

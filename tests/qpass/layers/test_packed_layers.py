@@ -157,6 +157,19 @@ def test_multiply_is_the_reference() -> None:
     torch.testing.assert_close(layer(x), expected.float())
 
 
+def test_packed_tensors_keep_their_order_beside_buffers_of_others() -> None:
+    layer = quant_linear()
+    expected = layer.packed
+    assert len(expected) > 1
+    layer._buffers = dict(reversed(layer._buffers.items()))
+    assert all(found is tensor for found, tensor in zip(layer.packed, expected, strict=True))
+    layer.register_buffer("somebodys", torch.zeros(3))
+    assert all(found is tensor for found, tensor in zip(layer.packed, expected, strict=True))
+    x, again = torch.randn(2, K), quant_linear()
+    again.register_buffer("somebodys", torch.zeros(3))
+    torch.testing.assert_close(torch.compile(again, backend="eager", fullgraph=True)(x), again(x))
+
+
 def test_casting_changes_the_bias_and_never_the_packed_weight() -> None:
     layer = quant_linear(dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in layer.named_buffers()}

@@ -136,7 +136,7 @@ class QuantExperts(PackedLayer):
         bias = [b if b is None or len(self.blocks) == 1 else b[list(block.experts)]
                 for b in (self._bias_rows() if learns else (self.first_bias_rows, self.second_bias_rows))]
         bias = both_or_none(bias, block.spec) if learns else bias
-        if torch.compiler.is_compiling() or learns or (
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or learns or (
                 torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return torch.ops.qpass.experts(x, index, weight, packed, bias, block.text)  # type: ignore[no-any-return]
         return kernel(block.spec.kernel).forms["experts"](x, index, weight, packed, bias, block.spec)  # type: ignore[no-any-return]

@@ -50,6 +50,10 @@ class PackedLayer(nn.Module):
         """Nothing: what is packed is the same in both modes. The model that it is in refuses (refuse_training.py)."""
         return self
 
+    def __prepare_scriptable__(self) -> PackedLayer:
+        """What torch.jit.script asks for in the layer's place."""
+        raise PackedForInference("torch.jit.script cannot read packed layers; torch.export and torch.jit.trace do")
+
 
 class PackedWeight(PackedLayer):
     """One weight [N, K] packed for one kernel, as non-persistent buffers.
@@ -150,7 +154,7 @@ class PackedWeight(PackedLayer):
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]; an op of the graph when traced, the kernel itself when not."""
         names = self._scale_names
-        if names or torch.compiler.is_compiling() or (torch.is_grad_enabled() and (
+        if names or torch.compiler.is_compiling() or torch._C._is_tracing() or (torch.is_grad_enabled() and (
                 x.requires_grad or (bias is not None and bias.requires_grad))):
             return torch.ops.qpass.linear(x, self.packed, bias, self._spec_text,  # type: ignore[no-any-return]
                                           *([getattr(self, name) for name in names] if names else ()))

@@ -311,3 +311,15 @@ def test_what_code_asks_a_weight_for(place: str) -> None:
     assert w.dtype == dtype  # as a tensor's, a cast leaves the weight itself alone
     with pytest.raises(PackedForInference, match=r"model\.to\(device\)"):
         w.data.to("meta")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("scheme", ["w4a8", "w8a16"])
+def test_jit_traces_and_says_that_it_cannot_script(scheme: str) -> None:
+    layer = quant_linear(scheme)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(3, K), check_trace=False)
+        x = torch.randn(5, K)
+        assert torch.equal(traced(x), layer(x))
+    with pytest.raises(PackedForInference, match=r"torch\.export"):
+        torch.jit.script(nn.Sequential(layer))

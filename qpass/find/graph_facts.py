@@ -17,6 +17,7 @@ _SHOWN_CONSUMERS = 4
 _SCORING = (aten._softmax.default, aten._log_softmax.default, aten.sigmoid.default, aten.softplus.default,
             aten._to_copy.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _SHIFTS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # by a number, parameter or buffer
+_MASKS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
 _PICKS_VALUES = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim)  # (values, indices)
 
 
@@ -43,7 +44,8 @@ def shared_inputs(products: Mapping[str, list[Product]]) -> dict[str, int]:
 def produced_by(product: Product) -> str | None:
     """`path (Class)` of the module that computed the product's input, or its op where that is the caller's own code."""
     node = input_of(product)
-    while (is_view(node) or node.target in GATHERS) and isinstance(node.args[0], fx.Node):
+    # Rows may be gathered for their expert, and those of no expert cleared.
+    while (is_view(node) or node.target in (*GATHERS, *_MASKS)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if node.op == "placeholder":
         return "the model's input"

@@ -107,6 +107,12 @@ def open_checkpoint(where: str | os.PathLike[str], *, allow_pickle: bool = False
     return chosen, Checkpoint(path=path, config=config, quantization=raw, source=source)
 
 
+def format_of_folder(path: Path) -> Format | None:
+    """The format of a checkpoint folder, from its config.json and the names of its files; None for floats."""
+    config = _config(path)
+    return _format_of(path, config, _quantization(config))
+
+
 def _config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} is no folder: nothing is there (models are not downloaded)")

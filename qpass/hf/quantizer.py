@@ -18,6 +18,7 @@ from qpass.checkpoints.mapped_pages import ReadPages
 from qpass.checkpoints.stream_quantize import StreamQuantizer
 from qpass.errors import RecipeError
 from qpass.formats.checkpoint import read_json
+from qpass.formats.format_registry import format_of_folder
 from qpass.hf.packed_quantizer import PackedQuantizer
 from qpass.hf.qpass_config import QPassConfig
 
@@ -37,7 +38,8 @@ class QPassQuantizer(PackedQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise unless there is a recipe and every weight will have a device."""
         if self.quantization_config.recipe is None:
-            raise RecipeError("this checkpoint is not quantized, so QPassConfig needs a recipe: QPassConfig('w4a8')")
+            raise RecipeError("the config of this checkpoint names no quantization, so QPassConfig needs a recipe: "
+                              "QPassConfig('w4a8'); qpass.load(path) also reads what is quantized without saying so")
         places = list(device_map.values()) if isinstance(device_map, dict) else []
         if "disk" in places:
             raise RecipeError("device_map puts layers on the disk, where packed weights cannot run; quantized, the "
@@ -49,9 +51,13 @@ class QPassQuantizer(PackedQuantizer):
                                              ) -> None:
         """Keep the empty model; the plan waits until Transformers has left the meta device's context."""
         if checkpoint_files:
-            config = Path(checkpoint_files[0]).parent / "config.json"
+            folder = Path(checkpoint_files[0]).parent
+            config = folder / "config.json"
             if config.is_file() and (said := read_json(config).get("quantization_config")):
                 refuse_quantized(said, self.quantization_config)
+            if found := format_of_folder(folder):
+                raise RecipeError(f"the checkpoint in {folder} is quantized already ({found.title}), and Transformers "
+                                  f"cannot read that; qpass.load({str(folder)!r}) does")
         self._model: nn.Module | None = model
 
     @property

@@ -54,7 +54,10 @@ def write_expert(site: ExpertsSite, which: int, expert: int, part: LinearSpec | 
             found[f"{expert}.{name}.weight"] = rows.contiguous()
         else:
             assert spec is not None
-            found |= {f"{expert}.{name}.{key}": tensor for key, tensor in write_weight(rows, spec).items()}
+            held = {tensor.data_ptr() for tensor in found.values()}
+            # One scale of the whole weight is gate's and up's: two tensors, for safetensors takes none twice.
+            found |= {f"{expert}.{name}.{key}": tensor.clone() if tensor.data_ptr() in held else tensor
+                      for key, tensor in write_weight(rows, spec).items()}
     return found
 
 

@@ -40,10 +40,12 @@ def test_every_scheme_has_a_layer_for_each_projection(scheme: str, tmp_path: Pat
     experts = {name.removeprefix(EXPERTS + ".") for name in stored if name.startswith(EXPERTS)}
     assert experts == {f"{expert}.{projection}.{name}" for expert in range(E) for name in TENSORS[scheme]
                        for projection in ("gate_proj", "up_proj", "down_proj")}
-    loaded: Any = qpass.load(tmp_path)
-    assert isinstance(loaded.model.layers[0].mlp.experts, QuantExperts)
-    with torch.inference_mode():
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        loaded: Any = qpass.load(folder)
+        assert isinstance(loaded.model.layers[0].mlp.experts, QuantExperts)
+        with torch.inference_mode():
+            assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     if scheme != "nf4":  # of bitsandbytes, and no format of compressed-tensors
         same_as_theirs(model, tmp_path, stored)
 

@@ -347,6 +347,20 @@ def test_convolutions_norms_and_quantized_parameters_are_no_sites() -> None:
     assert list(sites_of(Other(), torch.randn(2, 3, K))) == ["proj.weight"]
 
 
+def test_rows_gathered_and_cleared_are_still_the_norms() -> None:
+    class Cleared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.proj = nn.LayerNorm(K), nn.Linear(K, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.norm(x)[torch.tensor([1, 0, 1])]
+            return self.proj(rows.masked_fill_((rows.sum(-1) > 0)[:, None], 0.0)).tanh()
+
+    (site,) = sites_of(Cleared(), torch.randn(2, K)).values()
+    assert site.produced_by == "norm (LayerNorm)"
+
+
 def test_learned_queries_are_the_input_of_a_linear() -> None:
     class Latents(nn.Module):
         def __init__(self) -> None:

@@ -84,6 +84,9 @@ def test_what_cannot_be_is_said(tmp_path: Path, tiny_llama: Build) -> None:
         load(tmp_path / "float", quantization_config=qpass.QPassConfig())
     with pytest.raises(RecipeError, match=r"gate\*"):
         load(tmp_path / "float", quantization_config=qpass.QPassConfig("w4a8", ignore=["gate*"]))
+    (tmp_path / "float" / "quanto_qmap.json").write_text("{}")  # all that quanto writes beside its weights
+    with pytest.raises(RecipeError, match=r"quantized already \(optimum-quanto\).*qpass\.load\("):
+        load(tmp_path / "float", quantization_config=qpass.QPassConfig("w4a8"))
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(WeightError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):

@@ -194,11 +194,11 @@ class PackedWeight(PackedLayer):
         return self.spec.on(choose(call, where=self._spec_text, prepare=True).kernel.name)
 
     def tensors_on_disk(self) -> dict[str, Tensor]:
-        """The weight as a checkpoint holds it, by name without the layer's path; packed anew at every call."""
+        """The weight as a checkpoint holds it, by name; made anew, shared scales too: safetensors takes none twice."""
         if self.device.type == "meta":
             return {name: torch.empty(shape, dtype=dtype, device="meta")
                     for name, (dtype, shape) in self.on_disk.items()}
-        return write_weight(self.canonical(), self.spec) | self._scale_tensors()
+        return write_weight(self.canonical(), self.spec) | {name: t.clone() for name, t in self._scale_tensors().items()}
 
     def tensor_on_disk(self, name: str) -> Tensor:
         """One of them."""

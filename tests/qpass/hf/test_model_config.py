@@ -124,6 +124,15 @@ def test_train_is_refused_before_any_flag_changes(tiny_llama: Build, token_ids: 
     assert not any(module.training for module in model.eval().modules())
 
 
+def test_scales_that_layers_share_are_saved_by_transformers(tiny_llama: Build, token_ids: torch.Tensor,
+                                                            tmp_path: Path) -> None:
+    model = qpass.quantize(tiny_llama(), "w8a8_static", calibration=[{"input_ids": token_ids}], progress=False)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.input_scale is attention.k_proj.input_scale
+    model.save_pretrained(tmp_path)
+    assert torch.equal(qpass.load(tmp_path)(token_ids).logits, model(token_ids).logits)
+
+
 def test_hooks_stay(tiny_llama: Build, token_ids: torch.Tensor) -> None:
     model = tiny_llama()
     seen: list[tuple[int, ...]] = []

@@ -198,7 +198,7 @@ class PackedWeight(PackedLayer):
         if self.device.type == "meta":
             return {name: torch.empty(shape, dtype=dtype, device="meta")
                     for name, (dtype, shape) in self.on_disk.items()}
-        return write_weight(self.canonical(), self.spec) | {name: t.clone() for name, t in self._scale_tensors().items()}
+        return write_weight(self.canonical(), self.spec) | {key: t.clone() for key, t in self._scale_tensors().items()}
 
     def tensor_on_disk(self, name: str) -> Tensor:
         """One of them."""

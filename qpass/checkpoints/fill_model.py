@@ -18,7 +18,8 @@ from qpass.formats.lent_memory import LentMemory
 from qpass.formats.safetensors_folder import SafetensorsFolder
 from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose
-from qpass.layers.packed_layers import Origin, PackedWeight, QuantLinear
+from qpass.layers.origin import Origin
+from qpass.layers.packed_layers import PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.layers.reordered_linear import ReorderedLinear
 from qpass.spec import LinearSpec

@@ -8,7 +8,6 @@ runs it; `state_dict()` gives the canonical form, whatever the layout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from qpass.errors import PackedForInference, WeightError
 from qpass.formats.compressed_tensors import describe_weight, names_found, read_weight, write_weight
 from qpass.kernels.layout import Packed
 from qpass.kernels.registry import Kernel, LinearCall, choose, kernel
+from qpass.layers.origin import Origin
 from qpass.layers.weight_view import WeightView
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
@@ -245,23 +245,6 @@ def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         raise PackedForInference(f"packed weights cannot be cast to {moved.dtype}: they are codes and scales; "
                                  "qpass.dequantize(model) gives float weights back")
     return moved.view(tensor.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """The module that a QuantLinear replaced, its weight gone, and how to give it one again."""
-
-    module: nn.Module
-    weight: str
-    bias: str | None
-    transposed: bool
-
-    def holding(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
-        """The module again, with `weight` as it stores it, [K, N] if transposed, and `bias`."""
-        self.module._parameters[self.weight] = weight
-        if self.bias is not None:
-            self.module._parameters[self.bias] = bias
-        return self.module
 
 
 class QuantLinear(PackedWeight):

@@ -19,7 +19,8 @@ from qpass.formats.integer_weights import group_order
 from qpass.hadamard import halves_of, multiply_blocks
 from qpass.input_change import InputChange
 from qpass.kernels.layout import Packed
-from qpass.layers.packed_layers import Origin, PackedWeight, QuantLinear
+from qpass.layers.origin import Origin
+from qpass.layers.packed_layers import PackedWeight, QuantLinear
 from qpass.spec import LinearSpec
 from qpass.weight import CanonicalWeight, dequantize_weight
 

@@ -12,7 +12,8 @@ from qpass.errors import WeightError
 from qpass.input_change import InputChange
 from qpass.kernels.layout import Packed
 from qpass.layers.experts_layer import QuantExperts
-from qpass.layers.packed_layers import Origin, PackedLayer, PackedWeight, QuantLinear
+from qpass.layers.origin import Origin
+from qpass.layers.packed_layers import PackedLayer, PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
 from qpass.layers.reordered_linear import ReorderedLinear
 from qpass.layers.tied_table import TiedTable

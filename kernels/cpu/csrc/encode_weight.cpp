@@ -12,16 +12,6 @@
 namespace qpass {
 namespace {
 
-template <class T>
-uint32_t largest_plain(const T* w, int64_t size) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < size; i++) {
-    const uint32_t u = finite(bits_at(w, i)) & 0x7fffffffu;
-    most = u > most ? u : most;
-  }
-  return most;
-}
-
 template <class T, Element kElement>
 void codes_plain(const Job& job, const T* w, int64_t size, float divisor, int8_t* q) {
   constexpr uint32_t sign = kElement == Element::e2m1 ? 8 : 128;

@@ -8,28 +8,17 @@
 namespace qpass {
 namespace {
 
-// As the bits of a float, NaN and Inf as they are: larger than every number.
-template <class T>
-uint32_t largest_plain(const T* w, int64_t size) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < size; i++) {
-    const uint32_t u = bits_at(w, i) & 0x7fffffffu;
-    most = u > most ? u : most;
-  }
-  return most;
-}
-
 template <class T>
 QPASS_AVX2 uint32_t largest_avx2(const T* w, int64_t size) {
   const int64_t whole = size & ~int64_t(15);
   bool all_finite;
-  const uint32_t found = largest16(w, whole, all_finite), rest = largest_plain(w + whole, size - whole);
+  const uint32_t found = largest16(w, whole, all_finite), rest = largest_plain<true>(w + whole, size - whole);
   return rest > found ? rest : found;
 }
 
 template <class T>
 uint32_t largest_of(const void* w, int64_t first, int64_t size) {
-  return machine_runs(1) ? largest_avx2((const T*)w + first, size) : largest_plain((const T*)w + first, size);
+  return machine_runs(1) ? largest_avx2((const T*)w + first, size) : largest_plain<true>((const T*)w + first, size);
 }
 
 }  // namespace

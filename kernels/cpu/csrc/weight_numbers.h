@@ -28,6 +28,18 @@ static inline bool all_finite(const T* w, int64_t size) {
   return most < 0x7f800000u;
 }
 
+// The largest magnitude of any number of weights, as the bits of a float. NaN and Inf count as 0, or AS_THEY_ARE: as larger
+// than every number.
+template <bool AS_THEY_ARE = false, class T>
+static inline uint32_t largest_plain(const T* w, int64_t size) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < size; i++) {
+    const uint32_t u = (AS_THEY_ARE ? bits_at(w, i) : finite(bits_at(w, i))) & 0x7fffffffu;
+    most = u > most ? u : most;
+  }
+  return most;
+}
+
 // A number as it will be read back once stored in `dtype`; what is too large is the largest.
 static inline float rounded_to(float s, DType dtype) {
   static constexpr float most[] = {3.40282347e38f, 3.38953139e38f, 65504.0f};

@@ -1,10 +1,9 @@
-// Split work: the columns of several weights cut into runs for the threads of a team.
+// Split work: the columns of several weights cut into equal runs, one for each thread of a team.
 #pragma once
 #include <omp.h>
 
 #include <cstdint>
 #include <new>
-#include <vector>
 
 #include "abi.h"
 #include "convert.h"
@@ -15,7 +14,6 @@ namespace {
 constexpr int64_t kWorkspace = 32 << 20;
 constexpr int64_t kUnit = 32;                    // columns: what the threads share out
 constexpr int64_t kMinWork = 1 << 15;            // multiply-adds that are worth a thread
-constexpr int64_t kManyRunRows = 64, kLeastRun = 8;  // from so many rows on, so many units at least go to a free thread
 constexpr int64_t kSerialElements = 16 << 10;    // below this, making x ready costs less than a barrier
 
 // How many rows go through at once, so that their work space stays within kWorkspace.
@@ -24,26 +22,16 @@ inline int64_t chunk_of(int64_t M, int64_t bytes_a_row) {
   return M < rows ? M : rows;
 }
 
-// Units [begin, end) of all weights in one line.
+// The share of thread t: units of all weights in one line, cut into equal runs.
 template <typename Job, typename Multiply>
-void share(const Job* jobs, int64_t count, int64_t begin, int64_t end, const Multiply& multiply) {
+void share(const Job* jobs, int64_t count, int64_t units, int64_t t, int64_t team, const Multiply& multiply) {
+  const int64_t begin = units * t / team, end = units * (t + 1) / team;
   for (int64_t i = 0, first = 0; i < count && first < end; i++) {
     const int64_t here = jobs[i].weight.Np / kUnit, last = first + here;
     const int64_t from = begin > first ? begin : first, to = end < last ? end : last;
     if (from < to) multiply(jobs[i], (from - first) * 2, (to - first) * 2);
     first = last;
   }
-}
-
-// Where runs of units begin and end that free threads take, of many rows: long ones first and short ones last, for threads
-// are not equally fast. Rows are prepared anew for each run, which must be worth it.
-inline std::vector<int64_t> runs_of(int64_t units, int64_t team) {
-  std::vector<int64_t> cuts = {0};
-  for (int64_t at = 0; at < units; cuts.push_back(at)) {
-    const int64_t left = units - at, step = left * 3 / (4 * team);
-    at += left < 2 * kLeastRun ? left : step < kLeastRun ? kLeastRun : step;
-  }
-  return cuts;
 }
 
 // `prepare(row_begin, row_end)` fills the work space, `multiply(job, block_begin, block_end)` uses it.
@@ -56,18 +44,8 @@ void run(const Job* jobs, int64_t count, int64_t M, int64_t K, int32_t threads, 
   const int64_t team = team_size(threads, units < worth ? units : worth);
   const bool serial = team == 1 || M * K <= kSerialElements;
   if (serial) prepare(0, M);
-  if (team == 1) return share(jobs, count, 0, units, multiply);
-  const bool even = M < kManyRunRows || units < 2 * kLeastRun * team;
-  const std::vector<int64_t> cuts = even ? std::vector<int64_t>() : runs_of(units, team);
+  if (team == 1) return share(jobs, count, units, 0, 1, multiply);
   bool no_memory = false;  // an exception must not leave a parallel region
-  const auto guarded = [&](int64_t begin, int64_t end) {
-    try {
-      share(jobs, count, begin, end, multiply);
-    } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-      no_memory = true;
-    }
-  };
 #pragma omp parallel num_threads((int)team)
   {
     const int64_t t = omp_get_thread_num(), all = omp_get_num_threads();  // the runtime may give fewer
@@ -75,9 +53,12 @@ void run(const Job* jobs, int64_t count, int64_t M, int64_t K, int32_t threads, 
       prepare(M * t / all, M * (t + 1) / all);
 #pragma omp barrier
     }
-    if (even) guarded(units * t / all, units * (t + 1) / all);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 1; i < (int64_t)cuts.size(); i++) guarded(cuts[i - 1], cuts[i]);
+    try {
+      share(jobs, count, units, t, all, multiply);
+    } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+      no_memory = true;
+    }
   }
   if (no_memory) throw std::bad_alloc();
 }

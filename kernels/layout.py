@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -34,6 +34,9 @@ class Layout:
     `even(packed, spec)` is the same weight with tensors whose shapes and dtypes do not depend on its values, as experts
     that share one tensor need; without it `pack` gives such.
 
+    `pack_parts(weights, spec)` is `pack` of one weight whose rows come some at a time, always a multiple of 32 but for
+    the last; it holds none of them longer than it takes.
+
     `names(spec)` are the tensors of a packed weight in the order in which ops receive them.
     """
 
@@ -45,6 +48,7 @@ class Layout:
     quantize: Callable[[Tensor, LinearSpec, Packed | None, Tensor | None, bool], Packed | None] | None = None
     largest: Callable[[Tensor], Tensor | None] | None = None
     even: Callable[[Packed, LinearSpec], Packed] | None = None
+    pack_parts: Callable[[Iterable[CanonicalWeight], LinearSpec], Packed] | None = None
 
 
 def _canonical_names(spec: LinearSpec) -> tuple[str, ...]:

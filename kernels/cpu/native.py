@@ -134,14 +134,20 @@ def available(isa: str) -> bool:
     return bool(library().qp_isa_available(ISA_INDEX[isa]))
 
 
-def pack(weight: CanonicalWeight, bits: int, part: str = "products") -> Tensor:
-    """qweight int8 [N, K] -> uint8 [Np * Kp * bits / 8] in the order of csrc/product.h; `part` is one needed anyway."""
+def pack(weight: CanonicalWeight, bits: int, part: str = "products", into: Tensor | None = None) -> Tensor:
+    """qweight int8 [N, K] -> uint8 [Np * Kp * bits / 8] in the order of csrc/product.h, written to `into` if that is
+    given; `part` is one needed anyway."""
     q = weight.qweight.contiguous()
     n, k = q.shape
-    packed = large_pages.empty((padded(n, 32) * padded(k, 64) * bits // 8,), torch.uint8)
+    packed = large_pages.empty((packed_bytes(n, k, bits),), torch.uint8) if into is None else into
     succeed(library(part).qp_pack(q.data_ptr(), q.numel(), n, k, bits, packed.data_ptr(), packed.numel(),
                                   torch.get_num_threads()), part)
     return packed
+
+
+def packed_bytes(n: int, k: int, bits: int) -> int:
+    """How many bytes `pack` makes of a weight [n, k]."""
+    return padded(n, 32) * padded(k, 64) * bits // 8
 
 
 def unpack(packed: Tensor, n: int, k: int, bits: int, part: str = "products") -> Tensor:

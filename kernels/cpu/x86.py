@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qpass import large_pages
 from qpass.dtype import FLOATS, dtype_name
 from qpass.integer_scales import factor
 from qpass.kernels.cpu import native, native_weights
@@ -51,13 +53,29 @@ def unblocked(blocks: Tensor, n: int) -> Tensor:
 
 
 def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
-    if weight.scale.dtype not in native.dtype_index():
-        raise TypeError(f"scales must be float32, bfloat16 or float16 to be packed for x86, got {weight.scale.dtype}")
-    packed = {"qweight": native.pack(weight, spec.weight.bits), "scale": _packed_scale(weight.scale, spec)}
-    if weight.zero_point is not None:
-        packed["zero_point"] = blocked(weight.zero_point, 0)
-    if "colsum" in _names(spec):
-        packed["colsum"] = _colsum(weight, spec)
+    return _pack_parts((weight,), spec)
+
+
+def _pack_parts(parts: Iterable[CanonicalWeight], spec: LinearSpec) -> Packed:
+    qweight = large_pages.empty((native.packed_bytes(*spec.shape, spec.weight.bits),), torch.uint8)
+    scales, zero_points, sums, start = [], [], [], 0
+    for weight in parts:
+        if weight.scale.dtype not in native.dtype_index():
+            raise TypeError("scales must be float32, bfloat16 or float16 to be packed for x86, got "
+                            f"{weight.scale.dtype}")
+        n, k = weight.qweight.shape
+        size = native.packed_bytes(n, k, spec.weight.bits)
+        native.pack(weight, spec.weight.bits, into=qweight[start:start + size])
+        scales.append(weight.scale)
+        zero_points += [] if weight.zero_point is None else [weight.zero_point]
+        sums += [_colsum(weight, replace(spec, out_features=n))] if "colsum" in _names(spec) else []
+        start += size
+        del weight
+    packed = {"qweight": qweight, "scale": _packed_scale(torch.cat(scales), spec)}
+    if zero_points:
+        packed["zero_point"] = blocked(torch.cat(zero_points), 0)
+    if sums:
+        packed["colsum"] = torch.cat(sums)
     return packed
 
 
@@ -148,7 +166,7 @@ def _even(packed: Packed, spec: LinearSpec) -> Packed:
 
 
 X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize,
-                    largest=largest, even=_even)
+                    largest=largest, even=_even, pack_parts=_pack_parts)
 """Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
 
 

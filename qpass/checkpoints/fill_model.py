@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.lent_memory import LentMemory
 from qpass.formats.safetensors_folder import SafetensorsFolder
 from qpass.kernels.keep_activation import computable
-from qpass.kernels.registry import LinearCall, choose
+from qpass.kernels.registry import LinearCall, choose, kernel
 from qpass.layers.origin import Origin
 from qpass.layers.packed_layers import PackedWeight, QuantLinear
 from qpass.layers.quant_weight import QuantWeight
@@ -28,6 +28,11 @@ from qpass.swap.swap_site import TRIM_AFTER, give_back_freed_memory, tie_table
 from qpass.weight import CanonicalWeight
 
 _Parts = tuple[Any, LinearSpec, torch.dtype, ActivationScale | None]
+_NO_CHANGE: Mapping[str, Any] = {"hadamard": None, "order": None, "pre_scale": None}
+_HOLES = 8
+"""Reading by rows uses its memory again; of what it packs, one part in so many stays behind as holes of the heap."""
+_AT_ONCE = 1 << 21
+"""Weights that are read, unpacked and packed at a time: what is between two steps stays in the cache."""
 
 
 def fill_floats(floats: Sequence[Float], checkpoint: Checkpoint, device: torch.device,
@@ -75,33 +80,102 @@ def _there(item: Float) -> torch.Tensor:
 def fill_layers(model: nn.Module, layers: Sequence[Layer], checkpoint: Checkpoint, device: torch.device,
                 dtype: torch.dtype | None = None, *, exact: bool = False) -> None:
     """Read, pack and put in place each layer on `device`. Raises CheckpointError that names a damaged layer."""
-    freed = 0
+    freed, lent = 0, LentMemory()
     for layer in layers:
-        tensors = checkpoint.source.read(layer.read.tensors.values())
-        freed += sum(tensor.nbytes for tensor in tensors.values())
-        try:
-            named = {short: tensors[full].to(device) for short, full in layer.read.tensors.items()}
-            del tensors
-            canonical = layer.read.read(named, layer.read.spec)
-            scale = scale_of_tensors(named, layer.read.spec.activation)
-        except (ValueError, WeightError) as error:
-            raise CheckpointError(f"{layer.paths[0]} in {checkpoint.path}: {error}") from error
-        del named
-        mixed = canonical.tensors.pop("hadamard", None)
-        inputs: dict[str, Any] = {"hadamard": None if mixed is None else int(mixed),
-                                  "order": canonical.tensors.pop("input_order", None),
-                                  "pre_scale": canonical.tensors.pop("pre_scale", None)}
         of = dtype or _weight_of(model, layer, layer.paths[0]).dtype
-        call = LinearCall(spec=_as_read(layer.read.spec, canonical), device=device, dtype=of)
-        call = replace(call, spec=computable(call, exact=exact)[0])
-        spec = call.spec.on(choose(call, where=layer.paths[0], prepare=True).kernel.name)
-        if spec.activation is None or not spec.activation.static:
-            scale = None
-        _put(model, layer, (canonical, spec, of, scale), inputs, checkpoint)
-        del canonical
+        if (rows := _RowReader.of(layer, checkpoint, device, of, exact=exact)) is not None:
+            parts = rows.pack(lent)
+            _put(model, layer, parts, _NO_CHANGE, checkpoint)
+            freed += sum(tensor.nbytes for tensor in parts[0].values()) // _HOLES
+            del parts
+        else:
+            freed += _put_whole(model, layer, checkpoint, device, of, exact=exact)
         if freed >= TRIM_AFTER:
             give_back_freed_memory()
             freed = 0
+
+
+def _put_whole(model: nn.Module, layer: Layer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *,
+               exact: bool) -> int:
+    """Read, pack and put a layer at once. Returns how many bytes were read."""
+    tensors = checkpoint.source.read(layer.read.tensors.values())
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        named = {short: tensors[full].to(device) for short, full in layer.read.tensors.items()}
+        del tensors
+        canonical = layer.read.read(named, layer.read.spec)
+        scale = scale_of_tensors(named, layer.read.spec.activation)
+    except (ValueError, WeightError) as error:
+        raise CheckpointError(f"{layer.paths[0]} in {checkpoint.path}: {error}") from error
+    del named
+    mixed = canonical.tensors.pop("hadamard", None)
+    inputs: dict[str, Any] = {"hadamard": None if mixed is None else int(mixed),
+                              "order": canonical.tensors.pop("input_order", None),
+                              "pre_scale": canonical.tensors.pop("pre_scale", None)}
+    spec = _with_kernel(_as_read(layer.read.spec, canonical), layer, device, dtype, exact=exact)
+    if spec.activation is None or not spec.activation.static:
+        scale = None
+    _put(model, layer, (canonical, spec, dtype, scale), inputs, checkpoint)
+    return nbytes
+
+
+def _with_kernel(spec: LinearSpec, layer: Layer, device: torch.device, dtype: torch.dtype, *, exact: bool
+                 ) -> LinearSpec:
+    call = LinearCall(spec=spec, device=device, dtype=dtype)
+    call = replace(call, spec=computable(call, exact=exact)[0])
+    return call.spec.on(choose(call, where=layer.paths[0], prepare=True).kernel.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RowReader:
+    """A layer whose rows can be read and packed some at a time, so that neither its file's form nor its codes are whole
+    in memory."""
+
+    layer: Layer
+    source: SafetensorsFolder
+    spec: LinearSpec
+    dtype: torch.dtype
+    where: Path
+
+    @classmethod
+    def of(cls, layer: Layer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, exact: bool
+           ) -> _RowReader | None:
+        source, spec = checkpoint.source, layer.read.spec
+        if layer.read.by_rows is None or device.type != "cpu" or not isinstance(source, SafetensorsFolder):
+            return None
+        spec = _with_kernel(spec, layer, device, dtype, exact=exact)
+        if kernel(spec.kernel).layout.pack_parts is None:
+            return None
+        return cls(layer=layer, source=source, spec=spec, dtype=dtype, where=checkpoint.path)
+
+    def pack(self, lent: LentMemory) -> _Parts:
+        read = self.layer.read
+        shapes = {full: self.source.tensors[full].shape for full in read.tensors.values()}
+        apart = {short for short, full in read.tensors.items() if len(shapes[full]) == 2
+                 and shapes[full][0] == self.spec.out_features}
+        try:
+            whole = {short: tensor for short, full in read.tensors.items() if short not in apart
+                     for tensor in self.source.read([full]).values()}
+            scale = scale_of_tensors(whole, read.spec.activation)
+            pack_parts = kernel(self.spec.kernel).layout.pack_parts
+            assert pack_parts is not None
+            packed = pack_parts(self._parts(whole, apart, lent), self.spec)
+        except (ValueError, WeightError) as error:
+            raise CheckpointError(f"{self.layer.paths[0]} in {self.where}: {error}") from error
+        static = self.spec.activation is not None and self.spec.activation.static
+        return packed, self.spec, self.dtype, scale if static else None
+
+    def _parts(self, whole: Mapping[str, torch.Tensor], apart: Iterable[str], lent: LentMemory
+               ) -> Iterator[CanonicalWeight]:
+        read, (n, k) = self.layer.read, self.spec.shape
+        assert read.by_rows is not None
+        largest = max(apart, key=lambda short: self.source.tensors[read.tensors[short]].nbytes)
+        step = max(32, _AT_ONCE // k // 32 * 32)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            named = {short: self.source.read([full], rows=rows, lent=lent if short == largest else None)[full]
+                     for short, full in read.tensors.items() if short in apart}
+            yield read.by_rows({**whole, **named}, replace(read.spec, out_features=rows.stop - start), read.spec)
 
 
 def _as_read(spec: LinearSpec, canonical: CanonicalWeight) -> LinearSpec:

@@ -119,6 +119,19 @@ def read_weight(tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight
     return CanonicalWeight(found)
 
 
+def read_rows(tensors: dict[str, Tensor], some: LinearSpec, spec: LinearSpec) -> CanonicalWeight:
+    """read_weight of some rows, of a symmetric weight in integers, from these rows of its codes and scales."""
+    if "weight_shape" in tensors:
+        _check_shape(tensors["weight_shape"], spec)
+        tensors = {**tensors, "weight_shape": torch.tensor(some.shape)}
+    return read_weight(tensors, some)
+
+
+def _check_shape(said: Tensor, spec: LinearSpec) -> None:
+    if said.tolist() != list(spec.shape):
+        raise ValueError(f"weight_shape says {said.tolist()}, the layer is {list(spec.shape)}")
+
+
 def _read_zero_point(zero_point: Tensor, spec: LinearSpec) -> Tensor:
     """int8 [N, G], from words packed along N or, as int-quantized and versions before 0.9 have it, from itself."""
     groups = (spec.out_features, spec.groups)
@@ -136,8 +149,7 @@ def _read_zero_point(zero_point: Tensor, spec: LinearSpec) -> Tensor:
 def _read_codes(tensors: dict[str, Tensor], spec: LinearSpec) -> Tensor:
     n, k = spec.out_features, spec.in_features
     if "weight_packed" in tensors:
-        if (said := tensors["weight_shape"].tolist()) != [n, k]:
-            raise ValueError(f"weight_shape says {said}, the layer is {[n, k]}")
+        _check_shape(tensors["weight_shape"], spec)
         if tensors["weight_packed"].shape[0] != n:
             raise ValueError(f"weight_packed has {tensors['weight_packed'].shape[0]} rows, the layer has {n}")
         return _unpack(tensors["weight_packed"], spec.weight.bits, k)

@@ -12,7 +12,7 @@ from qpass.codecs.fp8 import SCALES
 from qpass.errors import CheckpointError
 from qpass.formats.checkpoint import Checkpoint
 from qpass.formats.codec_reads import codec_read
-from qpass.formats.compressed_tensors import names_found, read_weight, words_of
+from qpass.formats.compressed_tensors import names_found, read_rows, read_weight, words_of
 from qpass.formats.compressed_tensors_config import METHOD, LayerConfig, read_config
 from qpass.formats.format_registry import Format, register_format
 from qpass.formats.reader import FloatRead, Place, Reader, WeightRead
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BESIDE = ("weight_g_idx", "pre_quant_scale", "weight_zero_point")  # of zeros, where symmetric; older versions wrote it
+_ROWWISE = {"weight_packed", "weight", "weight_scale", "weight_shape", "input_scale", "input_zero_point"}
 
 
 def _read_mixed(size: int, tensors: dict[str, Tensor], spec: LinearSpec) -> CanonicalWeight:
@@ -66,7 +67,8 @@ class CompressedTensorsReader(Reader):
         self._check(place.path, spec, names, group.name)
         names += tuple(name for name in _BESIDE if name not in names and f"{place.path}.{name}" in tensors)
         return WeightRead(spec=spec, tensors={name: f"{place.path}.{name}" for name in names},
-                          read=read_weight if mixed is None else partial(_read_mixed, mixed))
+                          read=read_weight if mixed is None else partial(_read_mixed, mixed),
+                          by_rows=None if mixed is not None or not _ROWWISE.issuperset(names) else read_rows)
 
     def _refuse_mixed(self, place: Place, mixed: int | None) -> None:
         if mixed is not None:

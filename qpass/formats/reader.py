@@ -50,12 +50,16 @@ class WeightRead:
     (unpermuted) input is multiplied first; `hadamard`, a number: before that blocks of so many inputs are mixed by
     Sylvester's Hadamard matrix over its norm. A static activation scale stands among `tensors` as
     `input_scale`, and `input_zero_point`. `note` is a sentence for the report.
+
+    `by_rows(tensors, some, spec)`, where rows can be read apart, is `read` of the weight `some` that consists of as
+    many rows of the whole, `spec`: from these rows of all tensors [N, ...], and the others whole.
     """
 
     spec: LinearSpec
     tensors: Mapping[str, str]
     read: Callable[[dict[str, Tensor], LinearSpec], CanonicalWeight]
     note: str = ""
+    by_rows: Callable[[dict[str, Tensor], LinearSpec, LinearSpec], CanonicalWeight] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

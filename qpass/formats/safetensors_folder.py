@@ -28,19 +28,24 @@ class SafetensorsFolder:
         self.metadata: Mapping[str, Any]
         self.tensors, self.metadata = read_folder(folder)
 
-    def read(self, names: Iterable[str], at: int | None = None, lent: LentMemory | None = None) -> dict[str, Tensor]:
-        """The tensors, or what stands at `at` in the first dimension of each, in memory of their own or that is `lent`.
+    def read(self, names: Iterable[str], at: int | None = None, lent: LentMemory | None = None,
+             rows: slice | None = None) -> dict[str, Tensor]:
+        """The tensors, or what stands at `at` or in `rows` of the first dimension of each, in memory of their own or
+        that is `lent`.
 
         Raises CheckpointError if a file changed since its header was read.
         """
-        return {name: _read(self.tensors[name], at, lent) for name in names}
+        return {name: _read(self.tensors[name], at, lent, rows) for name in names}
 
 
-def _read(stored: Stored, at: int | None, lent: LentMemory | None) -> Tensor:
+def _read(stored: Stored, at: int | None, lent: LentMemory | None, rows: slice | None) -> Tensor:
     shape, start = stored.shape, stored.start
     if at is not None:
         shape = shape[1:]
         start += at * (stored.nbytes // stored.shape[0])
+    elif rows is not None:
+        start += rows.start * (stored.nbytes // shape[0])
+        shape = (rows.stop - rows.start, *shape[1:])
     dtype = torch_dtype(stored.dtype)
     tensor = torch.empty(shape, dtype=dtype) if lent is None else lent.tensor(shape, dtype)
     if tensor.numel():

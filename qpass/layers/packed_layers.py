@@ -92,7 +92,8 @@ class PackedWeight(PackedLayer):
         for name in self._names:
             del self._buffers[name]
         names = tuple("packed_" + name for name in chosen.layout.names(spec))
-        self.on_disk = describe_weight(CanonicalWeight(packed) if isinstance(weight, dict) else weight, spec) | {
+        even = chosen.layout.even or (lambda packed, _: packed)  # with scales as a checkpoint has them
+        self.on_disk = describe_weight(CanonicalWeight(even(packed, spec)) if packed is weight else weight, spec) | {
             name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._scale_tensors().items()}
         for name in names:
             self.register_buffer(name, packed[name.removeprefix("packed_")], persistent=False)

@@ -48,5 +48,16 @@ QPASS_AVX2 void pack_tile_avx2(const int8_t* rows, int64_t stride, int32_t bits,
     }
 }
 
+// pack_tile: whether all of them fit 4 bits, or 8 do not have to.
+QPASS_AVX2 bool pack_tile_checked_avx2(const int8_t* rows, int64_t stride, int32_t bits, uint8_t* out) {
+  __m256i beyond = _mm256_setzero_si256();
+  for (int n = 0; bits == 4 && n < 16; n++)
+    for (int half = 0; half < 64; half += 32)  // + 8 leaves nothing in the upper half of a byte that fits
+      beyond = _mm256_or_si256(beyond, _mm256_add_epi8(_mm256_loadu_si256((const __m256i*)(rows + n * stride + half)),
+                                                       _mm256_set1_epi8(8)));
+  pack_tile_avx2(rows, stride, bits, out);
+  return _mm256_testz_si256(beyond, _mm256_set1_epi8((char)0xf0));
+}
+
 }  // namespace
 }  // namespace qpass

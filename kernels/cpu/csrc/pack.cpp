@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "abi.h"
+#include "avx2_pack_tile.h"
 #include "pack_tile.h"
 
 namespace qpass {
@@ -20,7 +21,8 @@ const char* check(const void* q, int64_t q_bytes, int64_t N, int64_t K, int32_t 
 
 // One block of 16 outputs x 64 inputs, outputs beyond N and inputs beyond K as weight 0; returns false if a weight
 // does not fit 4 bits.
-bool pack_block(const int8_t* q, int64_t N, int64_t K, int32_t bits, int64_t n0, int64_t k0, uint8_t* out) {
+bool pack_block(const int8_t* q, int64_t N, int64_t K, int32_t bits, int64_t n0, int64_t k0, bool avx2, uint8_t* out) {
+  if (avx2 && n0 + 16 <= N && k0 + 64 <= K) return pack_tile_checked_avx2(q + n0 * K + k0, K, bits, out);
   int8_t tile[16][64];
   for (int64_t n = 0; n < 16; n++) {
     const int64_t there = n0 + n < N ? (k0 + 64 <= K ? 64 : K - k0) : 0;
@@ -53,11 +55,12 @@ extern "C" int32_t qp_pack(const int8_t* q, int64_t q_bytes, int64_t N, int64_t 
   if (const char* why = check(q, q_bytes, N, K, bits, packed, packed_bytes)) return fail("pack: %s", why);
   const int64_t outer = padded(N, 32) / 16, inner = padded(K, 64) / 64, bytes = bits * 128;
   int32_t misfits = 0;
+  const bool avx2 = machine_runs(1);
   const int32_t team = team_size(threads, outer);
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(+ : misfits)
   for (int64_t i = 0; i < outer; i++)
     for (int64_t j = 0; j < inner; j++)
-      misfits += !pack_block(q, N, K, bits, i * 16, j * 64, packed + (i * inner + j) * bytes);
+      misfits += !pack_block(q, N, K, bits, i * 16, j * 64, avx2, packed + (i * inner + j) * bytes);
   return misfits ? fail("pack: a weight lies outside -8..7 and does not fit 4 bits") : 0;
 }
 

@@ -176,6 +176,7 @@ class _RowReader:
             named = {short: self.source.read([full], rows=rows, lent=lent if short == largest else None)[full]
                      for short, full in read.tensors.items() if short in apart}
             yield read.by_rows({**whole, **named}, replace(read.spec, out_features=rows.stop - start), read.spec)
+            named.clear()  # what is lent goes back before the next is read
 
 
 def _as_read(spec: LinearSpec, canonical: CanonicalWeight) -> LinearSpec:

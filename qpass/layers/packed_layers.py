@@ -91,10 +91,10 @@ class PackedWeight(PackedLayer):
         packed = weight if isinstance(weight, dict) else chosen.layout.pack(weight, spec)
         for name in self._names:
             del self._buffers[name]
-        names = tuple("packed_" + name for name in chosen.layout.names(spec))
-        even = chosen.layout.even or (lambda packed, _: packed)  # with scales as a checkpoint has them
-        self.on_disk = describe_weight(CanonicalWeight(even(packed, spec)) if packed is weight else weight, spec) | {
-            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._scale_tensors().items()}
+        names, even = tuple("packed_" + name for name in chosen.layout.names(spec)), chosen.layout.even
+        seen = CanonicalWeight(even(weight, spec) if even else weight) if isinstance(weight, dict) else weight
+        scales = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._scale_tensors().items()}
+        self.on_disk = describe_weight(seen, spec) | scales
         for name in names:
             self.register_buffer(name, packed[name.removeprefix("packed_")], persistent=False)
         for layer in self._tied:  # they read the very same buffers

@@ -139,10 +139,11 @@ def dequantize_weight(weight: CanonicalWeight, spec: LinearSpec, dtype: torch.dt
         return whole
     if codec is not None:
         return codec.dequantize(weight.tensors, spec.group_size).to(dtype)
-    q = weight.qweight.view(-1, spec.groups, spec.in_features // spec.groups).float()
+    q = weight.qweight.view(-1, spec.groups, spec.in_features // spec.groups).to(torch.float32, copy=True)
     if weight.zero_point is not None:
-        q = q - weight.zero_point.unsqueeze(-1)
-    return (q * weight.scale.float().unsqueeze(-1)).view(-1, spec.in_features).to(dtype)
+        q.sub_(weight.zero_point.unsqueeze(-1))
+    # In place: memory that is new to the process costs more than the product.
+    return q.mul_(weight.scale.float().unsqueeze(-1)).view(-1, spec.in_features).to(dtype)
 
 
 def row_blocks(spec: LinearSpec) -> Iterator[slice]:

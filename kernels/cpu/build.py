@@ -31,7 +31,7 @@ from qpass.kernels.isa import machine_has
 
 _HERE = Path(__file__).parent
 _WHAT = {"products": "CPU kernels", "decoded": "CPU kernels for float weights", "attention": "CPU kernel for attention",
-         "cache": "CPU kernel for attention over a quantized cache", "ranges": "search for the ranges of weights"}
+         "cache": "CPU kernel for attention over a quantized cache", "calibration": "CPU kernels for calibration"}
 
 
 def cache_dir() -> Path:

@@ -34,10 +34,10 @@ PARTS = {
                 "largest", "runtime"),
     "attention": ("shim_attention", "attention_float", "runtime"),
     "cache": ("attention", "runtime"),
-    "ranges": ("search_ranges", "runtime"),
+    "calibration": ("search_ranges", "round_columns", "runtime"),
 }
-"""Each part's sources: integer weights, those of csrc/decoded.h, attention over floats and over a quantized cache, the
-search for a weight's ranges."""
+"""Each part's sources: integer weights, those of csrc/decoded.h, attention over floats and over a quantized cache, what
+calibration does to weights."""
 NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8"}
 """The level of kernels/isa.py that a source is for, where that is not everybody's."""
 _NO_LOOPS = ("-Og",)  # for files that only pass tensors on: they hold torch's templates, and -O1 takes 0.8 s longer

@@ -7,7 +7,6 @@ tr((W - Q) H (W - Q)^T) with H = X^T X, is smallest.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from qpass.calibrate.scale_search import Grid
 from qpass.kernels.reference.range_search import storable
+from qpass.kernels.round_columns import descend_columns, round_columns
 
 _MOST_DAMPENING = 1e3
 _SOLVED_WHOLE = 256  # columns
@@ -90,7 +90,7 @@ def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends:
 
     `order` [K] is the order in which columns are rounded, the one that `factor` was made in.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     block_size = min(block_size, _AT_ONCE)
     group = order // (k // grid.scale.shape[1])
     # Columns as rows, so that each step reads and writes memory in one piece.
@@ -101,22 +101,9 @@ def gptq(weight: Tensor, factor: InverseFactor, order: Tensor, grid: Grid, ends:
     upper = factor.upper
     for start in range(0, k, block_size):
         stop = min(start + block_size, k)
-        errors = torch.empty(stop - start, n, dtype=w.dtype, device=w.device)
         beyond = upper[start:stop, start:] / upper[start:stop, start:stop].diagonal()[:, None]
-        within = beyond[:, :stop - start].t()
-        # What the columns of this block add to each other is gathered when one's turn comes: half the memory traffic
-        # of spreading each at once.
-        places = zip(w[start:stop], codes[start:stop], scale[start:stop], errors, within, strict=True)
-        for i, (column, q, step, error, above) in enumerate(places):
-            if i:
-                torch.addmv(column, errors[:i].t(), above[:i], alpha=-1, out=column)
-            torch.div(column, step, out=q).round_()
-            if zero is None:
-                torch.addcmul(column, q.clamp_(*ends), step, value=-1, out=error)
-            else:
-                z = zero[start + i]
-                q.add_(z).clamp_(*ends)
-                torch.addcmul(column, q - z, step, value=-1, out=error)
+        codes[start:stop], errors = round_columns(w[start:stop], scale[start:stop], None if zero is None else
+                                                  zero[start:stop], beyond[:, :stop - start].t(), ends)
         if stop < k:
             w[stop:].addmm_(beyond[:, stop - start:].t(), errors, alpha=-1)
     found = torch.empty_like(codes)
@@ -144,16 +131,9 @@ def descend(codes: Tensor, grid: Grid, target: Tensor, hessian: Tensor, ends: tu
         slope = torch.addmm(error[start:stop], hessian[start:stop], error, beta=extra)
         inside = hessian[start:stop, start:stop].clone()
         inside.diagonal().add_(extra)
-        # A column that no input reaches stays.
-        pivots = [pivot if pivot > 0 else math.inf for pivot in inside.diagonal().tolist()]
-        moved, steps = torch.empty_like(slope), torch.empty_like(slope)
-        places = zip(slope, q[start:stop], scale[start:stop], moved, steps, inside, strict=True)
-        for i, (own, before, size, after, step, beside) in enumerate(places):
-            if i:
-                torch.addmv(own, steps[:i].t(), beside[:i], out=own)
-            torch.addcdiv(before, own, size, value=-1 / pivots[i], out=after).round_().clamp_(*ends)
-            torch.sub(after, before, out=step).mul_(size)
-        q[start:stop] = moved
+        pivots = inside.diagonal()
+        rates = torch.where(pivots > 0, -1 / pivots, 0.0)  # a column that no input reaches stays
+        q[start:stop], steps = descend_columns(slope, q[start:stop], scale[start:stop], inside, rates, ends)
         error[start:stop] += steps
     return q.t().contiguous()
 

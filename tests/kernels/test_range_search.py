@@ -99,7 +99,7 @@ def test_what_is_refused_runs_on_the_reference() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused_by_the_library() -> None:
-    if (why := native.refuses("ranges")) is not None:
+    if (why := native.refuses("calibration")) is not None:
         pytest.skip(why)
     search = RangeSearch(bits=4, symmetric=True, signed=True, compensated=False, dtype=torch.float32)
     with pytest.raises(ValueError, match="sizes that do not fit"):

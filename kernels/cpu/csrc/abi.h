@@ -73,6 +73,14 @@ int32_t qp_search_ranges(const float* w, int64_t count, int64_t N, int64_t group
                          int32_t compensated, float bias_weight, const float* tried, int64_t tried_count, int32_t dtype,
                          float* scale, float* zero_point, int32_t threads);
 
+// Columns of a weight, as rows [count][N], rounded one after another as kernels/reference/round_columns.py says. All tensors
+// are contiguous float32: zero_point may be null; within and inside are [count][count], rates [count].
+int32_t qp_round_columns(const float* w, const float* scale, const float* zero_point, const float* within, int64_t count,
+                         int64_t N, float first, float last, float* codes, float* errors, int32_t threads);
+int32_t qp_descend_columns(const float* slope, const float* codes, const float* scale, const float* inside,
+                           const float* rates, int64_t count, int64_t N, float first, float last, float* moved,
+                           float* steps, int32_t threads);
+
 // Keys or values of a quantized cache: strides of codes in bytes, of scales in numbers (0 where one scale serves
 // several), the sizes of both buffers, and how many scales a row of a head has.
 struct qp_cached {

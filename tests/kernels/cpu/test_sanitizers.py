@@ -17,9 +17,10 @@ TESTS = ("tests/kernels/test_every_kernel.py", "tests/kernels/test_every_experts
          "tests/kernels/cpu/test_x86_experts.py", "tests/kernels/cpu/test_x86_decoded.py",
          "tests/kernels/cpu/test_x86_bytes.py",
          "tests/kernels/cpu/test_quantize_weight.py", "tests/kernels/test_attention.py",
-         "tests/kernels/test_cache_attention.py", "tests/kernels/test_range_search.py")
+         "tests/kernels/test_cache_attention.py", "tests/kernels/test_range_search.py",
+         "tests/kernels/test_round_columns.py")
 # Kernels, or files of which all run.
-CHOSEN = "avx2 or plain or threads or decoded or quantize_weight or attention or range_search"
+CHOSEN = "avx2 or plain or threads or decoded or quantize_weight or attention or range_search or round_columns"
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1")
 RUN = """
 import sys

@@ -1,0 +1,25 @@
+"""Round columns: columns of a weight, as rows, in; each rounded after those before it, out; native where it can be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qpass.kernels.cpu import x86_columns
+from qpass.kernels.reference import round_columns as reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def round_columns(w: Tensor, scale: Tensor, zero: Tensor | None, within: Tensor, ends: tuple[int, int]
+                  ) -> tuple[Tensor, Tensor]:
+    """See qpass.kernels.reference.round_columns.round_columns."""
+    native = x86_columns.refuses(w) is None
+    return (x86_columns if native else reference).round_columns(w, scale, zero, within, ends)
+
+
+def descend_columns(slope: Tensor, codes: Tensor, scale: Tensor, inside: Tensor, rates: Tensor, ends: tuple[int, int]
+                    ) -> tuple[Tensor, Tensor]:
+    """See qpass.kernels.reference.round_columns.descend_columns."""
+    native = x86_columns.refuses(slope) is None
+    return (x86_columns if native else reference).descend_columns(slope, codes, scale, inside, rates, ends)

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 def round_columns(w: Tensor, scale: Tensor, zero: Tensor | None, within: Tensor, ends: tuple[int, int]
                   ) -> tuple[Tensor, Tensor]:
     """See qpass.kernels.reference.round_columns.round_columns."""
-    native = x86_columns.refuses(w) is None
-    return (x86_columns if native else reference).round_columns(w, scale, zero, within, ends)
+    run = x86_columns.round_columns if x86_columns.refuses(w) is None else reference.round_columns
+    return run(w, scale, zero, within, ends)
 
 
 def descend_columns(slope: Tensor, codes: Tensor, scale: Tensor, inside: Tensor, rates: Tensor, ends: tuple[int, int]
                     ) -> tuple[Tensor, Tensor]:
     """See qpass.kernels.reference.round_columns.descend_columns."""
-    native = x86_columns.refuses(slope) is None
-    return (x86_columns if native else reference).descend_columns(slope, codes, scale, inside, rates, ends)
+    run = x86_columns.descend_columns if x86_columns.refuses(slope) is None else reference.descend_columns
+    return run(slope, codes, scale, inside, rates, ends)

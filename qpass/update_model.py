@@ -20,14 +20,14 @@ _SHOWN = 10
 
 @torch.no_grad()
 def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfinite: bool = False,
-           check_first: bool = False) -> int:
+           check_first: bool = True) -> int:
     """Put new float weights into a quantized model, compiled or not, and return how many tensors were taken.
 
     model    what `qpass.quantize` or `qpass.load` gave, or torch.compile of it
     weights  a float module, or a state dict with its names, in any float dtypes and on any device; it may hold a part
              of the weights. Of experts that are computed together both matrices' parts must be whole
     allow_nonfinite  NaN and Inf count as 0
-    check_first      look for them in all weights before the first layer changes, which takes another read of these
+    check_first      look for them in all weights before the first layer changes; False saves that read of them
 
     Each weight is rounded to nearest as its layer's scheme says and written into the tensors that the layer holds:
     compiled graphs stay as they are, nothing is compiled again. Calibrated static activation scales stay. A layer is
@@ -35,10 +35,10 @@ def update(model: Any, weights: Mapping[str, Tensor] | nn.Module, *, allow_nonfi
     layers sees some new and some old, never half a layer. A tied head and its table are one weight.
 
     Raises WeightError, naming the tensors, before anything changes for names that the model does not have, other
-    shapes, other types and tied names with different numbers, and with `check_first` for NaN and Inf. Without it they
+    shapes, other types and tied names with different numbers, and for NaN and Inf. With `check_first=False` these
     are found as a weight is rounded, in the one read that this takes: that layer is whole and new then, with 0 for
     them, and those after it stay as they were. A packed form that cannot hold another weight is found when its turn
-    comes, too. Both errors name what had changed before.
+    comes, always. Both errors name what had changed before.
     """
     model = getattr(model, "_orig_mod", model)
     if not any(isinstance(module, PackedLayer) for module in model.modules()):

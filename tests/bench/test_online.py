@@ -18,10 +18,11 @@ def test_runs_in_small() -> None:
 
 
 def test_goals_and_text() -> None:
-    made = online.Online(updates={"w4a8": (10.0, 6.0), "nvfp4": (20.0, 6.0)},
+    made = online.Online(updates={"w4a8": (15.0, 10.0, 6.0), "nvfp4": (25.0, 20.0, 6.0)},
                          steps={"bf16": 13.0, "int8": 9.0, "fp8": 12.0, "int4": 11.0})
     assert [(goal["value"], goal["reached"]) for goal in online.goals(made)] == [
         (0.6, True), (0.3, False), (13 / 9, True), (13 / 12, False)]
     said = online.text(made)
     assert "2 of 4 goals reached" in said and "update nvfp4 0.30x of 0.5" in said and "1.44x" in said
+    assert "0.40x" in said  # with the look
     assert online.as_data(made)["goals"][1]["reached"] is False

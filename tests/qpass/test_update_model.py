@@ -121,7 +121,7 @@ def test_a_layer_with_nan_is_whole_and_what_changed_before_is_named(preset: str,
     given = {**good, f"{bad}.weight": good[f"{bad}.weight"].clone()}
     given[f"{bad}.weight"][-1, -1] = float("nan")
     with pytest.raises(WeightError, match=r"up_proj\.weight holds 1 NaN and 0 Inf") as error:
-        qpass.update(model, given)
+        qpass.update(model, given, check_first=False)
     nothing = preset == "nvfp4"  # one scale for the tensor is looked for before
     assert nothing == ("Nothing was changed" in str(error.value))
     assert nothing != ("The model holds it now, with 0 for these. Changed before it: " in str(error.value))
@@ -135,7 +135,7 @@ def test_a_layer_with_nan_is_whole_and_what_changed_before_is_named(preset: str,
         qpass.update(same, {name: zero[name] for name in there})
     assert all(torch.equal(tensor, state[key]) for key, tensor in same.state_dict().items())
     with pytest.raises(WeightError, match=r"up_proj\.weight holds 1 NaN and 0 Inf"):
-        qpass.update(model, given, check_first=True)
+        qpass.update(model, given)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     qpass.update(model, good)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,5 +38,7 @@ class Records:
         same = {key: record[key] for key in ("row", *asdict(size), "text", "samples")}
         self.records = [other for other in self.records if not same.items() <= other.items()] + [record]
         if self.path is not None:
-            self.path.write_text(json.dumps(self.records, indent=1) + "\n")
+            whole = self.path.with_suffix(".partial")
+            whole.write_text(json.dumps(self.records, indent=1) + "\n", encoding="utf-8")
+            os.replace(whole, self.path)
         return record

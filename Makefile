@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 # Errors only: warnings of pip say nothing to who types `make demo`. No byte-compiling: of the thousands of files
 # installed, few are ever imported.
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
+# What is imported is compiled once and kept, whatever the shell says: without, a process imports three times as long.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-cuda test-all check bench bench-accuracy clean

@@ -1,4 +1,4 @@
-// AMX: integer products for more than 8 rows in int8 tiles, float products for more than 4 rows in bf16 tiles.
+// AMX: integer products for more than 8 rows in int8 tiles; amx_float.cpp has the products of float rows.
 //
 // What the blocking rests on, measured on a 2-core Sapphire Rapids Xeon:
 // - 32 x 32 outputs in four sum tiles; column tiles unpacked in chunks of 512 inputs (32 x 512 bytes, 16 KB) stay in
@@ -9,13 +9,12 @@
 // - Scaling a group costs more than its products at small groups: it runs between the next group's products. One group
 //   per row has nothing to scale: its int32 sums go to memory and back between chunks.
 // - The next chunk of weights is prefetched while rows pass over this one (0-8 %). Prefetching rows or sums was slower.
-// The two halves of the bf16 path (threshold of 4 rows, chunks of 256 inputs) follow from instruction counts, unmeasured.
 //
-// Variants: rows <= 8 of codes run on VNNI and rows <= 4 of floats on AVX512 (`vnni_isa`). For codes the results are
-// the same bits either way: exact int32 sums, the same fma per group in the same order. A row never depends on another.
+// Rows <= 8 run on VNNI (`vnni_isa`), to the same bits: exact int32 sums, the same fma per group in the same order.
 //
 // Whoever calls this has asked the kernel for the use of tile data (runtime.cpp).
 #include "amx_block.h"
+#include "amx_float.h"
 #include "scratch.h"
 
 namespace qpass {
@@ -25,19 +24,17 @@ constexpr int64_t kRowPanelBytes = 1 << 20, kMaxRows = 512;
 
 // The sizes of one product: rows per pass, blocks of 64 inputs per chunk, bytes of a row tile and a column panel.
 struct Blocking {
-  int64_t blocks, chunk, rows, row_tiles_per_block, slot;
+  int64_t blocks, chunk, rows, slot;
 };
 
-Blocking blocking_of(const Weight& w, int64_t M, int parts) {
+Blocking blocking_of(const Weight& w, int64_t M) {
   Blocking b;
-  const bool codes = parts == 0;
   b.blocks = w.Kp / 64;
-  b.row_tiles_per_block = codes ? 1 : 2 * parts;
-  const bool split = codes && w.group_size / 32 % 2;
-  b.slot = split ? kSplitTile : codes ? kTile : 2 * kTile;
-  b.chunk = !codes || split || (M > 16 && M <= 64) ? 4 : 8;
+  const bool split = w.group_size / 32 % 2;
+  b.slot = split ? kSplitTile : kTile;
+  b.chunk = split || (M > 16 && M <= 64) ? 4 : 8;
   const int64_t padded = (M + 15) / 16 * 16;
-  b.rows = kRowPanelBytes / (w.Kp * b.row_tiles_per_block) / 32 * 32;
+  b.rows = kRowPanelBytes / w.Kp / 32 * 32;
   b.rows = b.rows < 32 ? 32 : b.rows > kMaxRows ? kMaxRows : b.rows;
   if (b.rows > padded) b.rows = padded;
   return b;
@@ -61,7 +58,7 @@ QPASS_AMX_INLINE void clear(float* p, int64_t count) {
 
 // Work space of one pass over `Blocking::rows` rows, in this thread's scratch memory.
 struct Space {
-  int8_t* rows;      // [chunks][row tiles][blocks of the chunk][row tiles per block] tiles
+  int8_t* rows;      // [chunks][row tiles][blocks of the chunk] tiles
   int8_t* panel;     // two column panels of a chunk
   int32_t* open;     // [row blocks][4][16][16]
   float* acc;        // [row blocks][32][32]
@@ -71,7 +68,7 @@ struct Space {
 Space space_of(const Weight& w, const Blocking& b, bool zero_points) {
   const int64_t row_blocks = (b.rows + 31) / 32;
   Space s;
-  s.rows = (int8_t*)scratch(5, row_blocks * 2 * b.blocks * b.row_tiles_per_block * kTile);
+  s.rows = (int8_t*)scratch(5, row_blocks * 2 * b.blocks * kTile);
   s.open = (int32_t*)scratch(6, row_blocks * 8192 + 2 * b.chunk * b.slot);
   s.acc = (float*)s.open + row_blocks * 1024;
   s.panel = (int8_t*)(s.acc + row_blocks * 1024);
@@ -105,33 +102,14 @@ struct Codes {
   QPASS_AMX void write(const Columns& c, int64_t m, __m512 sum) const { finish(c, x, out, m, sum, gain); }
 };
 
-struct Floats {
-  const FloatRows& x;
-  const Output& out;
-  int parts;
-  static constexpr float gain = 1.f;
-
-  QPASS_AMX void pack(int64_t m, int64_t k, int64_t count, int8_t* tile) const {
-    pack_floats(x, m, k, count, parts, tile);
-  }
-  void plan(const Weight& w, int64_t k, int64_t count, Plan& p) const { plan_floats(w, k, count, parts, p); }
-  QPASS_AMX void unpack(const Weight& w, int64_t b, int64_t k, int64_t count, int8_t* panel) const {
-    if (w.bits == 8) return unpack_floats<Decode::byte_zero>(w, b, k, count, panel);
-    unpack_floats<Decode::nibble_zero>(w, b, k, count, panel);
-  }
-  QPASS_AMX void write(const Columns& c, int64_t m, __m512 sum) const {
-    store_floats(out.data, out.dtype, m * out.ld + c.first, c.mask, _mm512_add_ps(sum, c.bias));
-  }
-};
-
 template <Sums SUMS, class Rows>
 QPASS_AMX void amx_product(const Weight& w, const Rows& rows, const Output& out, const Blocking& b, const Space& space,
                            int64_t m0, int64_t M, int64_t block_begin, int64_t block_end) {
-  const int64_t row_tiles = (M + 15) / 16, row_blocks = (M + 31) / 32, block_bytes = b.row_tiles_per_block * kTile;
+  const int64_t row_tiles = (M + 15) / 16, row_blocks = (M + 31) / 32;
   for (int64_t k = 0; k < b.blocks; k += b.chunk) {
     const int64_t count = b.blocks - k < b.chunk ? b.blocks - k : b.chunk;
     for (int64_t t = 0; t < row_tiles; t++) {
-      rows.pack(m0 + t * 16, k, count, space.rows + (k * row_tiles + t * count) * block_bytes);
+      rows.pack(m0 + t * 16, k, count, space.rows + (k * row_tiles + t * count) * kTile);
     }
   }
   for (int64_t block = block_begin; block < block_end; block += 2) {
@@ -145,7 +123,7 @@ QPASS_AMX void amx_product(const Weight& w, const Rows& rows, const Output& out,
       rows.unpack(w, block + 1, k, count, second);
       for (int64_t i = 0; i < row_blocks; i++) {
         prefetch_next(w, block, k + count, count, i, row_blocks);
-        const Panels panels = {space.rows + (k * row_tiles + 2 * i * count) * block_bytes, count * block_bytes,
+        const Panels panels = {space.rows + (k * row_tiles + 2 * i * count) * kTile, count * kTile,
                                {space.panel, second}};
         const int32_t* sums = SUMS == Sums::codes_zero ? space.sums + i * 32 * w.groups : nullptr;
         const auto function = 2 * i + 1 < row_tiles ? amx_block<SUMS, 2> : amx_block<SUMS, 1>;
@@ -163,7 +141,7 @@ QPASS_AMX void amx_product(const Weight& w, const Rows& rows, const Output& out,
 QPASS_AMX void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin,
                          int64_t block_end) {
   if (x.M <= 8) return vnni_isa.product_q(w, x, out, block_begin, block_end);
-  const Blocking b = blocking_of(w, x.M, 0);
+  const Blocking b = blocking_of(w, x.M);
   const Space space = space_of(w, b, w.zero_point != nullptr);
   // Without zero points 4-bit sums stay 16 times too large to the end, where a power of two is taken out exactly.
   const Codes rows = {x, out, w.bits == 4 && !w.zero_point && !w.multiplier ? 16.f : 1.f};
@@ -180,21 +158,6 @@ QPASS_AMX void product_q(const Weight& w, const QuantRows& x, const Output& out,
   _tile_release();
 }
 
-QPASS_AMX void product_f(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin,
-                         int64_t block_end) {
-  if (x.M <= 4) return vnni_isa.product_f(w, x, out, block_begin, block_end);
-  const int parts = x.bf16_parts;
-  const Blocking b = blocking_of(w, x.M, parts);
-  const Space space = space_of(w, b, false);
-  const Floats rows = {x, out, parts};
-  configure_tiles();
-  for (int64_t m = 0; m < x.M; m += b.rows) {
-    const int64_t M = x.M - m < b.rows ? x.M - m : b.rows;
-    amx_product<Sums::floats>(w, rows, out, b, space, m, M, block_begin, block_end);
-  }
-  _tile_release();
-}
-
 void quantize(const void* x, DType dtype, int64_t M, int64_t K, int64_t Kp, bool asymmetric, int8_t* q, float* scale,
               float* zero_point, int32_t* sums) {
   vnni_isa.quantize(x, dtype, M, K, Kp, asymmetric, q, scale, zero_point, sums);
@@ -202,6 +165,6 @@ void quantize(const void* x, DType dtype, int64_t M, int64_t K, int64_t Kp, bool
 
 }  // namespace
 
-const Isa amx_isa = {"amx", quantize, product_q, product_f};
+const Isa amx_isa = {"amx", quantize, product_q, product_f_amx, true};
 
 }  // namespace qpass

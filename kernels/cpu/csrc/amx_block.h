@@ -5,8 +5,8 @@
 namespace qpass {
 namespace {
 
-// What becomes of a group's sums before they are scaled: codes, codes minus zero points, or floats.
-enum class Sums { codes, codes_zero, floats };
+// What becomes of a group's sums before they are scaled: they are codes', or codes' minus zero points.
+enum class Sums { codes, codes_zero };
 
 // Scaling of one finished group, done a few rows at a time between the tile products of the next group.
 // sums [2 row tiles][2 column tiles][16][16]; acc [32][32] float32 += sums * scale.
@@ -20,7 +20,6 @@ struct Pending {
 
 template <Sums SUMS>
 QPASS_AMX_INLINE __m512 as_float(__m512i sum, __m512i zero, int32_t row_sum, __m512i shift) {
-  if (SUMS == Sums::floats) return _mm512_castsi512_ps(sum);
   if (SUMS == Sums::codes_zero) {
     __m512i offset = _mm512_mullo_epi32(zero, _mm512_set1_epi32(row_sum));
     sum = _mm512_sub_epi32(_mm512_srav_epi32(sum, shift), offset);
@@ -52,11 +51,7 @@ struct Panels {
 
 #define QPASS_TILE_PRODUCT(sum, row, column)                            \
   do {                                                                  \
-    if (SUMS == Sums::floats) {                                         \
-      _tile_dpbf16ps(sum, row, column);                                 \
-    } else {                                                            \
-      _tile_dpbssd(sum, row, column);                                   \
-    }                                                                   \
+    _tile_dpbssd(sum, row, column);                                     \
     scale_rows<SUMS>(pending, w, acc, shift, count);                    \
   } while (0)
 

@@ -73,18 +73,5 @@ inline void plan_codes(const Weight& w, int64_t k, int64_t count, Plan& plan) {
   }
 }
 
-// Floats: blocks [k, k + count) of 64 inputs, 32 inputs to a tile, `parts` row tiles for each.
-inline void plan_floats(const Weight& w, int64_t k, int64_t count, int parts, Plan& plan) {
-  plan.step_count = plan.segment_count = 0;
-  Planner p{plan, w.group_size / 32, w.groups * (w.group_size / 32)};
-  bool open = false;
-  for (int64_t i = 0; i < 2 * count && 2 * k + i < p.last; i++) {
-    const int64_t run = 2 * k + i;
-    if (!open) p.open(run, run % p.runs != 0);
-    for (int part = 0; part < parts; part++) p.step((i * parts + part) * kTile, i * kTile);
-    open = !p.close(run + 1);
-  }
-}
-
 }  // namespace
 }  // namespace qpass

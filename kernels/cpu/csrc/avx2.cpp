@@ -26,6 +26,6 @@
 
 namespace qpass {
 
-const Isa avx2_isa = {"avx2", quantize, product_q, product_f};
+const Isa avx2_isa = {"avx2", quantize, product_q, product_f, false};
 
 }  // namespace qpass

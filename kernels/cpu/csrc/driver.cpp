@@ -96,9 +96,10 @@ void linear(const Isa& isa, const char* x, DType dtype, int64_t M, int64_t K, in
                                 space.scale + a, space.zero_point + a, space.sums + a * (Kp / 32));
       }, [&](const Job& job, int64_t a, int64_t b) { isa.product_q(job.weight, q, rows_from(job.out, m), a, b); });
     } else {
-      const bool ready = dtype == DType::f32 && K == Kp && (uintptr_t)from % 4 == 0;
+      const bool ready = isa.any_rows || (dtype == DType::f32 && K == Kp && (uintptr_t)from % 4 == 0);
       float* space = ready ? nullptr : (float*)scratch(0, n * Kp * 4);
-      const FloatRows f = {ready ? (const float*)from : space, n, Kp, dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3};
+      FloatRows f = {ready ? (const float*)from : space, n, Kp, dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3};
+      if (isa.any_rows) f.dtype = dtype, f.width = K;
       run(jobs, count, n, K, threads, [&](int64_t a, int64_t b) {
         for (int64_t i = a; i < b && !ready; i++) {
           for (int64_t k = 0; k < K; k++) space[i * Kp + k] = load_float(from + i * row_bytes, dtype, k);

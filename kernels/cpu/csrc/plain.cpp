@@ -114,6 +114,6 @@ void product_f(const Weight& w, const FloatRows& x, const Output& out, int64_t b
 
 }  // namespace
 
-const Isa plain_isa = {"plain", quantize, product_q, product_f};
+const Isa plain_isa = {"plain", quantize, product_q, product_f, false};
 
 }  // namespace qpass

@@ -52,10 +52,14 @@ struct QuantRows {
 
 // Rows left in float, converted to float32. Row m starts at x + m * Kp; values K..Kp are 0.
 // Every value is the exact sum of `bf16_parts` bf16 values, as far as those reach: 1 when it came from bf16, 2 from f16.
+// An instruction set with `any_rows` reads `raw` alone: rows of `width` numbers of `dtype`, to which the others are 0.
 struct FloatRows {
   const float* x;
   int64_t M, Kp;
   int32_t bf16_parts = 3;
+  const void* raw = x;
+  DType dtype = DType::f32;
+  int64_t width = Kp;
 };
 
 // out[m * ld + n] = dtype(row m . weight n * scales + bias[n]) for n in [16 * block_begin, 16 * block_end), n < N.
@@ -76,6 +80,7 @@ struct Isa {
                    float* scale, float* zero_point, int32_t* sums);
   void (*product_q)(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end);
   void (*product_f)(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end);
+  bool any_rows;
 };
 
 extern const Isa plain_isa, avx2_isa, vnni_isa, amx_isa;

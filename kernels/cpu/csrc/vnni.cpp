@@ -75,6 +75,6 @@ void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t b
 
 }  // namespace
 
-const Isa vnni_isa = {"avx512_vnni", quantize_avx512, product_q, product_f_avx512};
+const Isa vnni_isa = {"avx512_vnni", quantize_avx512, product_q, product_f_avx512, false};
 
 }  // namespace qpass

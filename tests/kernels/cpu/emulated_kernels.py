@@ -37,7 +37,8 @@ class CQuantRows(ctypes.Structure):
 
 
 class CFloatRows(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64), ("bf16_parts", ctypes.c_int32)]
+    _fields_ = [("x", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64), ("bf16_parts", ctypes.c_int32),
+                ("raw", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("width", ctypes.c_int64)]
 
 
 class COutput(ctypes.Structure):
@@ -48,7 +49,8 @@ class COutput(ctypes.Structure):
 def compile_emulation(folder: Path, *flags: str) -> Path:
     library = folder / "emulated.so"
     # Without optimization: the emulation is fast enough, and inlining it everywhere would take half a minute.
-    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", SOURCES / "experts.cpp", EMULATION / "harness.cpp"]
+    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", SOURCES / "amx_float.cpp", SOURCES / "experts.cpp",
+               EMULATION / "harness.cpp"]
     subprocess.run([str(COMPILER), "-O0", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-DQPASS_EMULATE",
                     *flags, f"-I{EMULATION}", f"-I{SOURCES}", *map(str, sources), "-o", str(library)], check=True)
     return library
@@ -193,11 +195,14 @@ def product_q(library: ctypes.CDLL, isa: int, w: Weight, x: Codes, bias: Tensor 
 
 
 def product_f(library: ctypes.CDLL, isa: int, w: Weight, x: Tensor, bias: Tensor | None = None,
-              cut: int | None = None, parts: int | None = None) -> Tensor:
+              cut: int | None = None, widened: bool = False) -> Tensor:
+    """AMX takes rows as they are, VNNI as float32, which AMX takes too (`widened`)."""
     m, k = x.shape
     full = torch.zeros(m, padded(k, 64))
     full[:, :k] = x.float()
-    rows = CFloatRows(full.data_ptr(), m, full.shape[1], parts or PARTS[x.dtype])
+    raw = full if widened or isa == VNNI else x.contiguous()
+    rows = CFloatRows(full.data_ptr() if raw is full else None, m, full.shape[1], PARTS[x.dtype], raw.data_ptr(),
+                      DTYPES[raw.dtype], raw.shape[1])
     out = run(library.emulated_product_f, isa, w, rows, m, bias, torch.float32, cut)
     assert library.emulated_tiles_configured() == 0
     return out

@@ -161,10 +161,35 @@ def test_float_product(library: ctypes.CDLL, group: int | None, k: int, bits: in
     for isa in (VNNI, AMX):
         every = product_f(library, isa, w, x, bias)
         assert ((every.double() - expected).abs() <= bound).all()
-        for m in (5, 18):
+        for m in (1, 2, 5, 16, 17, 32, 33):
             assert torch.equal(product_f(library, isa, w, x[40 - m:], bias, cut=2), every[-m:]), m
-    small = product_f(library, AMX, w, x[:4], bias)
-    assert torch.equal(small, product_f(library, VNNI, w, x, bias)[:4])
+    assert torch.equal(product_f(library, AMX, w, x, bias, widened=True), every)
+
+
+def test_float_product_beyond_a_stretch(library: ctypes.CDLL) -> None:
+    """More inputs than are packed at once, in groups and in none."""
+    torch.manual_seed(0)
+    for k, group in ((2176, 128), (2100, None), (2112, 192)):
+        w = make_weight(40, k, group, 4, True, random_scale(torch.bfloat16))
+        x = torch.randn(35, k).bfloat16()
+        bound = (x.double().abs() @ w.dense.abs().t()) * 2.0**-20
+        every = product_f(library, AMX, w, x)
+        assert ((every.double() - x.double() @ w.dense.t()).abs() <= bound).all()
+        for m in (1, 33):
+            assert torch.equal(product_f(library, AMX, w, x[35 - m:]), every[-m:]), (k, m)
+
+
+def test_zero_points_that_are_no_nibbles(library: ctypes.CDLL) -> None:
+    torch.manual_seed(0)
+    w = make_weight(32, 256, 64, 4, False, power_of_two)
+    packed = w.packed[2]
+    assert w.zero_point is not None and packed is not None
+    w.zero_point[:] = torch.randint(-128, 128, w.zero_point.shape, dtype=torch.int8)
+    w.zero_point[3], w.zero_point[4] = 8, 9
+    packed.copy_(blocks_of(w.zero_point, 0))
+    x = torch.randint(-9, 10, (3, 256)).bfloat16()
+    for isa in (VNNI, AMX):
+        assert torch.equal(product_f(library, isa, w, x).double(), x.double() @ w.dense.t())
 
 
 def test_float_product_of_extreme_values(library: ctypes.CDLL) -> None:

@@ -20,6 +20,7 @@ struct __m512i : Lanes<uint32_t, 16> {};
 struct __m256i : Lanes<uint16_t, 16> {};
 struct __m128i : Lanes<uint8_t, 16> {};
 using __mmask16 = uint16_t;
+using __mmask32 = uint32_t;
 
 constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_UNORD_Q = 3, _CMP_ORD_Q = 7, _MM_HINT_T0 = 3;
 inline void _mm_prefetch(const char*, int) {}
@@ -103,13 +104,18 @@ EMULATED_LANES(_mm512_mullo_epi32, a.at[i] * b.at[i])
 EMULATED_LANES(_mm512_mullo_epi16, (a.at[i] * (b.at[i] & 0xffff) & 0xffff) | (a.at[i] >> 16) * (b.at[i] >> 16) << 16)
 // Bytes borrow nothing from each other: the upper bits are set aside and put right afterwards.
 EMULATED_LANES(_mm512_sub_epi8, ((a.at[i] | 0x80808080) - (b.at[i] & 0x7f7f7f7f)) ^ ((a.at[i] ^ ~b.at[i]) & 0x80808080))
+EMULATED_LANES(_mm512_sub_epi16, (a.at[i] - b.at[i] & 0xffff) | (a.at[i] >> 16) - (b.at[i] >> 16) << 16)
 EMULATED_LANES(_mm512_and_si512, a.at[i] & b.at[i])
+EMULATED_LANES(_mm512_or_si512, a.at[i] | b.at[i])
 EMULATED_LANES(_mm512_andnot_si512, ~a.at[i] & b.at[i])
 EMULATED_LANES(_mm512_xor_si512, a.at[i] ^ b.at[i])
 EMULATED_LANES(_mm512_srav_epi32, (uint32_t)((int32_t)a.at[i] >> (b.at[i] > 31 ? 31 : b.at[i])))
 #undef EMULATED_LANES
 inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
   return each<__m512i>([&](int i) { return n > 31 ? 0 : a.at[i] << n; });
+}
+inline __m512i _mm512_srli_epi16(__m512i a, unsigned n) {
+  return each<__m512i>([&](int i) { return n > 15 ? 0 : (a.at[i] & 0xffff) >> n | a.at[i] >> 16 >> n << 16; });
 }
 inline __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
   return each<__m512i>([&](int i) { return n > 31 ? 0 : a.at[i] >> n; });
@@ -166,6 +172,39 @@ inline __m512i _mm512_gf2p8affine_epi64_epi8(__m512i x, __m512i A, int b) {
     result.at[n] = (uint8_t)out;
   }
   return same_bits<__m512i>(result);
+}
+
+// --- 16-bit lanes
+using Halves = Lanes<uint16_t, 32>;
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 k, const uint16_t* p) {
+  Halves v;
+  for (int i = 0; i < 32; i++) v.at[i] = k >> i & 1 ? p[i] : (uint16_t)0;
+  return same_bits<__m512i>(v);
+}
+inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
+  const auto from = same_bits<Halves>(index), table = same_bits<Halves>(a);
+  Halves v;
+  for (int i = 0; i < 32; i++) v.at[i] = table.at[from.at[i] & 31];
+  return same_bits<__m512i>(v);
+}
+// Half j of the lower (upper) four of each eight is the one that bits 2j and 2j + 1 of imm8 name.
+inline __m512i shuffled_halves(__m512i a, int imm8, int first) {
+  const auto from = same_bits<Halves>(a);
+  Halves v = from;
+  for (int i = 0; i < 32; i += 8)
+    for (int j = 0; j < 4; j++) v.at[i + first + j] = from.at[i + first + (imm8 >> 2 * j & 3)];
+  return same_bits<__m512i>(v);
+}
+inline __m512i _mm512_shufflelo_epi16(__m512i a, int imm8) { return shuffled_halves(a, imm8, 0); }
+inline __m512i _mm512_shufflehi_epi16(__m512i a, int imm8) { return shuffled_halves(a, imm8, 4); }
+inline __m512i _mm512_castsi256_si512(__m256i a) {
+  __m512i v = _mm512_set1_epi32((int)0xa5a5a5a5);  // what is above is undefined
+  memcpy(&v, &a, sizeof a);
+  return v;
+}
+inline __m512i _mm512_inserti64x4(__m512i a, __m256i b, int upper) {
+  memcpy((char*)&a + 32 * (upper & 1), &b, sizeof b);
+  return a;
 }
 
 // --- conversions

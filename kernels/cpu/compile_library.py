@@ -28,7 +28,7 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 SOURCES = Path(__file__).parent / "csrc"
 _HASH = hashlib.sha256().digest_size
 PARTS = {
-    "products": ("shim", "driver", "experts", "isas", "plain", "avx2", "vnni", "amx", "amx_float", "pack",
+    "products": ("shim", "driver", "experts", "isas", "plain", "avx2", "vnni", "amx", "amx_codes", "amx_float", "pack",
                  "quantize_weight", "largest", "runtime"),
     "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "pack", "encode_weight",
                 "largest", "runtime"),
@@ -38,7 +38,7 @@ PARTS = {
 }
 """Each part's sources: integer weights, those of csrc/decoded.h, attention over floats and over a quantized cache, what
 calibration does to weights."""
-NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8", "amx_float": "amx_int8"}
+NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8", "amx_codes": "amx_int8", "amx_float": "amx_int8"}
 """The level of kernels/isa.py that a source is for, where that is not everybody's."""
 _NO_LOOPS = ("-Og",)  # for files that only pass tensors on: they hold torch's templates, and -O1 takes 0.8 s longer
 _TORCH = "libtorch_cpu.so"

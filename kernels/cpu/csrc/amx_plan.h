@@ -2,12 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#include "amx_rows.h"
 #include "product.h"
 
 namespace qpass {
 namespace {
 
-constexpr int64_t kTile = 1024;        // 16 rows of 64 bytes
 constexpr int64_t kSplitTile = 1536;   // inputs 0..31, zeros, inputs 32..63: see `splits`
 constexpr int kMaxSteps = 24, kMaxSegments = 16;
 
@@ -54,8 +54,8 @@ struct Planner {
   }
 };
 
-// Codes: blocks [k, k + count) of 64 inputs, one row tile each.
-inline void plan_codes(const Weight& w, int64_t k, int64_t count, Plan& plan) {
+// Codes: blocks [k, k + count) of 64 inputs, one row tile each; k is a multiple of kTilesTogether.
+inline void plan_codes(const Weight& w, const RowTiles& tiles, int64_t k, int64_t count, Plan& plan) {
   plan.step_count = plan.segment_count = 0;
   Planner p{plan, w.group_size / 32, w.groups * (w.group_size / 32)};
   const int64_t slot = p.runs % 2 ? kSplitTile : kTile;
@@ -63,11 +63,11 @@ inline void plan_codes(const Weight& w, int64_t k, int64_t count, Plan& plan) {
   for (int64_t i = 0; i < count; i++) {
     const int64_t run = 2 * (k + i);
     if (!open) p.open(run, run % p.runs != 0);
-    p.step(i * kTile, i * slot);
+    p.step(tiles.block(i), i * slot);
     if (splits(w, k + i)) {
       p.close(run + 1);
       p.open(run + 1, false);
-      p.step(i * kTile, i * slot + 512);
+      p.step(tiles.block(i), i * slot + 512);
     }
     open = !p.close(run + 2);
   }

@@ -27,13 +27,13 @@ QPASS_AMX_INLINE void configure_tiles(int rows = 16) {
   _tile_loadconfig(&config);
 }
 
-// 16 rows of codes starting at row m, blocks [k, k + count): contiguous tiles; rows from M on are zero.
-QPASS_AMX_INLINE void pack_codes(const QuantRows& x, int64_t m, int64_t k, int64_t count, int8_t* tile) {
-  for (int64_t i = 0; i < count; i++) {
-    for (int64_t r = 0; r < 16; r++, tile += 64) {
-      __m512i line = m + r < x.M ? _mm512_loadu_si512(x.q + (m + r) * x.Kp + (k + i) * 64) : _mm512_setzero_si512();
-      _mm512_store_si512(tile, line);
-    }
+// Rows [begin, end) of M into their tiles, and rows of zeros after the last one, to the end of its tile. `q` is row `begin`.
+QPASS_AMX_INLINE void tile_codes(const int8_t* q, int64_t Kp, int64_t M, int64_t begin, int64_t end, int8_t* tiles) {
+  const RowTiles to(M, Kp);
+  for (int64_t m = begin; m < (end == M ? (M + 15) / 16 * 16 : end); m++, q += Kp) {
+    int8_t* line = tiles + to.row(m);
+    for (int64_t k = 0; k < Kp / 64; k++)
+      _mm512_store_si512(line + to.block(k), m < M ? _mm512_loadu_si512(q + k * 64) : _mm512_setzero_si512());
   }
 }
 

@@ -16,6 +16,8 @@ const Isa* available_isa(int32_t isa);
 namespace {
 
 constexpr int32_t kIntegerScales = 3;            // as scale_dtype
+constexpr int kTileSlot = 8, kFewSlot = 9;       // of scratch memory
+constexpr int64_t kRowsAtOnce = 4;
 
 bool is_dtype(int32_t dtype) { return dtype >= 0 && dtype <= 2; }
 
@@ -62,10 +64,16 @@ struct Rows {  // work space for rows rounded to int8
   int8_t* q;
   float *scale, *zero_point;
   int32_t* sums;
-  Rows(int64_t M, int64_t Kp)
-      : q((int8_t*)scratch(0, M * Kp)), scale((float*)scratch(1, M * 4)), zero_point((float*)scratch(2, M * 4)),
+  Rows(int64_t M, int64_t codes, int64_t Kp)
+      : q((int8_t*)scratch(0, codes * Kp)), scale((float*)scratch(1, M * 4)), zero_point((float*)scratch(2, M * 4)),
         sums((int32_t*)scratch(3, M * (Kp / 32) * 4)) {}
 };
+
+// Room for the rows as the instruction set arranges them for its products, null where it takes them as they are.
+int8_t* tiles_for(const Isa& isa, int64_t M, int64_t Kp) {
+  const int64_t bytes = isa.tile_bytes ? isa.tile_bytes(M, Kp) : 0;
+  return bytes ? (int8_t*)scratch(kTileSlot, bytes) : nullptr;
+}
 
 int32_t read_all(const char* name, const qp_weight* weights, int64_t count, int64_t M, int64_t K, int32_t activation,
                  Job* jobs) {
@@ -82,18 +90,43 @@ int32_t check_call(const char* name, int32_t isa, int64_t M, int64_t K, const qp
   return 0;
 }
 
+// Products of tiles have signed weights: only zero points need the sums of codes then.
+bool any_zero_points(const Job* jobs, int64_t count) {
+  bool any = false;
+  for (int64_t i = 0; i < count; i++) any = any || jobs[i].weight.zero_point;
+  return any;
+}
+
+void sum_runs(const int8_t* q, int64_t Kp, int32_t* sums) {
+  for (int64_t run = 0; run < Kp / 32; run++) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < 32; k++) sum += q[run * 32 + k];
+    sums[run] = sum;
+  }
+}
+
 void linear(const Isa& isa, const char* x, DType dtype, int64_t M, int64_t K, int32_t activation, const Job* jobs,
             int64_t count, int32_t threads) {
   const int64_t Kp = padded(K, 64), row_bytes = K * bytes_of(dtype), rows = chunk_of(M, activation ? Kp : Kp * 4);
+  const bool zeros = any_zero_points(jobs, count);
   for (int64_t m = 0; m < M; m += rows) {
     const int64_t n = M - m < rows ? M - m : rows;
     const char* from = x + m * row_bytes;
     if (activation) {
-      const Rows space(n, Kp);
-      const QuantRows q = {space.q, space.scale, activation == 2 ? space.zero_point : nullptr, space.sums, n, Kp};
+      int8_t* tiles = tiles_for(isa, n, Kp);
+      const Rows space(n, tiles ? 0 : n, Kp);
+      const QuantRows q = {space.q, space.scale, activation == 2 ? space.zero_point : nullptr, space.sums, n, Kp, tiles};
       run(jobs, count, n, K, threads, [&](int64_t a, int64_t b) {
-        if (a < b) isa.quantize(from + a * row_bytes, dtype, b - a, K, Kp, activation == 2, space.q + a * Kp,
-                                space.scale + a, space.zero_point + a, space.sums + a * (Kp / 32));
+        // What is arranged anew is never written as a whole: a few rows at a time, which stay in the first cache.
+        int8_t* few = tiles ? (int8_t*)scratch(kFewSlot, kRowsAtOnce * Kp) : nullptr;
+        const int64_t step = tiles ? kRowsAtOnce : b - a;
+        for (int64_t i = a; i < b; i += step) {
+          const int64_t end = i + step < b ? i + step : b;
+          int8_t* to = tiles ? few : space.q + i * Kp;
+          isa.quantize(from + i * row_bytes, dtype, end - i, K, Kp, activation == 2, to, space.scale + i,
+                       space.zero_point + i, tiles && !zeros ? nullptr : space.sums + i * (Kp / 32));
+          if (tiles) isa.tile_rows(to, n, Kp, i, end, tiles);
+        }
       }, [&](const Job& job, int64_t a, int64_t b) { isa.product_q(job.weight, q, rows_from(job.out, m), a, b); });
     } else {
       const bool ready = isa.any_rows || (dtype == DType::f32 && K == Kp && (uintptr_t)from % 4 == 0);
@@ -113,24 +146,23 @@ void linear(const Isa& isa, const char* x, DType dtype, int64_t M, int64_t K, in
 void linear_q(const Isa& isa, const int8_t* xq, const float* scale, const float* zero_point, int64_t M, int64_t K,
               const Job* jobs, int64_t count, int32_t threads) {
   const int64_t Kp = padded(K, 64), rows = chunk_of(M, Kp);
+  const bool zeros = any_zero_points(jobs, count);
   for (int64_t m = 0; m < M; m += rows) {
     const int64_t n = M - m < rows ? M - m : rows;
     const int8_t* from = xq + m * K;
     int8_t* copy = K == Kp ? nullptr : (int8_t*)scratch(0, n * Kp);
     int32_t* sums = (int32_t*)scratch(3, n * (Kp / 32) * 4);
-    const QuantRows q = {copy ? copy : from, scale + m, zero_point ? zero_point + m : nullptr, sums, n, Kp};
+    int8_t* tiles = tiles_for(isa, n, Kp);
+    const bool summed = zeros || !tiles;
+    const QuantRows q = {copy ? copy : from, scale + m, zero_point ? zero_point + m : nullptr, sums, n, Kp, tiles};
     run(jobs, count, n, K, threads, [&](int64_t a, int64_t b) {
       for (int64_t i = a; i < b; i++) {
         if (copy) {
           memcpy(copy + i * Kp, from + i * K, (size_t)K);
           memset(copy + i * Kp + K, 0, (size_t)(Kp - K));
         }
-        const int8_t* row = q.q + i * Kp;
-        for (int64_t run = 0; run < Kp / 32; run++) {
-          int32_t sum = 0;
-          for (int64_t k = 0; k < 32; k++) sum += row[run * 32 + k];
-          sums[i * (Kp / 32) + run] = sum;
-        }
+        if (summed) sum_runs(q.q + i * Kp, Kp, sums + i * (Kp / 32));
+        if (tiles) isa.tile_rows(q.q + i * Kp, n, Kp, i, i + 1, tiles);
       }
     }, [&](const Job& job, int64_t a, int64_t b) { isa.product_q(job.weight, q, rows_from(job.out, m), a, b); });
   }
@@ -177,7 +209,7 @@ extern "C" int32_t qp_quantize(int32_t isa, const void* x, int32_t x_dtype, int6
   if (M > 0 && (!x || !q || !scale)) return fail("quantize: a null pointer was given");
   const int64_t Kp = padded(K, 64), row_bytes = K * bytes_of((DType)x_dtype);
   try {
-    const Rows space(1, Kp);
+    const Rows space(1, 1, Kp);
     for (int64_t m = 0; m < M; m++) {
       available_isa(isa)->quantize((const char*)x + m * row_bytes, (DType)x_dtype, 1, K, Kp, zero_point != nullptr,
                                    space.q, space.scale, space.zero_point, space.sums);

@@ -11,6 +11,7 @@
 #define QPASS_AVX512_OUTLINE static inline
 #define QPASS_AMX
 #define QPASS_AMX_INLINE static inline
+#define QPASS_AMX_OUTLINE static inline
 #else
 #include <immintrin.h>
 // What Cascade Lake and later have: bf16 is converted with integer instructions, because avx512_bf16 came later.
@@ -20,6 +21,7 @@
 #define QPASS_AVX512_OUTLINE QPASS_AVX512 __attribute__((noinline, unused)) static
 #define QPASS_AMX __attribute__((target(QPASS_AVX512_FEATURES ",gfni,amx-tile,amx-int8,amx-bf16")))
 #define QPASS_AMX_INLINE QPASS_AMX __attribute__((always_inline)) static inline
+#define QPASS_AMX_OUTLINE QPASS_AMX __attribute__((noinline, unused)) static
 #endif
 
 // The compiler's tile intrinsics do not say that they read memory: stores before them must not sink or vanish

@@ -41,13 +41,14 @@ struct Weight {
 inline int64_t inner_groups(const Weight& w) { return w.multiplier ? w.multipliers : w.groups; }
 inline int64_t inner_size(const Weight& w) { return w.multiplier ? w.K / w.multipliers : w.group_size; }
 
-// Rows quantized to int8. Row m starts at q + m * Kp; bytes K..Kp are 0.
+// Rows quantized to int8. Row m starts at q + m * Kp; bytes K..Kp are 0. q may be null where there are tiles.
 struct QuantRows {
   const int8_t* q;
   const float* scale;       // [M]
   const float* zero_point;  // [M], integers in float; null when symmetric
   const int32_t* sums;      // [M][Kp/32]: sum of each run of 32 codes, which every group sum is made of
   int64_t M, Kp;
+  const int8_t* tiles = nullptr;  // the codes as `Isa::tile_rows` arranges them, or null
 };
 
 // Rows left in float, converted to float32. Row m starts at x + m * Kp; values K..Kp are 0.
@@ -76,11 +77,17 @@ struct Output {
 struct Isa {
   const char* name;
   // x [M][ld] of dtype -> codes, scales, (zero points), sums; `asymmetric` chooses the formula. K..Kp is zero-filled.
+  // `sums` may be null where tile_rows is not.
   void (*quantize)(const void* x, DType dtype, int64_t M, int64_t K, int64_t Kp, bool asymmetric, int8_t* q,
                    float* scale, float* zero_point, int32_t* sums);
   void (*product_q)(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end);
   void (*product_f)(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end);
-  bool any_rows;
+  bool any_rows = false;
+  // Rows [begin, end) of M rows of codes, of which q is row `begin`, into the arrangement that product_q wants, and the
+  // bytes which that takes (0: for so few rows it wants none); null where it takes rows as they are. Several threads may
+  // arrange rows at once.
+  void (*tile_rows)(const int8_t* q, int64_t M, int64_t Kp, int64_t begin, int64_t end, int8_t* tiles) = nullptr;
+  int64_t (*tile_bytes)(int64_t M, int64_t Kp) = nullptr;
 };
 
 extern const Isa plain_isa, avx2_isa, vnni_isa, amx_isa;

@@ -3,6 +3,7 @@
 #include <cpuid.h>
 #include <omp.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -17,12 +18,14 @@
 namespace qpass {
 namespace {
 
+constexpr int64_t kLargePage = 2 << 20;
+
 thread_local char last_error[256] = "";
 bool forked = false;
 
 struct Buffers {
-  void* data[8] = {};
-  int64_t size[8] = {};
+  void* data[10] = {};
+  int64_t size[10] = {};
   ~Buffers() {
     for (void* p : data) free(p);
   }
@@ -70,9 +73,11 @@ void* scratch(int slot, int64_t bytes) {
   if (buffers.size[slot] < bytes) {
     free(buffers.data[slot]);
     buffers.size[slot] = 0;
-    buffers.data[slot] = aligned_alloc(64, (size_t)padded(bytes, 64));
+    const int64_t unit = bytes < kLargePage ? 64 : kLargePage, size = padded(bytes, unit);
+    buffers.data[slot] = aligned_alloc((size_t)unit, (size_t)size);
     if (!buffers.data[slot]) throw std::bad_alloc();
-    buffers.size[slot] = padded(bytes, 64);
+    if (unit == kLargePage) madvise(buffers.data[slot], (size_t)size, MADV_HUGEPAGE);  // a wish: refusal changes nothing
+    buffers.size[slot] = size;
   }
   return buffers.data[slot];
 }

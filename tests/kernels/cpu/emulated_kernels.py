@@ -33,7 +33,7 @@ class CWeight(ctypes.Structure):
 
 class CQuantRows(ctypes.Structure):
     _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero_point", ctypes.c_void_p),
-                ("sums", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64)]
+                ("sums", ctypes.c_void_p), ("M", ctypes.c_int64), ("Kp", ctypes.c_int64), ("tiles", ctypes.c_void_p)]
 
 
 class CFloatRows(ctypes.Structure):
@@ -49,8 +49,8 @@ class COutput(ctypes.Structure):
 def compile_emulation(folder: Path, *flags: str) -> Path:
     library = folder / "emulated.so"
     # Without optimization: the emulation is fast enough, and inlining it everywhere would take half a minute.
-    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", SOURCES / "amx_float.cpp", SOURCES / "experts.cpp",
-               EMULATION / "harness.cpp"]
+    sources = [SOURCES / "vnni.cpp", SOURCES / "amx.cpp", SOURCES / "amx_codes.cpp", SOURCES / "amx_float.cpp",
+               SOURCES / "experts.cpp", EMULATION / "harness.cpp"]
     subprocess.run([str(COMPILER), "-O0", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-DQPASS_EMULATE",
                     *flags, f"-I{EMULATION}", f"-I{SOURCES}", *map(str, sources), "-o", str(library)], check=True)
     return library
@@ -188,7 +188,7 @@ def product_q(library: ctypes.CDLL, isa: int, w: Weight, x: Codes, bias: Tensor 
     q = torch.zeros(m, padded(k, 64), dtype=torch.int8)
     q[:, :k] = x.q
     sums = q.view(m, -1, 32).sum(-1, dtype=torch.int32)
-    rows = CQuantRows(q.data_ptr(), x.scale.data_ptr(), pointer(x.zero_point), sums.data_ptr(), m, q.shape[1])
+    rows = CQuantRows(q.data_ptr(), x.scale.data_ptr(), pointer(x.zero_point), sums.data_ptr(), m, q.shape[1], None)
     out = run(library.emulated_product_q, isa, w, rows, m, bias, dtype, cut)
     assert library.emulated_tiles_configured() == 0
     return out

@@ -16,6 +16,7 @@
 
 #include "emulated_vector.h"
 
+#include "emulated_rounding.h"
 #include "emulated_tile.h"
 
 #if defined(__GNUC__) && !defined(__clang__)

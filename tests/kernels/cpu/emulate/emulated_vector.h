@@ -22,7 +22,8 @@ struct __m128i : Lanes<uint8_t, 16> {};
 using __mmask16 = uint16_t;
 using __mmask32 = uint32_t;
 
-constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_UNORD_Q = 3, _CMP_ORD_Q = 7, _MM_HINT_T0 = 3;
+constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8;
+constexpr int _CMP_UNORD_Q = 3, _CMP_ORD_Q = 7, _CMP_NLT_UQ = 21, _MM_HINT_T0 = 3;
 inline void _mm_prefetch(const char*, int) {}
 
 template <class To, class From>
@@ -37,7 +38,7 @@ To same_bits(const From& from) {
 template <class V, class F>
 V each(F f) {
   V v;
-  for (int i = 0; i < 16; i++) v.at[i] = f(i);
+  for (int i = 0; i < (int)(sizeof v.at / sizeof v.at[0]); i++) v.at[i] = f(i);
   return v;
 }
 
@@ -268,11 +269,13 @@ inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 a) {
   return each<__m512>([&](int i) { return a.at[index.at[i] & 15]; });
 }
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
-  if (predicate != _CMP_UNORD_Q && predicate != _CMP_ORD_Q) emulated_fault("this comparison is not emulated");
+  const bool known = predicate == _CMP_UNORD_Q || predicate == _CMP_ORD_Q || predicate == _CMP_NLT_UQ;
+  if (!known) emulated_fault("this comparison is not emulated");
   unsigned k = 0;
   for (int i = 0; i < 16; i++) {
     const bool unordered = a.at[i] != a.at[i] || b.at[i] != b.at[i];
-    k |= (unsigned)(unordered == (predicate == _CMP_UNORD_Q)) << i;
+    const bool holds = predicate == _CMP_NLT_UQ ? !(a.at[i] < b.at[i]) : unordered == (predicate == _CMP_UNORD_Q);
+    k |= (unsigned)holds << i;
   }
   return (__mmask16)k;
 }

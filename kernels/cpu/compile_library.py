@@ -30,21 +30,22 @@ _HASH = hashlib.sha256().digest_size
 PARTS = {
     "products": ("shim", "driver", "experts", "isas", "plain", "avx2", "vnni", "amx", "amx_codes", "amx_float", "pack",
                  "quantize_weight", "largest", "runtime"),
-    "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "pack", "encode_weight",
-                "largest", "runtime"),
+    "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "decoded_amx", "pack",
+                "encode_weight", "largest", "runtime"),
     "attention": ("shim_attention", "attention_float", "runtime"),
     "cache": ("attention", "runtime"),
     "calibration": ("search_ranges", "round_columns", "runtime"),
 }
 """Each part's sources: integer weights, those of csrc/decoded.h, attention over floats and over a quantized cache, what
 calibration does to weights."""
-NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8", "amx_codes": "amx_int8", "amx_float": "amx_int8"}
+NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8", "amx_codes": "amx_int8", "amx_float": "amx_int8",
+         "decoded_amx": "amx_int8"}
 """The level of kernels/isa.py that a source is for, where that is not everybody's."""
 _NO_LOOPS = ("-Og",)  # for files that only pass tensors on: they hold torch's templates, and -O1 takes 0.8 s longer
 _TORCH = "libtorch_cpu.so"
 _TORCH_HEADERS = 20_000  # what reading torch's headers costs, in characters of a file of ours
 # Those of many template instantiations, which their length does not show; measured, the longest first.
-_LONGEST = ("vnni", "avx2", "decoded_avx2", "amx")
+_LONGEST = ("vnni", "avx2", "decoded_avx2", "decoded_amx", "amx")
 
 
 class BuildFailed(Exception):

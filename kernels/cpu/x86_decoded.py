@@ -23,7 +23,7 @@ from qpass.weight import CanonicalWeight
 if TYPE_CHECKING:
     from torch import Tensor
 
-ISAS = {"avx2": ("avx2", 15), "plain": ("x86_64", 5)}
+ISAS = {"amx": ("amx_int8", 25), "avx2": ("avx2", 15), "plain": ("x86_64", 5)}
 _KIND = {"": 0, "offset": 1, "zero": 2, "zero_point": 2}
 _TABLE, _GAIN, _BIAS = 4, 8, 16
 _SCALES = (*FLOATS, "uint8", "float8_e8m0fnu", "float8_e4m3fn")

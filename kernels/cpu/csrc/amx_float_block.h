@@ -1,5 +1,8 @@
-// One row block (up to 32 rows) times 32 outputs over one K chunk in bf16 tiles, with the scaling of groups, and the
-// unpacking of the next chunk, interleaved: neither the tiles nor the vector units wait for the other.
+// Up to 32 rows times 32 outputs in bf16 tiles: a few rows over all inputs, or one block of many rows over one K chunk.
+//
+// `Source` is the weight: piece() makes the two column tiles of 64 inputs x 16 outputs (kParts of them in a row where a
+// weight is the sum of several bf16), scales() what the sums of a group are multiplied by; choose() is told
+// of every two blocks of outputs before they begin.
 #pragma once
 #include "amx_floats.h"
 
@@ -8,128 +11,147 @@ namespace {
 
 alignas(64) const uint8_t kZeros[64] = {};
 
-// Unpacks one chunk, blocks [k, k + count) of 64 inputs of two blocks of outputs, in pieces of 64 inputs x 16 outputs.
-template <Codes CODES>
-struct Unpacker {
-  static constexpr int64_t kBytes = CODES == Codes::bytes ? 1024 : 512, kAhead = 3072 / kBytes;
-  const Weight& w;
-  int64_t block, k, count, done;
-  int8_t *panel, *second;  // column tiles [2 * count] of each block of outputs
-};
-
-template <Codes CODES>
-QPASS_AMX_INLINE void unpack_to(Unpacker<CODES>& u, int64_t pieces) {
-  const int64_t blocks = u.w.Kp / 64;
-  for (; u.done < pieces; u.done++) {
-    const int64_t i = u.done / 2, side = u.done % 2, later = u.k + i + u.kAhead;
-    // What is kAhead blocks further on: at a row's end those of the next two blocks of outputs.
-    const int64_t next = (u.block + side) * blocks + later + (later < blocks ? 0 : blocks);
-    unpack_block<CODES>(u.w, u.block + side, u.k + i, u.w.q + next * u.kBytes, (side ? u.second : u.panel) + i * 2 * kTile);
-  }
+// Makes block k of 64 inputs of two blocks of outputs: tiles [2 sides][2 runs][kParts]. Prefetches what is 3 KB further on
+// in each; at a row's end that is in the next two blocks of outputs.
+template <class Source>
+QPASS_AMX_OUTLINE void make_tiles(const Source& source, int64_t blocks, int64_t block, int64_t k, int8_t* tiles,
+                                 int64_t side_bytes) {
+  constexpr int64_t kAhead = 3072 / Source::kBytes;
+  const int64_t later = k + kAhead + (k + kAhead < blocks ? 0 : blocks);
+  const uint8_t* ahead = source.q + (block * blocks + later) * Source::kBytes;
+  source.piece(block, k, ahead, tiles);
+  source.piece(block + 1, k, ahead + blocks * Source::kBytes, tiles + side_bytes);
 }
-
-// Row tiles of one chunk, in the order of runs of 32 inputs and of the parts of each: `tile` bytes each, those of the
-// second 16 rows `second` bytes behind those of the first. Column tiles [runs] for each of two blocks of outputs.
-struct FloatPanels {
-  const int8_t* rows;
-  int64_t tile, second;
-  const int8_t* columns[2];
-  int height, parts;  // rows of a tile
-};
 
 // acc [rows][32] += sums [2][16][16] * scale, for rows of one tile.
 QPASS_AMX_INLINE void scale_rows(const float* sums, __m512 scale0, __m512 scale1, int rows, float* acc) {
-#pragma GCC unroll 2
   for (int r = 0; r < rows; r++, sums += 16, acc += 32) {
     _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_load_ps(sums), scale0, _mm512_load_ps(acc)));
     _mm512_store_ps(acc + 16, _mm512_fmadd_ps(_mm512_load_ps(sums + 256), scale1, _mm512_load_ps(acc + 16)));
   }
 }
 
-// A group's sums [2 row tiles][2 column tiles][16][16] that wait to be scaled, a quarter after each run of the next group.
+// Sum tiles 0..3 from memory, and back. Zeros are loaded: a product that follows _tile_zero waits for it (50 cycles
+// instead of 16).
 template <int TILES>
-struct Waiting {
-  const float* sums;
-  __m512 scale0, scale1;
-  int quarter;  // 4: none left
-};
-
-template <int TILES>
-QPASS_AMX_INLINE void scale_quarter(Waiting<TILES>& s, int height, float* acc) {
-  if (s.quarter == 4) return;
-  if (TILES == 1) {
-    scale_rows(s.sums, s.scale0, s.scale1, height, acc);
-    s.quarter = 4;
-    return;
+QPASS_AMX_INLINE void load_sums(const float* from, int64_t stride, int64_t step) {
+  _tile_loadd(0, from, stride);
+  _tile_loadd(1, from + step, stride);
+  if (TILES == 2) {
+    _tile_loadd(2, from + 2 * step, stride);
+    _tile_loadd(3, from + 3 * step, stride);
   }
-  const int64_t at = s.quarter * 8;
-  scale_rows(s.sums + (at / 16) * 512 + at % 16 * 16, s.scale0, s.scale1, 8, acc + at * 32);
-  s.quarter++;
 }
 
-// Runs [begin, end). `open` [4][16][16] keeps the sums of a group that continues in the next chunk. Meanwhile `unpacker`
-// gets as far as `pieces`: with `each`, by one after each run.
-template <Codes CODES, int TILES>
-QPASS_AMX void float_block(const Weight& w, const FloatPanels& panels, int64_t block, int64_t begin, int64_t end,
-                           float* open, float* acc, Unpacker<CODES>& unpacker, int64_t pieces, bool each) {
-  alignas(64) float buffers[2][1024];
-  Waiting<TILES> waiting = {nullptr, _mm512_setzero_ps(), _mm512_setzero_ps(), 4};
-  const int64_t runs = w.group_size / 32, tile = panels.tile, second = panels.second;
-  const int parts = panels.parts, height = panels.height;
-  const int8_t *rows = panels.rows, *column0 = panels.columns[0], *column1 = panels.columns[1];
-  int64_t group = begin / runs, closing = (group + 1) * runs, run = begin;
-  bool opens = begin == group * runs;
-  int turn = 0;
-  QPASS_STORES_DONE();
-  if (!each) unpack_to(unpacker, pieces);
-  while (run < end) {
-    // Zeros are loaded: a product that follows _tile_zero waits for it (50 cycles instead of 16).
-    const float* from = opens ? (const float*)kZeros : open;
-    const int64_t stride = opens ? 0 : 64, step = opens ? 0 : 256;
-    _tile_loadd(0, from, stride);
-    _tile_loadd(1, from + step, stride);
-    if (TILES == 2) {
-      _tile_loadd(2, from + 2 * step, stride);
-      _tile_loadd(3, from + 3 * step, stride);
-    }
-    const int64_t last = closing < end ? closing : end;
-    for (; run < last; run++) {
-      _tile_loadd(6, column0, 64);
-      _tile_loadd(7, column1, 64);
-      column0 += kTile;
-      column1 += kTile;
-      int part = parts;
-      do {
-        _tile_loadd(4, rows, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (TILES == 2) {
-          _tile_loadd(5, rows + second, 64);
-          _tile_dpbf16ps(2, 5, 6);
-        }
-        _tile_dpbf16ps(1, 4, 7);
-        if (TILES == 2) _tile_dpbf16ps(3, 5, 7);
-        rows += tile;
-      } while (--part);
-      scale_quarter(waiting, height, acc);
-      if (each && unpacker.done < pieces) unpack_to(unpacker, unpacker.done + 1);
-    }
-    while (waiting.quarter < 4) scale_quarter(waiting, height, acc);
-    const bool closes = last == closing;
-    float* sums = closes ? buffers[turn ^= 1] : open;
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    if (TILES == 2) {
-      _tile_stored(2, sums + 512, 64);
-      _tile_stored(3, sums + 768, 64);
-    }
-    if (!closes) break;
-    waiting = {sums, group_scales(w, block, group), group_scales(w, block + 1, group), 0};
-    group++;
-    closing += runs;
-    opens = true;
+template <int TILES>
+QPASS_AMX_INLINE void store_sums(float* to) {
+  _tile_stored(0, to, 64);
+  _tile_stored(1, to + 256, 64);
+  if (TILES == 2) {
+    _tile_stored(2, to + 512, 64);
+    _tile_stored(3, to + 768, 64);
   }
-  while (waiting.quarter < 4) scale_quarter(waiting, height, acc);
-  unpack_to(unpacker, pieces);
+}
+
+// One run of 32 inputs: `parts` row tiles (pairs of them, if TILES is 2) times PARTS column tiles of each side.
+template <int PARTS, int TILES>
+QPASS_AMX_INLINE const int8_t* multiply_run(const int8_t* rows, int64_t tile, int parts, const int8_t* column0,
+                                            const int8_t* column1) {
+#pragma GCC unroll 2
+  for (int i = 0; i < PARTS; i++) {
+    const int8_t* row = rows;
+    _tile_loadd(6, column0 + i * kTile, 64);
+    _tile_loadd(7, column1 + i * kTile, 64);
+    for (int part = 0; part < parts; part++) {
+      _tile_loadd(4, row, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (TILES == 2) {
+        _tile_loadd(5, row + tile, 64);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      _tile_dpbf16ps(1, 4, 7);
+      if (TILES == 2) _tile_dpbf16ps(3, 5, 7);
+      row += TILES * tile;
+    }
+  }
+  return rows + parts * TILES * tile;
+}
+
+// All inputs. Row tiles [run][parts][TILES] of `height` rows. Unpacking is one block of 64 inputs ahead of the products, and
+// scaling one group behind, so that neither the tiles nor the vector units wait for the other.
+template <class Source, int TILES>
+QPASS_AMX void few_rows(const Source& source, const int8_t* rows, int height, int parts, int64_t block, float* acc) {
+  constexpr int64_t kSide = 2 * Source::kParts * kTile;
+  alignas(64) int8_t ring[2][2 * kSide];
+  alignas(64) float buffers[2][TILES * 512];
+  const int64_t blocks = source.blocks, total = source.total, runs = source.runs, tile = height * 64;
+  int64_t left = runs, group = 0;
+  float* waiting = nullptr;
+  __m512 scale0 = _mm512_setzero_ps(), scale1 = scale0;
+  for (int r = 0; r < TILES * height; r++) {
+    _mm512_store_ps(acc + r * 32, scale0);
+    _mm512_store_ps(acc + r * 32 + 16, scale0);
+  }
+  make_tiles(source, blocks, block, 0, ring[0], kSide);
+  QPASS_STORES_DONE();
+  load_sums<TILES>((const float*)kZeros, 0, 0);
+  for (int64_t k = 0; k < blocks; k++) {
+    if (k + 1 < blocks) make_tiles(source, blocks, block, k + 1, ring[(k + 1) & 1], kSide);
+    QPASS_STORES_DONE();
+    const int8_t* columns = ring[k & 1];
+    for (int64_t run = 2 * k; run < 2 * k + 2 && run < total; run++, columns += Source::kParts * kTile) {
+      rows = multiply_run<Source::kParts, TILES>(rows, tile, parts, columns, columns + kSide);
+      if (--left > 0 && run + 1 < total) continue;
+      if (waiting) {
+        for (int t = 0; t < TILES; t++) scale_rows(waiting + t * 512, scale0, scale1, height, acc + t * 512);
+      }
+      waiting = buffers[group & 1];
+      store_sums<TILES>(waiting);
+      load_sums<TILES>((const float*)kZeros, 0, 0);
+      scale0 = source.scales(block, group);
+      scale1 = source.scales(block + 1, group);
+      group++;
+      left = runs;
+    }
+  }
+  for (int t = 0; t < TILES; t++) scale_rows(waiting + t * 512, scale0, scale1, height, acc + t * 512);
+}
+
+// Runs [begin, end) of 32 rows. Row tiles [run][parts][2], column tiles [2 sides][runs][kParts] in L1. `open` [4][16][16]
+// keeps the sums of a group that continues in the next chunk.
+template <class Source>
+QPASS_AMX void many_rows(const Source& source, const int8_t* rows, int parts, const int8_t* columns, int64_t side_bytes,
+                         int64_t block, int64_t begin, int64_t end, float* open, float* acc) {
+  alignas(64) float buffers[2][1024];
+  const int64_t runs = source.runs, total = source.total;
+  int64_t group = begin / runs, left = (group + 1) * runs - begin;
+  float* waiting = nullptr;
+  int quarter = 4;  // of the waiting group's 32 rows
+  __m512 scale0 = _mm512_setzero_ps(), scale1 = scale0;
+  QPASS_STORES_DONE();
+  if (left == runs) load_sums<2>((const float*)kZeros, 0, 0);
+  else load_sums<2>(open, 64, 256);
+  for (int64_t run = begin; run < end; run++, columns += Source::kParts * kTile) {
+    rows = multiply_run<Source::kParts, 2>(rows, kTile, parts, columns, columns + side_bytes);
+    if (quarter < 4) {
+      scale_rows(waiting + quarter / 2 * 512 + quarter % 2 * 128, scale0, scale1, 8, acc + quarter * 256);
+      quarter++;
+    }
+    if (--left > 0 && run + 1 < total) continue;
+    for (; quarter < 4; quarter++)
+      scale_rows(waiting + quarter / 2 * 512 + quarter % 2 * 128, scale0, scale1, 8, acc + quarter * 256);
+    waiting = buffers[group & 1];
+    store_sums<2>(waiting);
+    load_sums<2>((const float*)kZeros, 0, 0);
+    scale0 = source.scales(block, group);
+    scale1 = source.scales(block + 1, group);
+    quarter = 0;
+    group++;
+    left = runs;
+  }
+  if (left < runs) store_sums<2>(open);
+  for (; quarter < 4; quarter++)
+    scale_rows(waiting + quarter / 2 * 512 + quarter % 2 * 128, scale0, scale1, 8, acc + quarter * 256);
 }
 
 }  // namespace

@@ -52,24 +52,29 @@ QPASS_AMX_INLINE void pack_run(const void* row, DType dtype, int64_t at, int64_t
   }
 }
 
-// `height` rows starting at row m, runs [2k, 2(k + count)) of 32 inputs, each as `parts` tiles; rows from M on are 0.
-QPASS_AMX_INLINE void pack_floats(const FloatRows& x, int64_t m, int64_t k, int64_t count, int height, int8_t* tile) {
-  const int64_t row_bytes = x.width * (x.dtype == DType::f32 ? 4 : 2), stride = height * 64;
-  const int64_t there = x.M - m < height ? x.M - m : height, parts = x.bf16_parts;
-  for (int64_t at = k * 64; at < (k + count) * 64; at += 32, tile += parts * stride) {
-    const char* row = (const char*)x.raw + m * row_bytes;
-    const int64_t rows = at < x.width ? there : 0;
-    if (x.dtype == DType::bf16) {
-      const int64_t left = x.width - at;
-      const __mmask32 mask = left >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (left & 31)) - 1;
-      for (int64_t r = 0; r < rows; r++, row += row_bytes) {
-        _mm512_store_si512(tile + r * 64, paired(_mm512_maskz_loadu_epi16(mask, (const uint16_t*)row + at)));
+// Rows from m on in runs [2k, 2(k + count)) of 32 inputs: for each run and each of its parts `tiles` tiles of `height` rows.
+// Rows from M on are 0. A row is read eight lines at a time, while their tiles stay in L1.
+QPASS_AMX_OUTLINE void pack_floats(const FloatRows& x, int64_t m, int64_t k, int64_t count, int height, int tiles,
+                                   int8_t* to) {
+  const int64_t row_bytes = x.width * (x.dtype == DType::f32 ? 4 : 2), stride = tiles * height * 64, most = tiles * height;
+  const int64_t rows = x.M - m < most ? x.M - m : most, parts = x.bf16_parts, end = (k + count) * 64;
+  for (int64_t first = k * 64; first < end; first += 256) {
+    const int64_t last = first + 256 < end ? first + 256 : end;
+    int8_t* line = to + (first - k * 64) / 32 * parts * stride;
+    for (int64_t r = 0; r < most; r++, line += 64) {
+      const char* row = (const char*)x.raw + (m + r) * row_bytes;
+      int8_t* at_line = line;
+      for (int64_t at = first; at < last; at += 32, at_line += parts * stride) {
+        const int64_t left = x.width - at;
+        if (r >= rows || left <= 0) {
+          for (int64_t p = 0; p < parts; p++) _mm512_store_si512(at_line + p * stride, _mm512_setzero_si512());
+        } else if (x.dtype == DType::bf16) {
+          const __mmask32 mask = left >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
+          _mm512_store_si512(at_line, paired(_mm512_maskz_loadu_epi16(mask, (const uint16_t*)row + at)));
+        } else {
+          pack_run(row, x.dtype, at, x.width, parts, stride, at_line);
+        }
       }
-    } else {
-      for (int64_t r = 0; r < rows; r++, row += row_bytes) pack_run(row, x.dtype, at, x.width, parts, stride, tile + r * 64);
-    }
-    for (int64_t r = rows; r < height; r++) {
-      for (int64_t p = 0; p < parts; p++) _mm512_store_si512(tile + p * stride + r * 64, _mm512_setzero_si512());
     }
   }
 }
@@ -139,10 +144,6 @@ QPASS_AMX_INLINE void unpack_run(const uint8_t* q, const uint8_t* ahead, bool up
 
 // How a weight's codes are unpacked.
 enum class Codes { nibbles, differences, bytes };
-
-inline Codes codes_of(const Weight& w) {
-  return w.bits == 8 ? Codes::bytes : w.zero_point ? Codes::differences : Codes::nibbles;
-}
 
 QPASS_AMX void unpack_far(const Weight& w, int64_t block, int64_t g0, int64_t g1, const uint8_t* q, int8_t* panel) {
   unpack_run<Decode::nibble_zero>(q, q, false, decoder_of(w, block, g0), panel);

@@ -37,13 +37,17 @@ QPASS_AVX512_INLINE __m256i bf16_of(__m512 v) {
   return _mm512_cvtepi32_epi16(up);
 }
 
-QPASS_AVX512_OUTLINE void store_floats(void* p, DType dtype, int64_t i, __mmask16 mask, __m512 v) {
+QPASS_AVX512_INLINE void store_any(void* p, DType dtype, int64_t i, __mmask16 mask, __m512 v) {
   if (dtype == DType::f32) {
     _mm512_mask_storeu_ps((float*)p + i, mask, v);
     return;
   }
   __m256i half = dtype == DType::bf16 ? bf16_of(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm256_mask_storeu_epi16((uint16_t*)p + i, mask, half);
+}
+
+QPASS_AVX512_OUTLINE void store_floats(void* p, DType dtype, int64_t i, __mmask16 mask, __m512 v) {
+  store_any(p, dtype, i, mask, v);
 }
 
 // Scales and zero points of the 16 outputs of a block, for one group.

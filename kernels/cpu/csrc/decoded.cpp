@@ -8,11 +8,17 @@
 #include "split_work.h"
 
 namespace qpass {
+
+extern const DecodedTiles decoded_amx __attribute__((weak));  // a library built where it is used may lack it
+
 namespace {
+
+constexpr int32_t kAmx = 3;
 
 struct Job {
   Decoded weight;
   Output out;
+  bool tiles = false;  // multiplied on AMX
 };
 
 bool is_float(int32_t dtype) { return dtype >= 0 && dtype <= 2; }
@@ -119,13 +125,15 @@ DecodedRows rows_for(const Decoded& w, const float* x, int64_t M, int64_t Kp, co
 
 void decoded(DecodedProduct product, MakeDigits digits, const char* x, DType dtype, int64_t M, int64_t K, const Job* jobs,
              int64_t count, int32_t threads) {
+  bool all_tiles = true;
+  for (int64_t i = 0; i < count; i++) all_tiles = all_tiles && jobs[i].tiles;
   const int64_t Kp = padded(K, 64), row_bytes = K * bytes_of(dtype), rows = chunk_of(M, Kp * 8);
   bool small = false;
-  for (int64_t i = 0; i < count; i++) small = small || (digits && jobs[i].weight.small.there);
+  for (int64_t i = 0; i < count; i++) small = small || (digits && jobs[i].weight.small.there && !jobs[i].tiles);
   for (int64_t m = 0; m < M; m += rows) {
     const int64_t n = M - m < rows ? M - m : rows;
     const char* from = x + m * row_bytes;
-    const bool ready = dtype == DType::f32 && K == Kp && (uintptr_t)from % 4 == 0;
+    const bool ready = all_tiles || (dtype == DType::f32 && K == Kp && (uintptr_t)from % 4 == 0);
     float* space = ready ? nullptr : (float*)scratch(0, n * Kp * 4);
     const float* floats = ready ? (const float*)from : space;
     const Integers integers(small ? n : 0, Kp);
@@ -138,6 +146,10 @@ void decoded(DecodedProduct product, MakeDigits digits, const char* x, DType dty
         digits(floats + i * Kp, Kp, integers.digits + i * Kp * 3, integers.step + i * (Kp / 16),
                integers.whole + i * (Kp / 16));
     }, [&](const Job& job, int64_t a, int64_t b) {
+      if (job.tiles) {
+        const int32_t parts = dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3;
+        return decoded_amx.product(job.weight, {nullptr, n, Kp, parts, from, dtype, K}, rows_from(job.out, m), a, b);
+      }
       product(job.weight, rows_for(job.weight, floats, n, Kp, small ? &integers : nullptr), rows_from(job.out, m), a, b);
     });
   }
@@ -158,6 +170,7 @@ extern "C" int32_t qp_decoded(int32_t isa, const void* x, int32_t x_dtype, int64
   for (int64_t i = 0; i < count; i++)
     if (const char* why = read_weight(weights[i], M, K, jobs[i]))
       return fail("decoded: weight %d of %d: %s", (int)i, (int)count, why);
+  for (int64_t i = 0; i < count; i++) jobs[i].tiles = isa == kAmx && &decoded_amx && decoded_amx.takes(jobs[i].weight);
   try {
     decoded(isa ? decoded_avx2 : decoded_plain, isa ? digits_avx2 : nullptr, (const char*)x, (DType)x_dtype, M, K, jobs, count, threads);
   } catch (const std::bad_alloc&) {

@@ -12,8 +12,10 @@
 // of 256, d[0] + 256 d[1] + 65536 d[2], what is lost is 2^-22 of the run's largest, and a run's sum is exact until it
 // becomes a float. Inf and NaN make NaN of the row.
 //
-// Every implementation adds in one order: a chain over each run of 16 inputs, runs in ascending order within a group,
-// groups in ascending order; so the result of a row does not depend on the other rows, nor on how n is split.
+// Plain C and AVX2 add in one order: a chain over each run of 16 inputs, runs in ascending order within a group, groups in
+// ascending order. AMX adds in the order of amx_float_product.h, in which the weight is a sum of bf16: exactly, but for
+// tables that need more than two of them, of which rows of bf16 meet two, 2^-17 off at most. Every implementation has one order for any
+// number of rows, so the result of a row does not depend on the other rows, nor on how n is split.
 #pragma once
 #include "abi.h"
 #include "convert.h"
@@ -62,6 +64,12 @@ struct DecodedRows {
 using DecodedProduct = void (*)(const Decoded& w, const DecodedRows& x, const Output& out, int64_t block_begin,
                                 int64_t block_end);
 extern const DecodedProduct decoded_plain, decoded_avx2;
+
+// AMX, for weights that it `takes`: from rows as they came (FloatRows::raw).
+struct DecodedTiles {
+  bool (*takes)(const Decoded& w);
+  void (*product)(const Decoded& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end);
+};
 
 // One row of x as integers: digits [3][Kp], and for each run of 16 its step and the sum of its integers.
 using MakeDigits = void (*)(const float* x, int64_t Kp, int8_t* digits, float* step, int32_t* whole);

@@ -11,6 +11,7 @@
 #define QPASS_AVX512_OUTLINE static inline
 #define QPASS_AMX
 #define QPASS_AMX_INLINE static inline
+#define QPASS_AMX_MEMBER inline
 #define QPASS_AMX_OUTLINE static inline
 #else
 #include <immintrin.h>
@@ -21,6 +22,7 @@
 #define QPASS_AVX512_OUTLINE QPASS_AVX512 __attribute__((noinline, unused)) static
 #define QPASS_AMX __attribute__((target(QPASS_AVX512_FEATURES ",gfni,amx-tile,amx-int8,amx-bf16")))
 #define QPASS_AMX_INLINE QPASS_AMX __attribute__((always_inline)) static inline
+#define QPASS_AMX_MEMBER QPASS_AMX __attribute__((always_inline)) inline
 #define QPASS_AMX_OUTLINE QPASS_AMX __attribute__((noinline, unused)) static
 #endif
 

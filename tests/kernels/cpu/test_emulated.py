@@ -38,12 +38,6 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 40, 65)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    prebuilt = os.environ.get("QPASS_TEST_EMULATED_LIBRARY")  # how the sanitizer test below hands over its build
-    return ctypes.CDLL(prebuilt or str(compile_emulation(tmp_path_factory.mktemp("emulated"))))
-
-
 SHAPES = [  # group size (None: one group a row), K
     pytest.param(32, 96, id="g32-k96"), pytest.param(32, 320, id="g32-k320"), pytest.param(64, 128, id="g64"),
     pytest.param(96, 288, id="g96"), pytest.param(96, 96, id="g96-one"), pytest.param(128, 640, id="g128"),

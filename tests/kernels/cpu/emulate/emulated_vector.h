@@ -105,6 +105,7 @@ EMULATED_LANES(_mm512_mullo_epi32, a.at[i] * b.at[i])
 EMULATED_LANES(_mm512_mullo_epi16, (a.at[i] * (b.at[i] & 0xffff) & 0xffff) | (a.at[i] >> 16) * (b.at[i] >> 16) << 16)
 // Bytes borrow nothing from each other: the upper bits are set aside and put right afterwards.
 EMULATED_LANES(_mm512_sub_epi8, ((a.at[i] | 0x80808080) - (b.at[i] & 0x7f7f7f7f)) ^ ((a.at[i] ^ ~b.at[i]) & 0x80808080))
+EMULATED_LANES(_mm512_add_epi16, (a.at[i] + b.at[i] & 0xffff) | (a.at[i] >> 16) + (b.at[i] >> 16) << 16)
 EMULATED_LANES(_mm512_sub_epi16, (a.at[i] - b.at[i] & 0xffff) | (a.at[i] >> 16) - (b.at[i] >> 16) << 16)
 EMULATED_LANES(_mm512_and_si512, a.at[i] & b.at[i])
 EMULATED_LANES(_mm512_or_si512, a.at[i] | b.at[i])
@@ -117,6 +118,15 @@ inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
 }
 inline __m512i _mm512_srli_epi16(__m512i a, unsigned n) {
   return each<__m512i>([&](int i) { return n > 15 ? 0 : (a.at[i] & 0xffff) >> n | a.at[i] >> 16 >> n << 16; });
+}
+inline __m512i _mm512_slli_epi16(__m512i a, unsigned n) {
+  return each<__m512i>([&](int i) { return n > 15 ? 0 : (a.at[i] << n & 0xffff) | a.at[i] >> 16 << (16 + n); });
+}
+inline __m512i _mm512_srai_epi16(__m512i a, unsigned n) {
+  return each<__m512i>([&](int i) {
+    const int lower = (int16_t)(uint16_t)a.at[i] >> (n > 15 ? 15 : n), upper = (int16_t)(a.at[i] >> 16) >> (n > 15 ? 15 : n);
+    return (uint32_t)(uint16_t)lower | (uint32_t)upper << 16;
+  });
 }
 inline __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
   return each<__m512i>([&](int i) { return n > 31 ? 0 : a.at[i] >> n; });
@@ -188,6 +198,23 @@ inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
   for (int i = 0; i < 32; i++) v.at[i] = table.at[from.at[i] & 31];
   return same_bits<__m512i>(v);
 }
+inline __mmask32 _mm512_test_epi16_mask(__m512i a, __m512i b) {
+  const auto x = same_bits<Halves>(a), y = same_bits<Halves>(b);
+  __mmask32 k = 0;
+  for (int i = 0; i < 32; i++) k |= (__mmask32)((x.at[i] & y.at[i]) != 0) << i;
+  return k;
+}
+inline __mmask32 _mm512_testn_epi16_mask(__m512i a, __m512i b) { return ~_mm512_test_epi16_mask(a, b); }
+inline __m512i _mm512_mask_mov_epi16(__m512i src, __mmask32 k, __m512i a) {
+  auto v = same_bits<Halves>(src);
+  const auto from = same_bits<Halves>(a);
+  for (int i = 0; i < 32; i++)
+    if (k >> i & 1) v.at[i] = from.at[i];
+  return same_bits<__m512i>(v);
+}
+inline __m512i _mm512_mask_add_epi16(__m512i src, __mmask32 k, __m512i a, __m512i b) {
+  return _mm512_mask_mov_epi16(src, k, _mm512_add_epi16(a, b));
+}
 // Half j of the lower (upper) four of each eight is the one that bits 2j and 2j + 1 of imm8 name.
 inline __m512i shuffled_halves(__m512i a, int imm8, int first) {
   const auto from = same_bits<Halves>(a);
@@ -210,6 +237,9 @@ inline __m512i _mm512_inserti64x4(__m512i a, __m256i b, int upper) {
 
 // --- conversions
 inline __m512i _mm512_cvtepu16_epi32(__m256i v) {
+  return each<__m512i>([&](int i) { return (uint32_t)v.at[i]; });
+}
+inline __m512i _mm512_cvtepu8_epi32(__m128i v) {
   return each<__m512i>([&](int i) { return (uint32_t)v.at[i]; });
 }
 inline __m512i _mm512_cvtepi8_epi32(__m128i v) {

@@ -6,6 +6,7 @@
 #include <new>
 
 #include "abi.h"
+#include "decoded.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -28,6 +29,8 @@ void* scratch(int slot, int64_t bytes) {
   if (posix_memalign(&slots.data[slot], 64, (size_t)(bytes > 0 ? bytes : 1))) throw std::bad_alloc();
   return memset(slots.data[slot], 0xa5, (size_t)bytes);
 }
+
+extern const DecodedTiles decoded_amx;
 
 static const Isa& table(int isa) { return isa == 0 ? vnni_isa : amx_isa; }
 
@@ -60,6 +63,13 @@ void emulated_product_q(int isa, const Weight* w, const QuantRows* x, const Outp
 
 void emulated_product_f(int isa, const Weight* w, const FloatRows* x, const Output* out, int64_t begin, int64_t end) {
   table(isa).product_f(*w, *x, *out, begin, end);
+}
+
+// Whether AMX takes a weight of decoded.h, which it then multiplies with.
+int emulated_decoded(const Decoded* w, const FloatRows* x, const Output* out, int64_t begin, int64_t end) {
+  if (!decoded_amx.takes(*w)) return 0;
+  decoded_amx.product(*w, *x, *out, begin, end);
+  return 1;
 }
 
 // Whether this thread still holds a tile configuration, which would disturb other users of AMX.

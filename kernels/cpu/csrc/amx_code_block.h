@@ -109,10 +109,12 @@ template <bool ZERO>
 QPASS_AMX_INLINE void take_some(Waiting& p, const Weight& w, bool full, int count) {
   if (p.row >= p.end) return;
   if (!full) return take_rows<ZERO>(p, w, p.row + count < p.end ? p.row + count : p.end);
-  if (count == 4) {
+  if (count == 8) {
+    scale_rows<ZERO, 8>(p, w, p.row);
+  } else if (count == 4) {
     scale_rows<ZERO, 4>(p, w, p.row);
   } else {
-    scale_rows<ZERO, 8>(p, w, p.row);
+    scale_rows<ZERO, 2>(p, w, p.row);
   }
   p.row += count;
 }
@@ -156,8 +158,8 @@ QPASS_AMX void multiply_codes(const Weight& w, const Plan& plan, const Tiles& ti
       }
     }
     // Rows taken after each product: all that wait within the products of the segment.
-    const int count = segment.end - segment.begin == 1 ? 8 : 4;
-    const bool full = waiting.row % 8 == 0 && waiting.end == 32 && !waiting.first && !waiting.last;
+    const int count = segment.end - segment.begin == 1 ? 8 : segment.end - segment.begin < 4 ? 4 : 2;
+    const bool full = waiting.row == 0 && waiting.end == 32 && !waiting.first && !waiting.last;
     for (int i = segment.begin; i < segment.end; i++) {
       const int8_t* rows = tiles.rows + plan.steps[i].a;
       _tile_loadd(6, tiles.columns[0] + plan.steps[i].b, 64);

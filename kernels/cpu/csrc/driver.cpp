@@ -17,7 +17,7 @@ namespace {
 
 constexpr int32_t kIntegerScales = 3;            // as scale_dtype
 constexpr int kTileSlot = 8, kFewSlot = 9;       // of scratch memory
-constexpr int64_t kRowsAtOnce = 4;
+constexpr int64_t kRowsAtOnce = 8;
 
 bool is_dtype(int32_t dtype) { return dtype >= 0 && dtype <= 2; }
 

@@ -75,6 +75,9 @@ def run(found: Found, threads: int, cache: Path, only: Sequence[str] = (),
     if not only:
         _quantize(made, found, float_folder)
         keep(made)
+    for recipe in ("w4a8", "w8a8"):
+        if f"qpass {recipe}" in only and not _quantized(float_folder, recipe).exists():
+            _save_quantized(float_folder, recipe)
     workers, askers = _workers(made, found, threads, cache, float_folder, gguf, only)
     try:
         _measure(made, workers, askers, keep)
@@ -89,15 +92,22 @@ def run(found: Found, threads: int, cache: Path, only: Sequence[str] = (),
 def _quantize(made: Models, found: Found, folder: Path) -> None:
     """Seconds of each library's own call. What is loaded later has its head quantized, as the peers' models have."""
     for recipe in ("w4a8", "w8a8"):
-        target = folder.with_name(f"{folder.name}-{recipe}")
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(_quantized(folder, recipe), ignore_errors=True)
         made.quantize_s[f"qpass {recipe}"] = _seconds([sys.executable], "qpass", folder, "--recipe", recipe)
-        made.quantize_s[f"qpass {recipe}, head too"] = _seconds(
-            [sys.executable], "qpass", folder, "--recipe", recipe, "--head", recipe, "--save", str(target))
+        made.quantize_s[f"qpass {recipe}, head too"] = _save_quantized(folder, recipe)
         made.quantize_s[f"torchao {recipe}"] = _seconds([sys.executable], "torchao", folder, "--recipe", recipe)
     compressor = found.commands.get("LLM Compressor")
     made.quantize_s["LLM Compressor w4a8"] = found.missing["LLM Compressor"] if compressor is None else _seconds(
         compressor[:1], "llmcompressor", folder, "--recipe", "w4a8")
+
+
+def _quantized(folder: Path, recipe: str) -> Path:
+    return folder.with_name(f"{folder.name}-{recipe}")
+
+
+def _save_quantized(folder: Path, recipe: str) -> float | str:
+    return _seconds([sys.executable], "qpass", folder, "--recipe", recipe, "--head", recipe, "--save",
+                    str(_quantized(folder, recipe)))
 
 
 def _seconds(python: list[str], library: str, folder: Path, *more: str) -> float | str:

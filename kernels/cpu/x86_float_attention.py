@@ -28,7 +28,7 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
     if mask is not None and mask.dtype not in x86_ops.MASKS:
         return f"takes masks of bool, float32, bfloat16 and float16, got {mask.dtype}"
     if "avx512_vnni" in machine_has() and not (isinstance(query.shape[2], int) and query.shape[2] <= FEW_ROWS):
-        # The native op has AVX2 only, PyTorch's uses what there is: beside it 5 times as fast for one query and level at
-        # 32, but less than half as fast for a prompt in bfloat16 (tests/bench/NOTES.md).
+        # The native op has AVX2 only, PyTorch's uses what there is: beside it 5 times as fast for one query and level
+        # at 32, but less than half as fast for a prompt in bfloat16 (tests/bench/NOTES.md).
         return f"is for at most {FEW_ROWS} queries on machines with AVX512, got {query.shape[2]}"
     return native.prepare("attention")

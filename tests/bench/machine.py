@@ -9,8 +9,22 @@ from pathlib import Path
 _SHOWN = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
+def machine_kind() -> str:
+    """The best of what kernels are chosen by, or the architecture: where runs of like machines are kept."""
+    _, flags = _processor()
+    return next((flag for flag in reversed(_SHOWN) if flag in flags), platform.machine())
+
+
 def machine_line(threads: int) -> str:
     """`AMD EPYC, avx2, 2 of 2 CPUs, 24 GB, Python 3.11.7`."""
+    name, flags = _processor()
+    has = " ".join(flag for flag in _SHOWN if flag in flags)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{name}, {has}, {threads} of {os.cpu_count()} CPUs, {memory:.0f} GB, Python {platform.python_version()}"
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Its name and flags."""
     name, flags = platform.processor() or platform.machine(), set()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -20,6 +34,4 @@ def machine_line(threads: int) -> str:
                 flags = set(line.split(":", 1)[1].split())
     except OSError:
         pass
-    has = " ".join(flag for flag in _SHOWN if flag in flags)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{name}, {has}, {threads} of {os.cpu_count()} CPUs, {memory:.0f} GB, Python {platform.python_version()}"
+    return name, flags

@@ -17,7 +17,14 @@ SHOWN = ("W4A8", "W8A8", "W4A16")
 
 
 def section(results: Path = HERE / "results") -> str:
-    """The Markdown between the marks, from the files of the last run; each part only if its file is there."""
+    """The Markdown between the marks: of each kind of machine the last run."""
+    kinds = [f"### Measured on {folder.name}\n\n{_machine(folder)}" for folder in sorted(results.iterdir())
+             if folder.is_dir()]
+    return "\n\n".join(kinds) or "No run is kept here; `make bench` makes one."
+
+
+def _machine(results: Path) -> str:
+    """The files of one folder; each part only if its file is there."""
     kernels, model = (_read(results / f"{name}.json") for name in ("kernels", "model"))
     mixtures = [_read(path) for path in sorted(results.glob("moe-*.json"))]
     parts = []
@@ -43,7 +50,7 @@ def section(results: Path = HERE / "results") -> str:
         count = sum(bool(_reached(goal)) for goal in reached)
         parts.append(f"{count} of the {len(reached)} goals that this machine can measure are reached; "
                      "[tests/bench/NOTES.md](tests/bench/NOTES.md) says the limits of the others.")
-    return "\n\n".join(parts) or "No run is kept here; `make bench` makes one."
+    return "\n\n".join(parts)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import online
 import products
 from cells import TABLES
 from goals import outcomes
-from machine import machine_line
+from machine import machine_kind, machine_line
 from peers import find_peers
 from tables import goals_text, table_text
 
@@ -153,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rotate", type=int, default=600, metavar="MB", help="weights in rotation at few tokens")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "bench", metavar="DIR",
                         help="where the whole models are kept, 10 GB of them (default: .cache/bench)")
-    parser.add_argument("--json", type=Path, default=HERE / "results", help="folder for the numbers")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / machine_kind(),
+                        help="folder for the numbers (default: that of machines like this one)")
     return parser
 
 

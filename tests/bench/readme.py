@@ -18,7 +18,7 @@ SHOWN = ("W4A8", "W8A8", "W4A16")
 
 def section(results: Path = HERE / "results") -> str:
     """The Markdown between the marks: of each kind of machine the last run."""
-    kinds = [f"### Measured on {folder.name}\n\n{_machine(folder)}" for folder in sorted(results.iterdir())
+    kinds = [f"### On a machine with {folder.name}\n\n{_machine(folder)}" for folder in sorted(results.iterdir())
              if folder.is_dir()]
     return "\n\n".join(kinds) or "No run is kept here; `make bench` makes one."
 

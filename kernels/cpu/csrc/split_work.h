@@ -50,11 +50,19 @@ void run(const Job* jobs, int64_t count, int64_t M, int64_t K, int32_t threads, 
   {
     const int64_t t = omp_get_thread_num(), all = omp_get_num_threads();  // the runtime may give fewer
     if (!serial) {
-      prepare(M * t / all, M * (t + 1) / all);
+      try {
+        prepare(M * t / all, M * (t + 1) / all);
+      } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        no_memory = true;
+      }
 #pragma omp barrier
     }
+    bool give_up;  // rows that were not prepared are not multiplied
+#pragma omp atomic read
+    give_up = no_memory;
     try {
-      share(jobs, count, units, t, all, multiply);
+      if (!give_up) share(jobs, count, units, t, all, multiply);
     } catch (const std::bad_alloc&) {
 #pragma omp atomic write
       no_memory = true;

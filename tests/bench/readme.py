@@ -18,8 +18,8 @@ SHOWN = ("W4A8", "W8A8", "W4A16")
 
 def section(results: Path = HERE / "results") -> str:
     """The Markdown between the marks: of each kind of machine the last run."""
-    kinds = [f"### On a machine with {folder.name}\n\n{_machine(folder)}" for folder in sorted(results.iterdir())
-             if folder.is_dir()]
+    told = {folder.name: _machine(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
+    kinds = [f"### On a machine with {kind}\n\n{text}" for kind, text in told.items() if text]
     return "\n\n".join(kinds) or "No run is kept here; `make bench` makes one."
 
 

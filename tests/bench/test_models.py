@@ -122,7 +122,10 @@ def test_tables_of_whole_models(tmp_path: Path) -> None:
     said = text(measured())
     assert "25.0 ±1%" in said and "20.0 ±1%" in said and "not installed" in said and "it does not start" in said
     data = {"machine": "a machine", "date": "a date", **as_data(measured())}
-    (tmp_path / "model.json").write_text(json.dumps(data))
+    for kind in ("amx_int8", "avx2", "empty"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "avx2" / "model.json").write_text(json.dumps(data))
     shown = section(tmp_path)
+    assert shown.startswith("### On a machine with avx2\n\n") and shown.count("###") == 1
     assert "a machine; a date UTC" in shown and "| qpass w4a8 | 25.0 |" in shown and "950 MB" in shown
     assert "3 of the 4 goals" in shown

@@ -65,7 +65,8 @@ def test_tables_of_mixtures(tmp_path: Path) -> None:
     made = measured()
     assert "0.90x" in moe.text(made) and "not reached" in moe.text(made)
     data = {"machine": "one", "date": "today", **moe.as_data(made)}
-    (tmp_path / "moe-one.json").write_text(json.dumps(data))
+    (tmp_path / "avx2").mkdir()
+    (tmp_path / "avx2" / "moe-one.json").write_text(json.dumps(data))
     told = section(tmp_path)
     assert "| 32x768-top4 | llama.cpp Q4_0 | 111.1 |" in told and "2 of the 3 goals" in told
 

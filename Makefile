@@ -53,7 +53,7 @@ bench: $(VENV)/.test
 
 bench-accuracy: $(VENV)/.test
 	$(BIN)/python tests/bench/accuracy.py --model $(MODEL) --texts $(TEXTS) $(if $(PEERS),--peers $(PEERS)) \
-	  --json tests/bench/results/accuracy.json $(BENCH_ARGS)
+	  --json tests/bench/results/$$($(BIN)/python tests/bench/machine.py)/accuracy.json $(BENCH_ARGS)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok else \

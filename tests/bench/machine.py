@@ -35,3 +35,7 @@ def _processor() -> tuple[str, set[str]]:
     except OSError:
         pass
     return name, flags
+
+
+if __name__ == "__main__":  # for the Makefile
+    print(machine_kind())

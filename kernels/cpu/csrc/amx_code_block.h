@@ -94,17 +94,13 @@ QPASS_AMX_OUTLINE void take_rows(Waiting& p, const Weight& w, int end) {
       const Columns& columns = e.columns[c];
       if (e.x->zero_point) sum[c] = _mm512_fnmadd_ps(_mm512_set1_ps(e.x->zero_point[m]), columns.colsum, sum[c]);
       sum[c] = _mm512_fmadd_ps(sum[c], scale, columns.bias);
-      const int64_t at = m * e.out->ld + columns.first;
-      if (e.out->dtype == DType::bf16) {
-        _mm256_mask_storeu_epi16((uint16_t*)e.out->data + at, columns.mask, bf16_of(sum[c]));
-      } else {
-        store_floats(e.out->data, e.out->dtype, at, columns.mask, sum[c]);
-      }
+      store_any(e.out->data, e.out->dtype, m * e.out->ld + columns.first, columns.mask, sum[c]);
     }
   }
 }
 
-// Takes up to `count` waiting rows. `full` is whether 32 rows of a group between the first and the last wait.
+// Takes up to `count` waiting rows. `full` is whether 32 rows of a group between the first and the last wait; then p.row
+// stays a multiple of 4, for every step of a plan is two or four products.
 template <bool ZERO>
 QPASS_AMX_INLINE void take_some(Waiting& p, const Weight& w, bool full, int count) {
   if (p.row >= p.end) return;

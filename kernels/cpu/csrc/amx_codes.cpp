@@ -1,8 +1,8 @@
 // AMX: rows of codes times a weight's columns, for more than 8 rows.
 //
-// What the blocking rests on, measured on 2-core Xeons of the Sapphire Rapids kind:
-// - 32 x 32 outputs in four sum tiles; column tiles unpacked in chunks of 512 inputs (32 x 512 bytes, 16 KB) stay in
-//   L1: 5.3-5.6 TOPS against 4.6-4.7 without chunks of K. Chunks of 256 are best up to 64 rows, 512 from 256 rows on.
+// What the blocking rests on (what was tried besides, and the times, are in tests/bench/NOTES.md):
+// - 32 x 32 outputs in four sum tiles; column tiles unpacked in chunks of 512 inputs (32 x 512 bytes, 16 KB) stay in L1.
+//   Chunks of 256 up to 64 rows.
 // - A tile product costs 16 cycles at any depth, so groups of 32 cost two products a block however they are arranged:
 //   here with full tiles that are zero in the other group's half, which needs no second tile configuration.
 // - One group per row has nothing to scale: its int32 sums go to memory and back between chunks.

@@ -14,7 +14,7 @@
 namespace qpass {
 namespace {
 
-constexpr int64_t kRowPanelBytes = 1 << 20, kMaxRows = 512, kFewRows = 32;
+constexpr int64_t kFewRows = 32;
 constexpr int64_t kChunk = 4, kStretch = 32;  // blocks of 64 inputs
 
 // Rows [m0, m0 + M) of acc [row blocks] of `step` floats, each [32][32], times the outputs' gain, with bias.
@@ -94,8 +94,8 @@ QPASS_AMX void product_of(Source source, const FloatRows& x, const Output& out, 
     product_of_few(source, x, out, block_begin, block_end);
   } else {
     const int64_t stretch = source.blocks < kStretch ? source.blocks : kStretch, padded = (x.M + 31) / 32 * 32;
-    int64_t rows = kRowPanelBytes / (stretch * 128 * x.bf16_parts) / 32 * 32;
-    rows = rows < 32 ? 32 : rows > kMaxRows ? kMaxRows : rows;
+    int64_t rows = kPanelBytes / (stretch * 128 * x.bf16_parts) / 32 * 32;
+    rows = rows < 32 ? 32 : rows > kPanelRows ? kPanelRows : rows;
     if (rows > padded) rows = padded;
     configure_tiles(16);
     for (int64_t m = 0; m < x.M; m += rows)

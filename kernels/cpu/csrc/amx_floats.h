@@ -4,7 +4,6 @@
 // and column tiles alike: so lie the nibbles of a line of product.h in its 16-bit lanes, from where vpermw looks up 32
 // weights at a time, its index being the low 5 bits of each lane.
 #pragma once
-#include "amx_plan.h"
 #include "amx_tiles.h"
 #include "avx512_decode.h"
 

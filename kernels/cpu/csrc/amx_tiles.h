@@ -37,8 +37,8 @@ QPASS_AMX_INLINE void tile_codes(const int8_t* q, int64_t Kp, int64_t M, int64_t
   }
 }
 
-// Blocks [k, k + count) of 16 outputs as signed bytes: 4 bits as 16 * weight, which costs one instruction a line
-// (unpacking was measured to be free beside the products), 8 bits as they are.
+// Blocks [k, k + count) of 16 outputs as signed bytes: 4 bits as 16 * weight, which costs one instruction a line,
+// 8 bits as they are.
 QPASS_AMX_INLINE void unpack_codes(const Weight& w, int64_t block, int64_t k, int64_t count, int8_t* panel) {
   if (w.multiplier) return unpack_multiplied(w, block, k, count, 0, (uint8_t*)panel);
   const int64_t slot = w.group_size / 32 % 2 ? kSplitTile : kTile;

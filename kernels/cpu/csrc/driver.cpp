@@ -97,14 +97,6 @@ bool any_zero_points(const Job* jobs, int64_t count) {
   return any;
 }
 
-void sum_runs(const int8_t* q, int64_t Kp, int32_t* sums) {
-  for (int64_t run = 0; run < Kp / 32; run++) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < 32; k++) sum += q[run * 32 + k];
-    sums[run] = sum;
-  }
-}
-
 void linear(const Isa& isa, const char* x, DType dtype, int64_t M, int64_t K, int32_t activation, const Job* jobs,
             int64_t count, int32_t threads) {
   const int64_t Kp = padded(K, 64), row_bytes = K * bytes_of(dtype), rows = chunk_of(M, activation ? Kp : Kp * 4);

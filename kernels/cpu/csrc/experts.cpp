@@ -88,14 +88,6 @@ struct Space {
   }
 };
 
-void sum_codes(const int8_t* q, int64_t Kp, int32_t* sums) {
-  for (int64_t run = 0; run < Kp / 32; run++) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < 32; k++) sum += q[run * 32 + k];
-    sums[run] = sum;
-  }
-}
-
 // Token t as the first product wants it, row `row` of the work space.
 void read_token(const Call& c, int64_t t, const Rows& to, int64_t row) {
   const int64_t H = c.H, Kp = c.up.first.Kp;
@@ -106,7 +98,7 @@ void read_token(const Call& c, int64_t t, const Rows& to, int64_t row) {
     memset(q + H, 0, (size_t)(Kp - H));
     to.scale[row] = c.tokens.scale[t];
     if (c.tokens.zero_point) to.zero_point[row] = c.tokens.zero_point[t];
-    return sum_codes(q, Kp, to.sums + row * (Kp / 32));
+    return sum_runs(q, Kp, to.sums + row * (Kp / 32));
   }
   const char* from = (const char*)c.tokens.x + t * H * bytes_of(dtype);
   if (c.activation) {

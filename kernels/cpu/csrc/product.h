@@ -51,6 +51,15 @@ struct QuantRows {
   const int8_t* tiles = nullptr;  // the codes as `Isa::tile_rows` arranges them, or null
 };
 
+// `QuantRows::sums` of one row.
+inline void sum_runs(const int8_t* q, int64_t Kp, int32_t* sums) {
+  for (int64_t run = 0; run < Kp / 32; run++) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < 32; k++) sum += q[run * 32 + k];
+    sums[run] = sum;
+  }
+}
+
 // Rows left in float, converted to float32. Row m starts at x + m * Kp; values K..Kp are 0.
 // Every value is the exact sum of `bf16_parts` bf16 values, as far as those reach: 1 when it came from bf16, 2 from f16.
 // An instruction set with `any_rows` reads `raw` alone: rows of `width` numbers of `dtype`, to which the others are 0.

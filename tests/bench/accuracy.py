@@ -13,7 +13,7 @@ Mathematics is in float32. KL is in nats a token against the bf16 model, in floa
 model itself, and beside it (`float`) the KL of its dequantized weights in ordinary layers. The goals follow, with what
 was measured. With `--json` the records are kept there, and a row that has one of the same model and size for every text
 is printed from it (marked *) and not run: a run of hours can be stopped and go on. `--again` runs it again. With
-`--work` a calibration that was stopped goes on in the middle.
+`--work` a calibration that was stopped goes on in the middle, and what a peer wrote is kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from accuracy_peers import PEERS, AccuracyPeer
 from accuracy_records import Records, Size
-from accuracy_rows import GOALS, ROWS, Row, goal_lines
+from accuracy_rows import GOALS, ROWS, Row, goal_lines, picked
 from torch import Tensor
 
 import qpass
@@ -139,13 +139,14 @@ def measure(row: Row, samples: Tensor, judge: Judge, work: Path | None, texts: S
                                             "samples": len(samples) if needs else 0})
 
 
-def measure_peer(peer: AccuracyPeer, samples: Tensor, judge: Judge, root: Path, texts: Sequence[str]
-                 ) -> Iterator[dict[str, Any]]:
+def measure_peer(peer: AccuracyPeer, samples: Tensor, judge: Judge, root: Path, work: Path | None,
+                 texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One record a text for another tool; none, and the reason on stderr, if it fails: that costs its row only."""
     with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if work is None else work / peer.run_name
         try:
-            facts = peer.run(root, judge.folder, samples, Path(scratch))
-            model = qpass.load(Path(scratch) / "quantized")
+            facts = peer.run(root, judge.folder, samples, folder)
+            model = qpass.load(folder / "quantized", peer.recipe)
         except (RuntimeError, ValueError, OSError, QPassError) as problem:
             print(f"{peer.name} failed: {problem}", file=sys.stderr)
             return
@@ -153,14 +154,17 @@ def measure_peer(peer: AccuracyPeer, samples: Tensor, judge: Judge, root: Path, 
 
 
 def judged(model: Any, judge: Judge, texts: Sequence[str], facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One record a text for a quantized model, which is float afterwards."""
-    bits = qpass.explain(model).rows and model.__dict__["_qpass_plan"].totals.bits_per_weight
+    """One record a text for a quantized model, which is float afterwards; with `bits` among the facts it is before."""
+    quantized = "bits" not in facts
+    bits = {"bits": model.__dict__["_qpass_plan"].totals.bits_per_weight} if quantized else {}
     model.float()
     own = {text: judge.score(model, text) for text in texts}
-    qpass.dequantize(model).float()
+    if quantized:
+        qpass.dequantize(model).float()
     for text in texts:
-        yield {"text": text, "bits": bits, **facts, "threads": torch.get_num_threads(), **asdict(own[text]),
-               "float_kl": judge.score(model, text).kl}
+        found = judge.score(model, text) if quantized else own[text]
+        yield {"text": text, **bits, **facts, "threads": torch.get_num_threads(), **asdict(own[text]),
+               "float_kl": found.kl}
 
 
 def chosen(name: str, asked: Sequence[str]) -> bool:
@@ -171,7 +175,7 @@ def chosen(name: str, asked: Sequence[str]) -> bool:
 
 def line_of(record: dict[str, Any], *, mark: str) -> str:
     """A record as a line of the table."""
-    return (f"{record['row']:<44} {record['text']:<7} {record['bits']:>5.2f} {record['kl']:>8.4f} "
+    return (f"{record['row']:<50} {record['text']:<7} {record['bits']:>5.2f} {record['kl']:>8.4f} "
             f"{record['float_kl']:>8.4f} {record['top1']:>6.1%} {record['perplexity']:>7.2f} "
             f"{record['seconds']:>7.1f} {record['cpu_seconds']:>7.1f} {record['threads']:>7}{mark}")
 
@@ -200,7 +204,7 @@ def main() -> None:
     samples = spread(args.texts, CALIBRATE_ON, tokenizer, args.samples, args.length)
     judge, records = Judge(args.model, windows, args.cache), Records(args.json)
     shown: list[dict[str, Any]] = []
-    print(f"{'':<44} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>7} {'cpu s':>7} "
+    print(f"{'':<50} {'text':<7} {'bits':>5} {'KL':>8} {'float':>8} {'top-1':>6} {'ppl':>7} {'s':>7} {'cpu s':>7} "
           f"{'threads':>7}")
 
     def show(name: str, count: int, run: Callable[[Sequence[str]], Iterator[dict[str, Any]]]) -> None:
@@ -218,19 +222,20 @@ def main() -> None:
     wanted = {goal.row for goal in GOALS} if args.goals else {row.name for row in (*ROWS, *PEERS)}
     for row in ROWS:
         if row.name in wanted and chosen(row.name, args.only):
-            picked = row.picked(samples)
-            show(row.name, len(picked), partial(measure, row, picked, judge, args.work))
+            given = picked(samples, row.samples)
+            show(row.name, len(given), partial(measure, row, given, judge, args.work))
     for peer in PEERS:
         if peer.name in wanted and chosen(peer.name, args.only):
-            why = peer.missing(args.peers)
+            why, given = peer.missing(args.peers), picked(samples, peer.samples)
 
-            def run(texts: Sequence[str], peer: AccuracyPeer = peer, why: str | None = why) -> Iterator[dict[str, Any]]:
+            def run(texts: Sequence[str], peer: AccuracyPeer = peer, why: str | None = why, given: Tensor = given
+                    ) -> Iterator[dict[str, Any]]:
                 if why is not None:
-                    print(f"{peer.name:<44} {why}")
+                    print(f"{peer.name:<50} {why}")
                     return iter(())
-                return measure_peer(peer, samples, judge, args.peers, texts)
+                return measure_peer(peer, given, judge, args.peers, args.work, texts)
 
-            show(peer.name, len(samples), run)
+            show(peer.name, len(given), run)
     print("\n* of a run before. The goals are of 128 samples of 512 tokens and 16 windows, times of 2 cores with AMX.")
     print("\n".join(goal_lines(shown)))
 

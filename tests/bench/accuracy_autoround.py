@@ -1,6 +1,6 @@
 """AutoRound in its own environment: a checkpoint and ids in, a checkpoint with symmetric groups of 64 out.
 
-    python accuracy_autoround.py MODEL ids.pt OUT
+    python accuracy_autoround.py MODEL ids.pt OUT ITERATIONS
 
 The last line printed is JSON: seconds of wall clock and of processor that the quantization took.
 """
@@ -16,13 +16,13 @@ from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(model_folder: str, ids_file: str, out: str) -> None:
+def main(model_folder: str, ids_file: str, out: str, iterations: str) -> None:
     ids = torch.load(ids_file, weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     start, cpu = time.perf_counter(), time.process_time()
     tool = AutoRound(model, AutoTokenizer.from_pretrained(model_folder), bits=4, group_size=64, sym=True,
-                     dataset=list(ids.split(1)), nsamples=len(ids), seqlen=ids.shape[1], device_map="cpu", amp=False,
-                     enable_torch_compile=False)
+                     iters=int(iterations), dataset=list(ids.split(1)), nsamples=len(ids), seqlen=ids.shape[1],
+                     device_map="cpu", amp=False, enable_torch_compile=False)
     tool.quantize()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     tool.save_quantized(out, format="auto_gptq")
@@ -30,4 +30,4 @@ def main(model_folder: str, ids_file: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:5])

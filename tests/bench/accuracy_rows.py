@@ -17,12 +17,19 @@ GOALS_ON = "austen"  # the text that the goals are of; a gain must hold on the o
 GOAL_THREADS = 2  # what the goals' seconds are of
 
 
+def picked(samples: Tensor, wanted: int | None) -> Tensor:
+    """So many of the samples [S, T], spread over all; None is all of them."""
+    count = len(samples) if wanted is None else min(wanted, len(samples))
+    return samples[[len(samples) * number // count for number in range(count)]]
+
+
 @dataclass(frozen=True)
 class Row:
     """One way to quantize: a preset, the group size of its weights (None keeps the preset's), and algorithms.
 
     With `budget` the schemes are searched for, among SEARCH_SCHEMES. `samples` says on how many of the calibration
-    samples it runs, where time counts; None is all of them.
+    samples it runs, where time counts; None is all of them. `exact` emulates the rounding of activations that this
+    machine cannot compute with.
     """
 
     name: str
@@ -31,11 +38,7 @@ class Row:
     algorithms: tuple[Any, ...] = ()
     budget: str | None = None
     samples: int | None = None
-
-    def picked(self, samples: Tensor) -> Tensor:
-        """The samples [S, T] that it is calibrated on, spread over all."""
-        count = len(samples) if self.samples is None else min(self.samples, len(samples))
-        return samples[[len(samples) * number // count for number in range(count)]]
+    exact: bool = False
 
     def recipe(self, model: Any, samples: Tensor) -> qpass.Recipe:
         """The recipe; a search looks at the model and at the samples."""
@@ -46,8 +49,9 @@ class Row:
             return qpass.search(model, self.budget, data=data, schemes=schemes, num_samples=SEARCH_SAMPLES,
                                 max_seq_length=SEARCH_LENGTH, algorithms=self.algorithms)
         scheme = qpass.PRESETS[self.preset]
-        return qpass.Recipe(scheme if self.group_size is None else scheme.with_group_size(self.group_size),
-                            algorithms=self.algorithms)
+        recipe = qpass.Recipe(scheme if self.group_size is None else scheme.with_group_size(self.group_size),
+                              algorithms=self.algorithms)
+        return recipe.exactly() if self.exact else recipe
 
 
 ROWS = (
@@ -79,7 +83,8 @@ ROWS = (
     Row("w8a8, smoothquant at 0.5", "w8a8", None, ({"smoothquant": {"alpha": 0.5}},)),
     Row("w8a8, smoothquant, gptq", "w8a8", None, ("smoothquant", "gptq")),
     Row("w8a8, rotation", "w8a8", None, ({"rotation": {"rotations": ["R1", "R2", "R4"]}},)),
-    Row("w8a16, round to nearest", "w8a16", 32),
+    Row("w8a16 g32, round to nearest", "w8a16", 32),
+    Row("fp8, its activations too", "fp8_dynamic", None, exact=True),
 )
 
 

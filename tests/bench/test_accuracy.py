@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from accuracy import CALIBRATE_ON, EVALUATE_ON, chosen, main
 from accuracy_peers import PEERS, AccuracyPeer
 from accuracy_records import Records, Size
-from accuracy_rows import GOALS, ROWS, Goal, Row, goal_lines, verdict
+from accuracy_rows import GOALS, ROWS, Goal, Row, goal_lines, picked, verdict
 
 
 def test_every_goal_is_of_a_row_and_rows_have_names_of_their_own() -> None:
@@ -55,17 +56,26 @@ def test_kept_records_are_found_at_their_size_and_replaced_by_the_same_measureme
 
 def test_a_peer_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
     for peer in PEERS:
-        assert "pip install" in (peer.missing(None) or "") and "not installed" in (peer.missing(tmp_path) or "")
-        python = tmp_path / peer.folder / "venv" / "bin" / "python"
-        python.parent.mkdir(parents=True)
-        python.touch()
+        assert peer.how in (peer.missing(None) or "")
+        program = tmp_path / peer.folder / peer.program
+        if not program.exists():
+            assert "not installed" in (peer.missing(tmp_path) or "")
+            program.parent.mkdir(parents=True)
+            program.touch()
         assert peer.missing(tmp_path) is None
+
+
+def test_rows_of_one_run_of_a_tool_differ_in_how_it_is_loaded() -> None:
+    assert len({peer.name for peer in PEERS}) == len(PEERS)
+    runs = {(peer.run_name, peer.recipe) for peer in PEERS}
+    assert len(runs) == len(PEERS) and len({run for run, _ in runs}) < len(PEERS)
 
 
 def test_a_row_takes_samples_spread_over_all_of_them() -> None:
     row = Row("few", "w4a16", 64, ("gptq",), samples=4)
-    assert row.picked(torch.arange(10)[:, None]).flatten().tolist() == [0, 2, 5, 7]
-    assert len(row.picked(torch.arange(3)[:, None])) == 3 and len(ROWS[0].picked(torch.arange(10)[:, None])) == 10
+    assert picked(torch.arange(10)[:, None], row.samples).flatten().tolist() == [0, 2, 5, 7]
+    assert len(picked(torch.arange(3)[:, None], row.samples)) == 3
+    assert len(picked(torch.arange(10)[:, None], None)) == 10
 
 
 def test_rows_are_asked_for_by_whole_name_or_by_part() -> None:
@@ -111,8 +121,8 @@ def test_prints_rows_peers_that_are_missing_and_goals(given: list[str], monkeypa
     assert all(0 < record["kl"] < 1 and record["bits"] > 4 and record["windows"] == 1 for record in records)
     printed = capsys.readouterr().out.splitlines()
     for peer in peers:
-        line, = [line for line in printed if line.startswith(peer)]
-        assert "not installed: pip install" in line
+        line, = [line for line in printed if line.startswith(f"{peer:<50} ")]
+        assert "not installed: " in line
     assert len(printed) == 1 + len(rows) + len(peers) + 3 + len(GOALS)
     assert sum(goal.row in line for goal in GOALS for line in printed[-len(GOALS):]) >= len(GOALS)
 
@@ -140,6 +150,37 @@ def test_a_peer_that_fails_costs_its_row_only(given: list[str], monkeypatch: pyt
     said = capsys.readouterr()
     assert said.err.count("no such device") == len(PEERS) and all(peer.name in said.err for peer in PEERS)
     assert len(said.out.splitlines()) == 1 + 3 + len(GOALS)
+
+
+TOOL = """
+import json, shutil, sys
+from safetensors.torch import load_file, save_file
+model, ids, out, said = sys.argv[1:5]
+shutil.copytree(model, out)
+weights = load_file(f"{out}/model.safetensors")
+save_file({name: weight.float().mul(16).round().div(16).to(weight.dtype) for name, weight in weights.items()},
+          f"{out}/model.safetensors", {"format": "pt"})
+print("progress")
+print(json.dumps({"bits": 4.5, "seconds": 1.5, "cpu_seconds": 3.0}))
+"""
+
+
+def test_a_tool_runs_once_for_all_its_rows(given: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script, program = tmp_path / "tool.py", tmp_path / "peers" / "tool" / "venv" / "bin" / "python"
+    script.write_text(TOOL)
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    first = AccuracyPeer(name="rounded", folder="tool", script=str(script), how="", settings=("a",), samples=2)
+    second = replace(first, name="rounded again")
+    monkeypatch.setattr(accuracy, "PEERS", (first, second))
+    monkeypatch.setattr("sys.argv", [*given, "--peers", str(tmp_path / "peers"), "--work", str(tmp_path / "work"),
+                                     "--only", "rounded", "rounded again"])
+    main()
+    one, other = json.loads(Path(given[-1]).read_text())
+    assert {**one, "row": ""} == {**other, "row": ""} and one["row"] != other["row"]
+    assert (one["bits"], one["seconds"], one["samples"]) == (4.5, 1.5, 2) and 0 < one["kl"] == one["float_kl"] < 1
+    assert len(torch.load(tmp_path / "work" / first.run_name / "ids.pt")) == 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import qpass
-from qpass.kernels import attention, isa
+from qpass.kernels import attention, isa, small_products
 from qpass.kernels.registry import KERNELS, load_builtin
 from qpass.lowering.pipeline import passes
 
@@ -27,7 +27,8 @@ def pipeline_fingerprint() -> str:
         facts.append(f"{k.name} {k.op} {k.linear} {k.scheme} {k.device} {k.isa} {k.layout.name} {k.priority} "
                      f"{sorted(k.forms)} "
                      f"{'' if k.native_call is None else _source(k.native_call)}")
-    facts += [_source(fn) for fn in attention.DECIDES]
+    facts += [_source(fn) for fn in (*attention.DECIDES, *small_products.DECIDES)]
+    facts.append(f"{small_products.MOST_WORK} {small_products.DTYPES}")
     facts += [*isa.machine_has(), *(f"{name}={os.environ.get(name)}" for name in _SETTINGS)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 

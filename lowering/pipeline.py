@@ -1,7 +1,7 @@
 """Pipeline: the passes as a tuple, and one function that runs them over a graph of Inductor's.
 
-    expose_activation_quant -> share_activation_quant -> merge_parallel_linears -> lower_attention -> lower_to_kernel
-        -> verify
+    expose_activation_quant -> share_activation_quant -> merge_parallel_linears -> lower_attention
+        -> write_out_small_products -> lower_to_kernel -> verify
 
 A pass is a function `Graph -> int`, the number of nodes it changed. A graph without ops of ours is left alone.
 """
@@ -24,6 +24,7 @@ from qpass.lowering.lower_to_kernel import lower_to_kernel
 from qpass.lowering.merge_parallel_linears import merge_parallel_linears
 from qpass.lowering.share_activation_quant import share_activation_quant
 from qpass.lowering.verify import verify
+from qpass.lowering.write_out_small_products import write_out_small_products
 
 PassFn = Callable[[fx.Graph], int]
 
@@ -42,6 +43,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass(name="share_activation_quant", fn=share_activation_quant),
     Pass(name="merge_parallel_linears", fn=merge_parallel_linears),
     Pass(name="lower_attention", fn=lower_attention),
+    Pass(name="write_out_small_products", fn=write_out_small_products),
     Pass(name="lower_to_kernel", fn=lower_to_kernel),
     Pass(name="verify", fn=verify),
 )

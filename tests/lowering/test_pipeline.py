@@ -13,7 +13,7 @@ from qpass.lowering import pipeline
 from qpass.lowering.pipeline import disable_pass, enable_pass, lower_graph, passes, register_pass, replace_pass
 
 BUILT_IN = ["expose_activation_quant", "share_activation_quant", "merge_parallel_linears", "lower_attention",
-            "lower_to_kernel", "verify"]
+            "write_out_small_products", "lower_to_kernel", "verify"]
 
 
 def names():
@@ -24,8 +24,8 @@ def test_the_whole_pipeline_equals_the_graph_before(attention, trace):
     traced = trace(attention, torch.randn(2, 3, 32))
     expected = traced.run()
     assert lower_graph(traced.graph) == {"expose_activation_quant": 4, "share_activation_quant": 2,
-                                         "merge_parallel_linears": 3, "lower_attention": 0, "lower_to_kernel": 0,
-                                         "verify": 2}
+                                         "merge_parallel_linears": 3, "lower_attention": 0,
+                                         "write_out_small_products": 0, "lower_to_kernel": 0, "verify": 2}
     assert torch.equal(traced.run(), expected)
 
 
@@ -36,7 +36,7 @@ def test_a_graph_without_our_ops_is_left_alone(trace):
     assert str(traced.graph) == before
 
 
-@pytest.mark.parametrize("where, index", [({}, 4), ({"before": "share_activation_quant"}, 1), ({"after": "verify"}, 6),
+@pytest.mark.parametrize("where, index", [({}, 5), ({"before": "share_activation_quant"}, 1), ({"after": "verify"}, 7),
                                           ({"position": 0}, 0)])
 def test_register_pass(where, index):
     assert names() == BUILT_IN
@@ -129,7 +129,7 @@ def test_debug_dumps_are_numbered_python(attention, trace, monkeypatch, tmp_path
     folder = tmp_path / "dumps" / "graph_000"
     assert str(folder) in capfd.readouterr().err
     files = sorted(p.name for p in folder.iterdir())
-    assert len(files) == 12
+    assert len(files) == 14
     assert files[2:4] == ["02.share_activation_quant.after.py", "02.share_activation_quant.before.py"]
     before, after = ((folder / name).read_text() for name in (files[3], files[2]))
     for text in (before, after):

@@ -108,7 +108,7 @@ void linear(const Isa& isa, const char* x, DType dtype, int64_t M, int64_t K, in
       int8_t* tiles = tiles_for(isa, n, Kp);
       const Rows space(n, tiles ? 0 : n, Kp);
       const QuantRows q = {space.q, space.scale, activation == 2 ? space.zero_point : nullptr, space.sums, n, Kp, tiles};
-      run(jobs, count, n, K, threads, [&](int64_t a, int64_t b) {
+      run(jobs, count, n, K, threads, least_units(n, tiles != nullptr), [&](int64_t a, int64_t b) {
         // What is arranged anew is never written as a whole: a few rows at a time, which stay in the first cache.
         int8_t* few = tiles ? (int8_t*)scratch(kFewSlot, kRowsAtOnce * Kp) : nullptr;
         const int64_t step = tiles ? kRowsAtOnce : b - a;
@@ -125,7 +125,7 @@ void linear(const Isa& isa, const char* x, DType dtype, int64_t M, int64_t K, in
       float* space = ready ? nullptr : (float*)scratch(0, n * Kp * 4);
       FloatRows f = {ready ? (const float*)from : space, n, Kp, dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3};
       if (isa.any_rows) f.dtype = dtype, f.width = K;
-      run(jobs, count, n, K, threads, [&](int64_t a, int64_t b) {
+      run(jobs, count, n, K, threads, n == 1 ? 1 : kWholeShare, [&](int64_t a, int64_t b) {
         for (int64_t i = a; i < b && !ready; i++) {
           for (int64_t k = 0; k < K; k++) space[i * Kp + k] = load_float(from + i * row_bytes, dtype, k);
           memset(space + i * Kp + K, 0, (size_t)(Kp - K) * 4);
@@ -147,7 +147,7 @@ void linear_q(const Isa& isa, const int8_t* xq, const float* scale, const float*
     int8_t* tiles = tiles_for(isa, n, Kp);
     const bool summed = zeros || !tiles;
     const QuantRows q = {copy ? copy : from, scale + m, zero_point ? zero_point + m : nullptr, sums, n, Kp, tiles};
-    run(jobs, count, n, K, threads, [&](int64_t a, int64_t b) {
+    run(jobs, count, n, K, threads, least_units(n, tiles != nullptr), [&](int64_t a, int64_t b) {
       for (int64_t i = a; i < b; i++) {
         if (copy) {
           memcpy(copy + i * Kp, from + i * K, (size_t)K);

@@ -154,9 +154,13 @@ def measure_peer(peer: AccuracyPeer, samples: Tensor, judge: Judge, root: Path, 
 
 
 def judged(model: Any, judge: Judge, texts: Sequence[str], facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One record a text for a quantized model, which is float afterwards; with `bits` among the facts it is before."""
-    quantized = "bits" not in facts
-    bits = {"bits": model.__dict__["_qpass_plan"].totals.bits_per_weight} if quantized else {}
+    """One record a text for a quantized model, which is float afterwards; with `float` among the facts it is before.
+
+    Bits are those of the tool's own file where it says them, for a plan's scales are of the model's dtype.
+    """
+    facts = dict(facts)
+    quantized = not facts.pop("float", False)
+    bits = {} if "bits" in facts else {"bits": model.__dict__["_qpass_plan"].totals.bits_per_weight}
     model.float()
     own = {text: judge.score(model, text) for text in texts}
     if quantized:

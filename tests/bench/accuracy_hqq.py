@@ -31,7 +31,7 @@ def main(model_folder: str, _: str, out: str) -> None:
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(out)
-    print(json.dumps({"bits": BITS + 2 * 16 / GROUP, "seconds": seconds, "cpu_seconds": cpu}))
+    print(json.dumps({"float": True, "bits": BITS + 2 * 16 / GROUP, "seconds": seconds, "cpu_seconds": cpu}))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,10 @@ class AccuracyPeer:
         return "-".join([self.folder, *self.settings, *([] if self.samples is None else [str(self.samples)])])
 
     def run(self, root: Path, model: Path, samples: Tensor, scratch: Path) -> dict[str, Any]:
-        """Writes `scratch`/quantized unless it is there; returns its seconds, cpu_seconds and, if it said so, bits."""
+        """Writes `scratch`/quantized unless it is there; returns what it said.
+
+        These are seconds, cpu_seconds, and where they are not the plan's bits; `float` if the weights it wrote are.
+        """
         said = scratch / "said.json"
         if not said.exists():
             scratch.mkdir(parents=True, exist_ok=True)

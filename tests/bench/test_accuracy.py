@@ -161,7 +161,7 @@ weights = load_file(f"{out}/model.safetensors")
 save_file({name: weight.float().mul(16).round().div(16).to(weight.dtype) for name, weight in weights.items()},
           f"{out}/model.safetensors", {"format": "pt"})
 print("progress")
-print(json.dumps({"bits": 4.5, "seconds": 1.5, "cpu_seconds": 3.0}))
+print(json.dumps({"float": True, "bits": 4.5, "seconds": 1.5, "cpu_seconds": 3.0}))
 """
 
 

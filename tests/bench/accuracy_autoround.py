@@ -2,7 +2,7 @@
 
     python accuracy_autoround.py MODEL ids.pt OUT ITERATIONS
 
-The last line printed is JSON: seconds of wall clock and of processor that the quantization took.
+The last line printed is JSON: bits a weight, seconds of wall clock and of processor that the quantization took.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+BITS = 4 + (16 + 4) / 64
+"""Of a weight: its own, and a group's float16 scale and zero point."""
+
 
 def main(model_folder: str, ids_file: str, out: str, iterations: str) -> None:
     ids = torch.load(ids_file, weights_only=True)
@@ -26,7 +29,7 @@ def main(model_folder: str, ids_file: str, out: str, iterations: str) -> None:
     tool.quantize()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     tool.save_quantized(out, format="auto_gptq")
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}))
+    print(json.dumps({"bits": BITS, "seconds": seconds, "cpu_seconds": cpu}))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ def _machine(results: Path) -> str:
     if mixtures:
         parts += ["Random weights, hidden 2048, vocabulary 32,000, 4 layers; experts x width and how many a token "
                   "chooses; tokens a second:", _mixtures(mixtures)]
+    if (kept := results / "accuracy.json").exists():
+        parts += ["Quality, by `make bench-accuracy`: SmolLM2-135M with permuted channels, all Linears but the head; "
+                  "KL from the bf16 model in nats a token on two texts that nothing was calibrated on, and seconds to "
+                  "quantize:", _accuracy(json.loads(kept.read_text(encoding="utf-8")))]
     goals = [goal for kept in (kernels, model, *mixtures) for goal in kept.get("goals", ())]
     reached = [goal for goal in goals if _reached(goal) is not None]
     if reached:
@@ -114,6 +118,21 @@ def _mixtures(mixtures: Sequence[Mapping[str, Any]]) -> str:
             cells = [f"{outcome['tokens'][metric] / us * 1e6:.1f}" if us else ""
                      for metric, us in zip(metrics, spans, strict=True)]
             rows.append([shape, label, *cells, f"{outcome['peak'] / 1e6:.0f} MB" if outcome["peak"] else ""])
+    return _markdown(rows)
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
+    """Every row that has all texts, the smallest KL on the first text first."""
+    texts = list(dict.fromkeys(record["text"] for record in sorted(records, key=lambda one: str(one["text"]))))
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["row"], {})[record["text"]] = record
+    whole = {name: of for name, of in found.items() if len(of) == len(texts)}
+    rows = [["", "bits a weight", *(f"KL, {text}" for text in texts), "same top-1 token", "seconds"]]
+    for name, of in sorted(whole.items(), key=lambda pair: float(pair[1][texts[0]]["kl"])):
+        first = of[texts[0]]
+        rows.append([name, f"{first['bits']:.2f}", *(f"{of[text]['kl']:.4f}" for text in texts),
+                     f"{first['top1']:.1%}", f"{first['seconds']:.0f}"])
     return _markdown(rows)
 
 

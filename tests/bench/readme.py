@@ -47,7 +47,7 @@ def _machine(results: Path) -> str:
     if (kept := results / "accuracy.json").exists():
         parts += ["Quality, by `make bench-accuracy`: SmolLM2-135M with permuted channels, all Linears but the head; "
                   "KL from the bf16 model in nats a token on two texts that nothing was calibrated on, and seconds to "
-                  "quantize:", _accuracy(json.loads(kept.read_text(encoding="utf-8")))]
+                  "quantize (many of them beside other work):", _accuracy(json.loads(kept.read_text(encoding="utf-8")))]
     goals = [goal for kept in (kernels, model, *mixtures) for goal in kept.get("goals", ())]
     reached = [goal for goal in goals if _reached(goal) is not None]
     if reached:

@@ -143,7 +143,7 @@ def measure_peer(peer: AccuracyPeer, samples: Tensor, judge: Judge, root: Path, 
                  texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One record a text for another tool; none, and the reason on stderr, if it fails: that costs its row only."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if work is None else work / peer.run_name
+        folder = Path(scratch) if work is None else work / peer.run_name(judge.folder, samples)
         try:
             facts = peer.run(root, judge.folder, samples, folder)
             model = qpass.load(folder / "quantized", peer.recipe)

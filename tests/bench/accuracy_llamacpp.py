@@ -27,7 +27,7 @@ def main(model_folder: str, _: str, out: str, kind: str, program: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as scratch:
         source = qpass.save(model, Path(scratch) / "model.gguf", format="gguf")
-        Path(out).mkdir(parents=True)
+        Path(out).mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         subprocess.run([program, "--pure", "--output-tensor-type", "bf16", "--token-embedding-type", "bf16",
                         str(source), f"{out}/model.gguf", kind], check=True, stdout=subprocess.DEVNULL)

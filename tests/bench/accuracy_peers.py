@@ -49,10 +49,9 @@ class AccuracyPeer:
             return None
         return f"not installed: {self.how}; then --peers PEERS"
 
-    @property
-    def run_name(self) -> str:
-        """Of the tool's run: rows that differ only in how qpass loads the result share it."""
-        return "-".join([self.folder, *self.settings, *([] if self.samples is None else [str(self.samples)])])
+    def run_name(self, model: Path, samples: Tensor) -> str:
+        """Of the tool's run on these samples [S, T]: rows that differ only in how qpass loads the result share it."""
+        return "-".join([model.name, self.folder, *self.settings, *map(str, samples.shape)])
 
     def run(self, root: Path, model: Path, samples: Tensor, scratch: Path) -> dict[str, Any]:
         """Writes `scratch`/quantized unless it is there; returns what it said.

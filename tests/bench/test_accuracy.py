@@ -67,8 +67,16 @@ def test_a_peer_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
 
 def test_rows_of_one_run_of_a_tool_differ_in_how_it_is_loaded() -> None:
     assert len({peer.name for peer in PEERS}) == len(PEERS)
-    runs = {(peer.run_name, peer.recipe) for peer in PEERS}
+    samples = torch.zeros(128, 8)
+    runs = {(peer.run_name(Path("a"), picked(samples, peer.samples)), peer.recipe) for peer in PEERS}
     assert len(runs) == len(PEERS) and len({run for run, _ in runs}) < len(PEERS)
+
+
+def test_what_a_tool_wrote_is_not_taken_for_another_model_or_other_samples() -> None:
+    peer, samples = PEERS[0], torch.zeros(128, 8)
+    names = [peer.run_name(Path(model), given) for model, given in (
+        ("a", samples), ("b", samples), ("a", samples[1:]), ("a", samples[:, 1:]))]
+    assert len(set(names)) == len(names)
 
 
 def test_a_row_takes_samples_spread_over_all_of_them() -> None:
@@ -180,7 +188,8 @@ def test_a_tool_runs_once_for_all_its_rows(given: list[str], monkeypatch: pytest
     one, other = json.loads(Path(given[-1]).read_text())
     assert {**one, "row": ""} == {**other, "row": ""} and one["row"] != other["row"]
     assert (one["bits"], one["seconds"], one["samples"]) == (4.5, 1.5, 2) and 0 < one["kl"] == one["float_kl"] < 1
-    assert len(torch.load(tmp_path / "work" / first.run_name / "ids.pt")) == 2
+    folder, = (tmp_path / "work").iterdir()
+    assert len(torch.load(folder / "ids.pt")) == 2
 
 
 @pytest.mark.slow

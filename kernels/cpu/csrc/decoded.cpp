@@ -137,7 +137,7 @@ void decoded(DecodedProduct product, MakeDigits digits, const char* x, DType dty
     float* space = ready ? nullptr : (float*)scratch(0, n * Kp * 4);
     const float* floats = ready ? (const float*)from : space;
     const Integers integers(small ? n : 0, Kp);
-    run(jobs, count, n, K, threads, n == 1 ? 1 : kWholeShare, [&](int64_t a, int64_t b) {
+    run(jobs, count, n, K, threads, least_units_of_floats(n), [&](int64_t a, int64_t b) {
       for (int64_t i = a; i < b && !ready; i++) {
         for (int64_t k = 0; k < K; k++) space[i * Kp + k] = load_float(from + i * row_bytes, dtype, k);
         memset(space + i * Kp + K, 0, (size_t)(Kp - K) * 4);

@@ -125,7 +125,7 @@ void linear(const Isa& isa, const char* x, DType dtype, int64_t M, int64_t K, in
       float* space = ready ? nullptr : (float*)scratch(0, n * Kp * 4);
       FloatRows f = {ready ? (const float*)from : space, n, Kp, dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3};
       if (isa.any_rows) f.dtype = dtype, f.width = K;
-      run(jobs, count, n, K, threads, n == 1 ? 1 : kWholeShare, [&](int64_t a, int64_t b) {
+      run(jobs, count, n, K, threads, least_units_of_floats(n), [&](int64_t a, int64_t b) {
         for (int64_t i = a; i < b && !ready; i++) {
           for (int64_t k = 0; k < K; k++) space[i * Kp + k] = load_float(from + i * row_bytes, dtype, k);
           memset(space + i * Kp + K, 0, (size_t)(Kp - K) * 4);

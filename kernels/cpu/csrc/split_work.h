@@ -80,6 +80,9 @@ void run(const Job* jobs, int64_t count, int64_t M, int64_t K, int32_t threads, 
 // Units that are worth a call: many rows are read again in each, and prepared again too unless all were at once.
 inline int64_t least_units(int64_t M, bool prepared) { return M <= kFewRows ? 1 : prepared ? 4 : kWholeShare; }
 
+// The same for rows of floats: one is taken as it is, more are packed anew in each call.
+inline int64_t least_units_of_floats(int64_t M) { return M == 1 ? 1 : kWholeShare; }
+
 inline Output rows_from(const Output& out, int64_t m) {
   Output moved = out;
   moved.data = (char*)out.data + m * out.ld * bytes_of(out.dtype);

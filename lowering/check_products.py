@@ -79,7 +79,9 @@ def _check_linear(got: list[Tensor], x: Tensor, x_scale: Tensor | None, x_zero_p
     if input_scale is not None:
         x = quantize_static(x, input_scale, input_zero_point)
         x_scale, x_zero_point = static_rows(x, input_scale, input_zero_point)
-    for y, part, b, spec, site in zip(got, split_packed(packed, parsed, chosen), bias, parsed, sites, strict=True):
+    joined = len(got) < len(parsed)
+    parts = got[0].split([spec.out_features for spec in parsed], -1) if joined else got
+    for y, part, b, spec, site in zip(parts, split_packed(packed, parsed, chosen), bias, parsed, sites, strict=True):
         weight = chosen.layout.unpack(dict(zip(chosen.layout.names(spec), part, strict=True)), spec)
         canonical = [weight.tensors[name] for name in CANONICAL.names(spec)] if spec.weight.type == "int" \
             else list(weight.tensors.values())

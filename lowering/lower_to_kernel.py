@@ -3,13 +3,18 @@
 before  y = qpass.linear_q(xq, s, z, packed, bias, spec, dtype)
 after   y = the op overload and arguments that the registry gives for the spec's kernel
 
+Of several weights a native op may give one tensor with all outputs side by side; its parts are slices then.
+
 A kernel without a native op keeps the qpass op, which runs through dispatch; the node says so. No device is named
 here: kernels are asked through the registry.
 """
 
 from __future__ import annotations
 
-from torch import fx
+from itertools import accumulate
+
+import torch
+from torch import Tensor, fx
 
 from qpass.kernels.registry import kernel
 from qpass.lowering.graph_nodes import LEFT, MEANING, OP, OPS, SITES, add_call, our_nodes, replace, sites_of
@@ -34,6 +39,20 @@ def lower_to_kernel(graph: fx.Graph) -> int:
         with graph.inserting_before(node):
             new = add_call(graph, target, tuple(arguments), like=node, name=op)
         new.meta |= {OP: op, SITES: sites_of(node), MEANING: product}
-        replace(node, new)
+        if op.endswith("_list") and isinstance(new.meta["val"], Tensor):
+            _take_apart(node, new)
+        else:
+            replace(node, new)
         changed += 1
     return changed
+
+
+def _take_apart(parts: fx.Node, joined: fx.Node) -> None:
+    """Let slices of `joined` take the place of what is read of `parts`, which is removed."""
+    begins = [0, *accumulate(part.shape[-1] for part in parts.meta["val"])]
+    for part in list(parts.users):
+        i = part.args[1]
+        with parts.graph.inserting_before(part):
+            replace(part, add_call(parts.graph, torch.ops.aten.slice.Tensor, (joined, -1, begins[i], begins[i + 1]),
+                                   like=part, name="y"))
+    parts.graph.erase_node(parts)

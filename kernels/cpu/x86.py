@@ -249,8 +249,9 @@ def _register(family: str, short: str) -> None:
         parts = _several(packed, bias, specs)
         if parts is None:
             raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
-        return native.op("linear_list")(x, *parts, specs[0].in_features, specs[0].weight.bits,  # type: ignore[no-any-return]
-                                        _activation(specs[0]), index)
+        y = native.op("linear_list")(x, *parts, specs[0].in_features, specs[0].weight.bits, _activation(specs[0]),
+                                     index)
+        return list(y.split(parts[1], -1))
 
     if not family.endswith("a8"):
         return
@@ -267,8 +268,9 @@ def _register(family: str, short: str) -> None:
         parts = _several(packed, bias, specs)
         if parts is None:
             raise ValueError(f"weights of one list must share inputs, bits and activation, got {list(map(str, specs))}")
-        return native.op("linear_q_list")(xq, x_scale, x_zero_point, *parts,  # type: ignore[no-any-return]
-                                          specs[0].in_features, specs[0].weight.bits, dtype, index)
+        y = native.op("linear_q_list")(xq, x_scale, x_zero_point, *parts, specs[0].in_features, specs[0].weight.bits,
+                                       dtype, index)
+        return list(y.split(parts[1], -1))
 
 
 for _family in FAMILIES:

@@ -142,7 +142,8 @@ def _register(short: str) -> None:
     @linear.form("linear_list")
     def linear_list(x: Tensor, packed: Sequence[Tensor], bias: Sequence[Tensor | None], specs: Sequence[LinearSpec]
                     ) -> list[Tensor]:
-        return native.op("decoded_list")(x, *_list_arguments(packed, bias, specs), index)  # type: ignore[no-any-return]
+        y = native.op("decoded_list")(x, *_list_arguments(packed, bias, specs), index)
+        return list(y.split([s.out_features for s in specs], -1))
 
 
 for _short in ISAS:

@@ -2,7 +2,8 @@
 
 `n`, `k` are the weight's sizes; `activation` is 0 for float, 1 for int8 symmetric, 2 for int8 asymmetric; `isa` is the
 number of an instruction set. The list forms take all weights' tensors in one list: qweight and scale of each, then what
-`has` says (1 zero_point, 2 colsum, 4 bias, added up).
+`has` says (1 zero_point, 2 colsum, 4 bias, added up). They give one tensor [..., sum of n], outputs side by side: an op
+that gives a list is called through Python, even where Inductor writes its calls in C++.
 
 The experts' ops take the two weights of all experts in such a list, each tensor with a leading dimension of experts.
 `sizes` are experts, hidden, intermediate, the two weights' bits, the gate's function (its place in GATE_FUNCTIONS) and
@@ -33,12 +34,12 @@ _WEIGHTS = "Tensor[] tensors, int[] n, int[] has, int k, int bits"
 _CODES = "Tensor xq, Tensor x_scale, Tensor? x_zero_point"
 LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, int activation, int isa) -> Tensor")
 LIBRARY.define(f"linear_q({_CODES}, {_WEIGHT}, ScalarType dtype, int isa) -> Tensor")
-LIBRARY.define(f"linear_list(Tensor x, {_WEIGHTS}, int activation, int isa) -> Tensor[]")
+LIBRARY.define(f"linear_list(Tensor x, {_WEIGHTS}, int activation, int isa) -> Tensor")
 LIBRARY.define("decoded(Tensor x, Tensor[] tensors, int n, int has, int k, int group_size, int isa) "
                "-> Tensor")
 LIBRARY.define("decoded_list(Tensor x, Tensor[] tensors, int[] count, int[] n, int[] has, int k, int[] group_size, "
-               "int isa) -> Tensor[]")
-LIBRARY.define(f"linear_q_list({_CODES}, {_WEIGHTS}, ScalarType dtype, int isa) -> Tensor[]")
+               "int isa) -> Tensor")
+LIBRARY.define(f"linear_q_list({_CODES}, {_WEIGHTS}, ScalarType dtype, int isa) -> Tensor")
 _EXPERTS = ("Tensor index, Tensor weight, Tensor[] tensors, int[] has, int[] sizes, float alpha, float limit, "
             "float up_limit, float shift, int down_activation")
 LIBRARY.define(f"experts(Tensor x, {_EXPERTS}, int activation, int isa) -> Tensor")
@@ -68,14 +69,14 @@ def _linear_q(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, qweight:
 
 @torch.library.register_fake("qpass_x86::linear_list", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _linear_list(x: Tensor, tensors: list[Tensor], n: list[int], has: list[int], k: int, bits: int, activation: int,
-                 isa: int) -> list[Tensor]:
-    return [_product(x, size, k, x.dtype) for size in n]
+                 isa: int) -> Tensor:
+    return _product(x, sum(n), k, x.dtype)
 
 
 @torch.library.register_fake("qpass_x86::linear_q_list", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, tensors: list[Tensor], n: list[int],
-                   has: list[int], k: int, bits: int, dtype: torch.dtype, isa: int) -> list[Tensor]:
-    return [_product(xq, size, k, dtype) for size in n]
+                   has: list[int], k: int, bits: int, dtype: torch.dtype, isa: int) -> Tensor:
+    return _product(xq, sum(n), k, dtype)
 
 
 def _mixed(x: Tensor, index: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
@@ -105,8 +106,8 @@ def _decoded(x: Tensor, tensors: list[Tensor], n: int, has: int, k: int, group_s
 
 @torch.library.register_fake("qpass_x86::decoded_list", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _decoded_list(x: Tensor, tensors: list[Tensor], count: list[int], n: list[int], has: list[int], k: int,
-                  group_size: list[int], isa: int) -> list[Tensor]:
-    return [_product(x, size, k, x.dtype) for size in n]
+                  group_size: list[int], isa: int) -> Tensor:
+    return _product(x, sum(n), k, x.dtype)
 
 
 @torch.library.register_fake("qpass_x86::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]

@@ -165,14 +165,33 @@ def _linear_q_fake(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, pac
     return xq.new_empty((*xq.shape[:-1], LinearSpec.parse(spec).out_features), dtype=dtype)
 
 
+NATIVE.define("linear_q_list(Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor?[] bias, "
+              "str[] specs, ScalarType dtype, float times) -> Tensor")
+
+
+@torch.library.impl(NATIVE, "linear_q_list", "CompositeExplicitAutograd")
+def _linear_q_list(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor],
+                   bias: list[Tensor | None], specs: list[str], dtype: torch.dtype, times: float) -> Tensor:
+    return torch.cat(torch.ops.qpass.linear_q_list(xq, x_scale, x_zero_point, packed, bias, specs, dtype), -1) * times
+
+
+@torch.library.register_fake("qpass_lowering_test::linear_q_list", lib=NATIVE)
+def _linear_q_list_fake(xq: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, packed: list[Tensor],
+                        bias: list[Tensor | None], specs: list[str], dtype: torch.dtype, times: float) -> Tensor:
+    return xq.new_empty((*xq.shape[:-1], sum(LinearSpec.parse(text).out_features for text in specs)), dtype=dtype)
+
+
 @pytest.fixture
 def add_kernel() -> Iterator[Callable[..., Kernel]]:
     """`add_kernel(name, times=1.0)`: a kernel with a native op for linear_q, whose result is `times` the right one;
-    `linear_q=False` makes one that only takes float activations."""
+    `linear_q=False` makes one that only takes float activations, `joined=True` one with a native op for lists too, that
+    gives one tensor."""
     added: list[str] = []
 
-    def add(name: str, times: float = 1.0, *, linear_q: bool = True) -> Kernel:
+    def add(name: str, times: float = 1.0, *, linear_q: bool = True, joined: bool = False) -> Kernel:
         def native_call(op: str, args: Any) -> Any:
+            if joined and op == "linear_q_list":
+                return torch.ops.qpass_lowering_test.linear_q_list.default, (*args, times)
             return (torch.ops.qpass_lowering_test.linear_q.default, (*args, times)) if op == "linear_q" else None
 
         def linear(x: Tensor, packed: Any, bias: Any, spec: Any) -> Tensor:

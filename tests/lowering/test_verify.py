@@ -75,6 +75,22 @@ def test_check_compares_native_ops_with_the_reference(add_kernel, make_quantized
             traced.run()
 
 
+@pytest.mark.parametrize("times", [1.0, 1.02])
+def test_check_takes_one_tensor_of_several_weights_apart(add_kernel, attention, quantize_layers, trace, monkeypatch,
+                                                         times):
+    monkeypatch.setenv("QPASS_CHECK", "1")
+    add_kernel("linear_test_native", times, joined=True)
+    traced = trace(quantize_layers(type(attention)(), "w4a8", "linear_test_native"), torch.randn(4, 32))
+    expected = traced.run()
+    lower_graph(traced.graph)
+    assert traced.count("qpass_lowering_test.linear_q_list") == 1 and traced.count("qpass.check_linear") == 2
+    if times == 1.0:
+        assert torch.equal(traced.run(), expected)
+    else:
+        with pytest.raises(LoweringError, match="linear_test_native differs from the reference at 'q'"):
+            traced.run()
+
+
 def test_check_covers_merged_and_weight_only_layers(attention, quantize_layers, trace, monkeypatch):
     monkeypatch.setenv("QPASS_CHECK", "1")
     for model in (attention, quantize_layers(type(attention)(), "w4a16")):

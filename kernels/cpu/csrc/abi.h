@@ -8,13 +8,14 @@
 
 extern "C" {
 
-// One weight, with the size of every buffer, and where its output goes. dtypes are qpass::DType's numbers; 3 as
-// scale_dtype means integer scales (product.h), for rounded activations only.
+// One weight, with the size of every buffer, and where its output goes: out_bytes are what lies in memory from `out` on,
+// out_stride the numbers from one row to the next. dtypes are qpass::DType's numbers; 3 as scale_dtype means integer
+// scales (product.h), for rounded activations only.
 struct qp_weight {
   const void *q, *scale, *zero_point, *colsum, *bias;
   void* out;
   int64_t q_bytes, scale_bytes, zero_point_bytes, colsum_bytes, bias_bytes, out_bytes;
-  int64_t N, groups;
+  int64_t N, groups, out_stride;
   int32_t bits, scale_dtype, bias_dtype, out_dtype;
 };
 
@@ -126,6 +127,11 @@ bool machine_runs(int32_t isa);
 // How many threads to use for `parts` independent parts: 1 inside a parallel region or in a forked child, whose
 // OpenMP threads stayed in the parent.
 int32_t team_size(int32_t threads, int64_t parts);
+
+// Whether `bytes` hold M rows of N numbers of `size` bytes, `stride` numbers apart.
+constexpr bool holds_rows(int64_t bytes, int64_t size, int64_t M, int64_t N, int64_t stride) {
+  return stride >= N && bytes / size >= N && (bytes / size - N) / stride >= M - 1;
+}
 
 constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

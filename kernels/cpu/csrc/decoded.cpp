@@ -74,10 +74,11 @@ const char* read_weight(const qp_decoded_weight& w, int64_t M, int64_t K, Job& j
   if (!aligned(w.scale, scale) || (w.kind && !aligned(w.third, third)) || (uintptr_t)w.table % 4 || (uintptr_t)w.gain % 4)
     return "a tensor is not aligned";
   if (w.bias && w.bias_bytes != w.N * bytes_of((DType)w.bias_dtype)) return "bias has the wrong size";
-  if (M > 0 && (!w.out || w.out_bytes / bytes_of((DType)w.out_dtype) / w.N != M)) return "out has the wrong size";
+  if (M > 0 && (!w.out || !holds_rows(w.out_bytes, bytes_of((DType)w.out_dtype), M, w.N, w.out_stride)))
+    return "out has the wrong size";
   job.weight = {(const uint8_t*)w.q, w.scale, w.kind ? w.third : nullptr, (const float*)w.table, (const float*)w.gain,
                 w.N, K, Np, Kp, G, G == 1 ? Kp : w.group_size, (Code)w.code, (Third)w.kind, scale, third, table ? small_integers((const float*)w.table) : SmallIntegers{}};
-  job.out = {w.out, w.N, (DType)w.out_dtype, w.bias, (DType)w.bias_dtype};
+  job.out = {w.out, w.out_stride, (DType)w.out_dtype, w.bias, (DType)w.bias_dtype};
   return nullptr;
 }
 

@@ -83,7 +83,7 @@ struct qp_decoded_weight {
   const void *q, *scale, *third, *table, *gain, *bias;
   void* out;
   int64_t q_bytes, scale_bytes, third_bytes, table_bytes, gain_bytes, bias_bytes, out_bytes;
-  int64_t N, group_size;
+  int64_t N, group_size, out_stride;
   int32_t code, kind, scale_dtype, third_dtype, bias_dtype, out_dtype;
 };
 

@@ -46,7 +46,8 @@ const char* read_weight(const qp_weight& w, int64_t M, int64_t K, int32_t activa
   if (activation == 2 && !w.colsum) return "asymmetric activations need colsum";
   if (w.colsum && w.colsum_bytes != Np * 4) return "colsum has the wrong size";
   if (w.bias && w.bias_bytes != w.N * bias_bytes) return "bias has the wrong size";
-  if (M > 0 && (!w.out || w.out_bytes / bytes_of((DType)w.out_dtype) / w.N != M)) return "out has the wrong size";
+  if (M > 0 && (!w.out || !holds_rows(w.out_bytes, bytes_of((DType)w.out_dtype), M, w.N, w.out_stride)))
+    return "out has the wrong size";
   job.weight = {(const uint8_t*)w.q, w.scale, (const int8_t*)w.zero_point, (const float*)w.colsum, w.N, K, Np, Kp, G,
                 G == 1 ? Kp : K / G, w.bits, (DType)w.scale_dtype};
   if (integer) {
@@ -56,7 +57,7 @@ const char* read_weight(const qp_weight& w, int64_t M, int64_t K, int32_t activa
     job.weight.multiplier = (const int8_t*)w.scale + Np * 5;
     job.weight.multipliers = G;
   }
-  job.out = {w.out, w.N, (DType)w.out_dtype, w.bias, (DType)w.bias_dtype};
+  job.out = {w.out, w.out_stride, (DType)w.out_dtype, w.bias, (DType)w.bias_dtype};
   return nullptr;
 }
 

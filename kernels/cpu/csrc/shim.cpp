@@ -31,18 +31,6 @@ qp_weight describe(Parts& p, int64_t n, int64_t bits) {
   return w;
 }
 
-Tensor allocate(const Tensor& x, int64_t n, ScalarType dtype, qp_weight& w) {
-  require(n > 0, "the number of outputs must be positive");
-  require(n <= w.q_bytes / 32, "qweight is too small for that many outputs");  // 4 bits, 64 inputs: the fewest bytes
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  Tensor out = torch::stable::new_empty(x, sizes, dtype);
-  w.out = out.mutable_data_ptr();
-  w.out_bytes = out.numel() * (int64_t)out.element_size();
-  w.out_dtype = number_of(dtype, "the output");
-  return out;
-}
-
 void run(const Tensor& x, int64_t k, int64_t activation, int64_t isa, const std::vector<qp_weight>& w) {
   require(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2");
   succeed(qp_linear(narrow(isa, "isa"), x.const_data_ptr(), number_of(x.scalar_type(), "x"), x.numel() / k, k,
@@ -82,7 +70,7 @@ void linear(StableIValue* stack, uint64_t count, uint64_t) {
   x = rows_of(x, k, "x");
   number_of(x.scalar_type(), "x");
   std::vector<qp_weight> w = {describe(parts, n, bits)};
-  Tensor out = allocate(x, n, x.scalar_type(), w[0]);
+  const Tensor out = allocate_outputs(x, x.scalar_type(), w);
   run(x, k, activation, isa, w);
   stack[0] = torch::stable::detail::from(out);
 }
@@ -97,7 +85,7 @@ void linear_q(StableIValue* stack, uint64_t count, uint64_t) {
   const int64_t isa = args.integer();
   const Codes codes(xq, x_scale, x_zero_point, k);
   std::vector<qp_weight> w = {describe(parts, n, bits)};
-  Tensor out = allocate(codes.q, n, dtype, w[0]);
+  const Tensor out = allocate_outputs(codes.q, dtype, w);
   codes.run(k, isa, w);
   stack[0] = torch::stable::detail::from(out);
 }
@@ -122,14 +110,10 @@ std::vector<Parts> split(const std::vector<Tensor>& tensors, const std::vector<i
   return all;
 }
 
-std::vector<Tensor> outputs(const Tensor& x, std::vector<Parts>& parts, const std::vector<int64_t>& n, int64_t bits,
-                            ScalarType dtype, std::vector<qp_weight>& w) {
-  std::vector<Tensor> out;
-  for (size_t i = 0; i < parts.size(); i++) {
-    w.push_back(describe(parts[i], n[i], bits));
-    out.push_back(allocate(x, n[i], dtype, w.back()));
-  }
-  return out;
+std::vector<qp_weight> describe_all(std::vector<Parts>& parts, const std::vector<int64_t>& n, int64_t bits) {
+  std::vector<qp_weight> w;
+  for (size_t i = 0; i < parts.size(); i++) w.push_back(describe(parts[i], n[i], bits));
+  return w;
 }
 
 void linear_list(StableIValue* stack, uint64_t count, uint64_t) {
@@ -141,8 +125,8 @@ void linear_list(StableIValue* stack, uint64_t count, uint64_t) {
   x = rows_of(x, k, "x");
   number_of(x.scalar_type(), "x");
   std::vector<Parts> parts = split(tensors, n, has);
-  std::vector<qp_weight> w;
-  const std::vector<Tensor> out = outputs(x, parts, n, bits, x.scalar_type(), w);
+  std::vector<qp_weight> w = describe_all(parts, n, bits);
+  const Tensor out = allocate_outputs(x, x.scalar_type(), w);
   run(x, k, activation, isa, w);
   stack[0] = torch::stable::detail::from(out);
 }
@@ -158,8 +142,8 @@ void linear_q_list(StableIValue* stack, uint64_t count, uint64_t) {
   const int64_t isa = args.integer();
   const Codes codes(xq, x_scale, x_zero_point, k);
   std::vector<Parts> parts = split(tensors, n, has);
-  std::vector<qp_weight> w;
-  const std::vector<Tensor> out = outputs(codes.q, parts, n, bits, dtype, w);
+  std::vector<qp_weight> w = describe_all(parts, n, bits);
+  const Tensor out = allocate_outputs(codes.q, dtype, w);
   codes.run(k, isa, w);
   stack[0] = torch::stable::detail::from(out);
 }

@@ -4,13 +4,6 @@
 
 namespace {
 
-// The tensors of a weight of decoded.h: codes and scale, then what `has` says: its lowest two bits are qpass::Third, then
-// 4 table, 8 gain, 16 bias, added up. The dtypes of codes, scale and offset say what they are.
-struct DecodedParts {
-  std::vector<Tensor> own;
-  Tensor out;
-};
-
 int32_t decoded_dtype(const Tensor& t, const char* what) {
   const ScalarType dtype = t.scalar_type();
   if (dtype == ScalarType::Byte || dtype == ScalarType::Float8_e8m0fnu) return (int32_t)qpass::kE8m0;
@@ -30,8 +23,11 @@ struct DecodedSizes {
   int64_t n, has, group_size;
 };
 
-qp_decoded_weight describe_decoded(const Tensor& x, const Tensor* tensors, size_t count, const DecodedSizes& sizes,
-                                   DecodedParts& keep) {
+// The tensors of a weight of decoded.h: codes and scale, then what `has` says: its lowest two bits are qpass::Third, then
+// 4 table, 8 gain, 16 bias, added up. The dtypes of codes, scale and offset say what they are. `keep` is to live as long
+// as the call.
+qp_decoded_weight describe_decoded(const Tensor* tensors, size_t count, const DecodedSizes& sizes,
+                                   std::vector<Tensor>& keep) {
   const int64_t has = sizes.has;
   require(has >= 0 && has < 32, "has is out of range");
   require(count == size_t(2 + ((has & 3) != 0) + (has >> 2 & 1) + (has >> 3 & 1) + (has >> 4 & 1)),
@@ -52,20 +48,13 @@ qp_decoded_weight describe_decoded(const Tensor& x, const Tensor* tensors, size_
   if (has & 4) set(tensors[at++], ScalarType::Float, "table", w.table, w.table_bytes);
   if (has & 8) set(tensors[at++], ScalarType::Float, "gain", w.gain, w.gain_bytes);
   if (has & 16) {
-    keep.own.push_back(flat(tensors[at++], "bias"));
-    const Tensor& bias = keep.own.back();
+    keep.push_back(flat(tensors[at++], "bias"));
+    const Tensor& bias = keep.back();
     w.bias_dtype = number_of(bias.scalar_type(), "bias");
     set(bias, bias.scalar_type(), "bias", w.bias, w.bias_bytes);
   }
   w.N = sizes.n;
   w.group_size = sizes.group_size;
-  require(w.N > 0 && w.N <= w.q_bytes / 32, "the codes are too few for that many outputs");
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = w.N;
-  keep.out = torch::stable::new_empty(x, shape, x.scalar_type());
-  w.out = keep.out.mutable_data_ptr();
-  w.out_bytes = keep.out.numel() * (int64_t)keep.out.element_size();
-  w.out_dtype = number_of(x.scalar_type(), "x");
   return w;
 }
 
@@ -81,9 +70,11 @@ void decoded(StableIValue* stack, uint64_t count, uint64_t) {
   const int64_t n = args.integer(), has = args.integer(), k = args.integer();
   const int64_t group_size = args.integer(), isa = args.integer();
   x = rows_of(x, k, "x");
-  DecodedParts parts;
-  run_decoded(x, k, isa, {describe_decoded(x, tensors.data(), tensors.size(), {n, has, group_size}, parts)});
-  stack[0] = torch::stable::detail::from(parts.out);
+  std::vector<Tensor> keep;
+  std::vector<qp_decoded_weight> w = {describe_decoded(tensors.data(), tensors.size(), {n, has, group_size}, keep)};
+  const Tensor out = allocate_outputs(x, x.scalar_type(), w);
+  run_decoded(x, k, isa, w);
+  stack[0] = torch::stable::detail::from(out);
 }
 
 // `count` says how many of `tensors` are each weight's.
@@ -98,17 +89,16 @@ void decoded_list(StableIValue* stack, uint64_t arguments, uint64_t) {
   require(n.size() == count.size() && has.size() == n.size() && group_size.size() == n.size(),
           "the lists of sizes must be of one length");
   x = rows_of(x, k, "x");
-  std::vector<DecodedParts> parts(n.size());
+  std::vector<Tensor> keep;
   std::vector<qp_decoded_weight> w;
-  std::vector<Tensor> out;
   size_t at = 0;
   for (size_t i = 0; i < n.size(); i++) {
     require(count[i] >= 2 && (size_t)count[i] <= tensors.size() - at, "fewer tensors than `count` speaks of");
-    w.push_back(describe_decoded(x, tensors.data() + at, (size_t)count[i], {n[i], has[i], group_size[i]}, parts[i]));
+    w.push_back(describe_decoded(tensors.data() + at, (size_t)count[i], {n[i], has[i], group_size[i]}, keep));
     at += (size_t)count[i];
-    out.push_back(parts[i].out);
   }
   require(at == tensors.size(), "more tensors than `count` speaks of");
+  const Tensor out = allocate_outputs(x, x.scalar_type(), w);
   run_decoded(x, k, isa, w);
   stack[0] = torch::stable::detail::from(out);
 }

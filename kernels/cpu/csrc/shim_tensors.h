@@ -62,6 +62,31 @@ inline Tensor rows_of(const Tensor& x, int64_t k, const char* what) {
   return flat(x, what);
 }
 
+// One tensor [..., the sum of all N] for what the weights give, side by side; tells each of them where its part lies.
+template <typename Weight>
+Tensor allocate_outputs(const Tensor& x, ScalarType dtype, std::vector<Weight>& weights) {
+  int64_t width = 0;
+  for (const Weight& w : weights) {
+    require(w.N > 0, "the number of outputs must be positive");
+    require(w.N <= w.q_bytes / 32, "qweight is too small for that many outputs");  // 4 bits, 64 inputs: the fewest bytes
+    width += w.N;
+  }
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = width;
+  Tensor out = torch::stable::new_empty(x, sizes, dtype);
+  if (out.numel() == 0) return out;
+  const int64_t size = (int64_t)out.element_size();
+  char *at = (char*)out.mutable_data_ptr(), *const end = at + out.numel() * size;
+  for (Weight& w : weights) {
+    w.out = at;
+    w.out_bytes = end - at;
+    w.out_stride = width;
+    w.out_dtype = number_of(dtype, "the output");
+    at += w.N * size;
+  }
+  return out;
+}
+
 inline void succeed(int32_t code) { require(code == 0, qp_last_error()); }
 
 // The arguments of one call in the order of its schema. Reading one takes over its reference, so all must be read.

@@ -5,23 +5,36 @@
 namespace qpass {
 namespace {
 
-constexpr int64_t kAhead = 2048;
+// How far ahead each line of a weight is asked for, in bytes: `near` into the first cache, `far` into the second.
+struct Ahead {
+  int64_t near, far;
+};
+
+// Four places of 4 bits ask for enough by themselves.
+constexpr Ahead ahead_of(int bits, int streams) { return {1024, bits == 4 && streams > 1 ? 0 : 4096}; }
+
+template <int BITS, int STREAMS>
+QPASS_AVX512_INLINE void prefetch(const uint8_t* line) {
+  constexpr Ahead ahead = ahead_of(BITS, STREAMS);
+  _mm_prefetch((const char*)line + ahead.near, _MM_HINT_T0);
+  if (ahead.far) _mm_prefetch((const char*)line + ahead.far, _MM_HINT_T1);
+}
 
 // One 64-input block: inputs 0..31 of it go to `low`, inputs 32..63 to `high` (4 bits: 16 times too large).
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, int STREAMS>
 QPASS_AVX512_INLINE void vnni_block(const uint8_t* q, const int8_t* x, int64_t ld, __m512i (&low)[ROWS],
                                     __m512i (&high)[ROWS]) {
   const __m512i nibble = _mm512_set1_epi8(15);
 #pragma GCC unroll 8
   for (int r = 0; r < 8; r++) {
     __m512i lower = _mm512_loadu_si512(q + r * 64), upper;
-    _mm_prefetch((const char*)q + r * 64 + kAhead, _MM_HINT_T0);
+    prefetch<BITS, STREAMS>(q + r * 64);
     if (BITS == 4) {
       upper = _mm512_andnot_si512(nibble, lower);
       lower = _mm512_and_si512(lower, nibble);
     } else {
       upper = _mm512_loadu_si512(q + 512 + r * 64);
-      _mm_prefetch((const char*)q + 512 + r * 64 + kAhead, _MM_HINT_T0);
+      prefetch<BITS, STREAMS>(q + 512 + r * 64);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++) {
@@ -77,25 +90,56 @@ QPASS_AVX512_INLINE void vnni_close_run(const Weight& w, int64_t block, int64_t 
   }
 }
 
-// Rows m0 .. m0 + ROWS times blocks [block_begin, block_end). `group_sums` [M][inner_groups] are sums of codes;
-// `first` is where the weights of block_begin lie.
-// Groups are runs of 32 inputs; one that ends inside a 64-input block closes on `low`, and `high` opens the next.
+// What one block of 16 outputs holds while K passes over it.
+template <int ROWS>
+struct VnniSums {
+  __m512 acc[ROWS];
+  __m512i low[ROWS], high[ROWS], whole[ROWS];
+};
+
 template <int BITS, int ROWS, bool INTEGER>
-QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
-                            const uint8_t* first, int64_t m0, int64_t block_begin, int64_t block_end) {
+QPASS_AVX512_INLINE void close_group(VnniSums<ROWS>& of, const Weight& w, int64_t block, int64_t group,
+                                     const int32_t* sums) {
+  if (INTEGER) vnni_close_run<ROWS>(w, block, group, sums, of.low, of.whole);
+  else vnni_close<BITS, ROWS>(w, block, group, sums, of.low, of.acc);
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++) of.low[m] = _mm512_setzero_si512();
+}
+
+template <int ROWS, bool INTEGER>
+QPASS_AVX512_INLINE void write_block(VnniSums<ROWS>& of, const Weight& w, const QuantRows& x, const Output& out,
+                                     int64_t block, int64_t m0) {
+  if (INTEGER) {
+    const __m512 scale = group_scales(w, block, 0);
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) of.acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(of.whole[m]), scale, of.acc[m]);
+  }
+  const Columns columns = columns_of(w, out, block, 1.f);
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++) finish(columns, x, out, m0 + m, of.acc[m], 1.f);
+}
+
+// Rows m0 .. m0 + ROWS times STREAMS runs of `count` blocks, of which the first begins at block_begin, where `first` are
+// its weights, and the next ones `count` further. `group_sums` [M][inner_groups] are sums of codes.
+// Groups are runs of 32 inputs; one that ends inside a 64-input block closes on `low`, and `high` opens the next.
+template <int BITS, int ROWS, bool INTEGER, int STREAMS>
+QPASS_AVX512_INLINE void vnni_streams(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
+                                      const uint8_t* first, int64_t m0, int64_t block_begin, int64_t count) {
   constexpr int64_t kBytes = BITS * 128;
-  const int64_t groups = INTEGER ? w.multipliers : w.groups;
+  const int64_t groups = INTEGER ? w.multipliers : w.groups, block_bytes = w.Kp / 64 * kBytes;
   const int64_t runs = (INTEGER ? inner_size(w) : w.group_size) / 32, ld = x.Kp;
   const int32_t* sums = group_sums + m0 * groups;
-  for (int64_t b = block_begin; b < block_end; b++) {
-    const uint8_t* q = first + (b - block_begin) * (w.Kp / 64) * kBytes;
+  for (int64_t b = block_begin; b < block_begin + count; b++) {
+    const uint8_t* q = first + (b - block_begin) * block_bytes;
     const int8_t* codes = x.q + m0 * ld;
-    __m512 acc[ROWS];
-    __m512i low[ROWS], high[ROWS], whole[ROWS];
+    VnniSums<ROWS> of[STREAMS];
+#pragma GCC unroll 4
+    for (int s = 0; s < STREAMS; s++) {
 #pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++) {
-      acc[m] = _mm512_setzero_ps();
-      low[m] = high[m] = whole[m] = _mm512_setzero_si512();
+      for (int m = 0; m < ROWS; m++) {
+        of[s].acc[m] = _mm512_setzero_ps();
+        of[s].low[m] = of[s].high[m] = of[s].whole[m] = _mm512_setzero_si512();
+      }
     }
     int64_t run = 0;
     for (int64_t g = 0; g < groups; g++) {
@@ -103,24 +147,37 @@ QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& o
       bool inside = false;
       for (; run < end; run += 2, q += kBytes, codes += 64) {
         inside = run + 1 == end;
-        if (inside) join<BITS>(low, high);
-        vnni_block<BITS, ROWS>(q, codes, ld, low, high);
+#pragma GCC unroll 4
+        for (int s = 0; s < STREAMS; s++) {
+          if (inside) join<BITS>(of[s].low, of[s].high);
+          vnni_block<BITS, ROWS, STREAMS>(q + s * count * block_bytes, codes, ld, of[s].low, of[s].high);
+        }
       }
-      if (!inside) join<BITS>(low, high);
-      if (INTEGER) vnni_close_run<ROWS>(w, b, g, sums, low, whole);
-      else vnni_close<BITS, ROWS>(w, b, g, sums, low, acc);
-#pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) low[m] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int s = 0; s < STREAMS; s++) {
+        if (!inside) join<BITS>(of[s].low, of[s].high);
+        close_group<BITS, ROWS, INTEGER>(of[s], w, b + s * count, g, sums);
+      }
     }
-    if (INTEGER) {
-      const __m512 scale = group_scales(w, b, 0);
-#pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[m]), scale, acc[m]);
-    }
-    const Columns columns = columns_of(w, out, b, 1.f);
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++) finish(columns, x, out, m0 + m, acc[m], 1.f);
+#pragma GCC unroll 4
+    for (int s = 0; s < STREAMS; s++) write_block<ROWS, INTEGER>(of[s], w, x, out, b + s * count, m0);
   }
+}
+
+// Rows m0 .. m0 + ROWS times blocks [block_begin, block_end); `first` is where the weights of block_begin lie.
+template <int BITS, int ROWS, bool INTEGER>
+QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
+                            const uint8_t* first, int64_t m0, int64_t block_begin, int64_t block_end) {
+  constexpr int kStreams = ROWS <= 4 ? 4 : 1;
+  int64_t count = 0;
+  if (kStreams > 1) {
+    count = (block_end - block_begin) / kStreams;
+    vnni_streams<BITS, ROWS, INTEGER, kStreams>(w, x, out, group_sums, first, m0, block_begin, count);
+  }
+  const int64_t done = count * kStreams;
+  first += done * (w.Kp / 64 * BITS * 128);
+  vnni_streams<BITS, ROWS, INTEGER, 1>(w, x, out, group_sums, first, m0, block_begin + done,
+                                       block_end - block_begin - done);
 }
 
 }  // namespace

@@ -32,8 +32,8 @@ class CBlocks(ctypes.Structure):
 
     _fields_ = [(name, _POINTER) for name in ("q", "scale", "zero_point", "colsum", "bias", "out")] + [
         (f"{name}_bytes", _LONG) for name in ("q", "scale", "zero_point", "colsum", "bias", "out")] + [
-        ("N", _LONG), ("groups", _LONG), ("bits", _INT), ("scale_dtype", _INT), ("bias_dtype", _INT),
-        ("out_dtype", _INT)]
+        (name, _LONG) for name in ("N", "groups", "out_stride")] + [
+        (name, _INT) for name in ("bits", "scale_dtype", "bias_dtype", "out_dtype")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,7 +237,7 @@ def test_a_graph_calls_the_native_op(short: str) -> None:
     assert single is not None and several is not None
     want = [forms(spec)["linear"](x, part, None, spec) for spec, part in zip(specs, parts, strict=True)]
     assert torch.equal(single[0](*single[1]), want[0])
-    assert all(torch.equal(a, b) for a, b in zip(several[0](*several[1]), want, strict=True))
+    assert torch.equal(several[0](*several[1]), torch.cat(want, -1))
     torch.library.opcheck(single[0], single[1], test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(several[0], several[1], test_utils="test_faketensor")
 
@@ -257,8 +257,8 @@ def test_the_op_checks_what_it_is_given() -> None:
     for changes, said in (({"n": 20}, "qweight has the wrong size"), ({"group_size": 16}, "scale has the wrong size"),
                           ({"group_size": 24}, "multiples of 16"), ({"isa": 99}, "instruction set"),
                           ({"tensors": [codes, scale, table[:8]]}, "16 floats"), ({"has": 99}, "out of range"),
-                          ({"tensors": [codes, scale]}, "another number of tensors"), ({"n": 0}, "too few"),
-                          ({"tensors": [codes.short(), scale, table]}, "codes must be"), ({"n": 1 << 50}, "too few"),
+                          ({"tensors": [codes, scale]}, "another number of tensors"), ({"n": 0}, "must be positive"),
+                          ({"tensors": [codes.short(), scale, table]}, "codes must be"), ({"n": 1 << 50}, "too small"),
                           ({"tensors": [codes, scale, table.double()]}, "wrong dtype"),
                           ({"tensors": [codes[:-1], scale, table]}, "wrong size")):
         with pytest.raises(RuntimeError, match=said):

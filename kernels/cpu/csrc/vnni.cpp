@@ -11,7 +11,7 @@
 // - A prefetch 1 KB ahead of each line, and another 4 KB ahead into L2 but for four places of 4 bits.
 //
 // |code * weight * 16| <= 240 * 128, so int32 sums are exact for groups of up to 131072 inputs.
-// With integer scales more than 8 rows read a panel of 16 outputs whose weights were multiplied once for all of them.
+// With integer scales more than 8 rows read panels whose weights were multiplied once for all of them.
 // Row i's arithmetic does not depend on how many rows are processed together.
 #include "vnni_block.h"
 #include "avx512_float.h"
@@ -33,7 +33,7 @@ RowsFunction rows_function(int64_t rows) {
   return table[rows - 1];
 }
 
-constexpr int64_t kRowBytes = 256 << 10;  // codes that stay in L2 while a block of 16 outputs passes over them
+constexpr int64_t kRowBytes = 256 << 10;  // codes that stay in L2 while blocks of outputs pass over them
 
 // The sums of codes of `groups` runs of inputs a row.
 int32_t* sums_of(const QuantRows& x, int64_t groups, int64_t size) {
@@ -59,17 +59,20 @@ void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t b
     if (M > 0) function(M)(w, x, out, sums, w.q + block_begin * block_bytes, 0, block_begin, block_end);
     return;
   }
-  uint8_t* panel = panels ? (uint8_t*)scratch(5, w.Kp * 16) : nullptr;
+  constexpr int64_t kBlocks = streams_of(1);
+  uint8_t* panel = panels ? (uint8_t*)scratch(5, kBlocks * w.Kp * 16) : nullptr;
   int64_t step = kRowBytes / x.Kp / 8 * 8;
   if (step < 8) step = 8;
   for (int64_t m0 = 0; m0 < M; m0 += step) {
     const int64_t end = m0 + step < M ? m0 + step : M;
-    for (int64_t b = block_begin; b < block_end; b++) {
-      if (panels) unpack_multiplied(w, b, 0, w.Kp / 64, 128, panel);
+    for (int64_t b = block_begin; b < block_end; b += kBlocks) {
+      const int64_t last = b + kBlocks < block_end ? b + kBlocks : block_end;
+      for (int64_t i = b; i < last && panels; i++)
+        unpack_multiplied(w, i, 0, w.Kp / 64, 128, panel + (i - b) * w.Kp * 16);
       const uint8_t* first = panels ? panel : w.q + b * block_bytes;
       for (int64_t m = m0; m < end; m += 8) {
         const int64_t rows = end - m < 8 ? end - m : 8;
-        function(rows)(w, x, out, sums, first, m, b, b + 1);
+        function(rows)(w, x, out, sums, first, m, b, last);
       }
     }
   }

@@ -20,29 +20,46 @@ QPASS_AVX512_INLINE void prefetch(const uint8_t* line) {
   if (ahead.far) _mm_prefetch((const char*)line + ahead.far, _MM_HINT_T1);
 }
 
-// One 64-input block: inputs 0..31 of it go to `low`, inputs 32..63 to `high` (4 bits: 16 times too large).
+// What one block of 16 outputs holds while K passes over it.
+template <int ROWS>
+struct VnniSums {
+  __m512 acc[ROWS];
+  __m512i low[ROWS], high[ROWS], whole[ROWS];
+};
+
+// One 64-input block of each stream: inputs 0..31 of it go to `low`, inputs 32..63 to `high` (4 bits: 16 times too large).
 template <int BITS, int ROWS, int STREAMS>
-QPASS_AVX512_INLINE void vnni_block(const uint8_t* q, const int8_t* x, int64_t ld, __m512i (&low)[ROWS],
-                                    __m512i (&high)[ROWS]) {
+QPASS_AVX512_INLINE void vnni_block(const uint8_t* (&q)[STREAMS], const int8_t* x, int64_t ld,
+                                    VnniSums<ROWS> (&of)[STREAMS]) {
+  constexpr int kLines = 8 / STREAMS;  // written out: eight products, whatever the streams
   const __m512i nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 1
+  for (int first = 0; first < 8; first += kLines) {
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; r++) {
-    __m512i lower = _mm512_loadu_si512(q + r * 64), upper;
-    prefetch<BITS, STREAMS>(q + r * 64);
-    if (BITS == 4) {
-      upper = _mm512_andnot_si512(nibble, lower);
-      lower = _mm512_and_si512(lower, nibble);
-    } else {
-      upper = _mm512_loadu_si512(q + 512 + r * 64);
-      prefetch<BITS, STREAMS>(q + 512 + r * 64);
-    }
+    for (int r = first; r < first + kLines; r++) {
+#pragma GCC unroll 4
+      for (int s = 0; s < STREAMS; s++) {
+        const uint8_t* line = q[s] + r * 64;
+        __m512i lower = _mm512_loadu_si512(line), upper;
+        prefetch<BITS, STREAMS>(line);
+        if (BITS == 4) {
+          upper = _mm512_andnot_si512(nibble, lower);
+          lower = _mm512_and_si512(lower, nibble);
+        } else {
+          upper = _mm512_loadu_si512(line + 512);
+          prefetch<BITS, STREAMS>(line + 512);
+        }
 #pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++) {
-      const int8_t* codes = x + m * ld + r * 4;
-      low[m] = _mm512_dpbusd_epi32(low[m], lower, _mm512_set1_epi32(four_codes(codes)));
-      high[m] = _mm512_dpbusd_epi32(high[m], upper, _mm512_set1_epi32(four_codes(codes + 32)));
+        for (int m = 0; m < ROWS; m++) {
+          const int8_t* codes = x + m * ld + r * 4;
+          of[s].low[m] = _mm512_dpbusd_epi32(of[s].low[m], lower, _mm512_set1_epi32(four_codes(codes)));
+          of[s].high[m] = _mm512_dpbusd_epi32(of[s].high[m], upper, _mm512_set1_epi32(four_codes(codes + 32)));
+        }
+      }
     }
   }
+#pragma GCC unroll 4
+  for (int s = 0; s < STREAMS; s++) q[s] += BITS * 128;
 }
 
 // Adds `high` to `low` and empties it.
@@ -90,13 +107,6 @@ QPASS_AVX512_INLINE void vnni_close_run(const Weight& w, int64_t block, int64_t 
   }
 }
 
-// What one block of 16 outputs holds while K passes over it.
-template <int ROWS>
-struct VnniSums {
-  __m512 acc[ROWS];
-  __m512i low[ROWS], high[ROWS], whole[ROWS];
-};
-
 template <int BITS, int ROWS, bool INTEGER>
 QPASS_AVX512_INLINE void close_group(VnniSums<ROWS>& of, const Weight& w, int64_t block, int64_t group,
                                      const int32_t* sums) {
@@ -106,33 +116,47 @@ QPASS_AVX512_INLINE void close_group(VnniSums<ROWS>& of, const Weight& w, int64_
   for (int m = 0; m < ROWS; m++) of.low[m] = _mm512_setzero_si512();
 }
 
+// What a block has added up, as floats to be scaled by row.
 template <int ROWS, bool INTEGER>
-QPASS_AVX512_INLINE void write_block(VnniSums<ROWS>& of, const Weight& w, const QuantRows& x, const Output& out,
-                                     int64_t block, int64_t m0) {
-  if (INTEGER) {
-    const __m512 scale = group_scales(w, block, 0);
+QPASS_AVX512_INLINE void take_sums(const VnniSums<ROWS>& of, const Weight& w, int64_t block, __m512* sums) {
+  const __m512 scale = INTEGER ? group_scales(w, block, 0) : _mm512_setzero_ps();
 #pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++) of.acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(of.whole[m]), scale, of.acc[m]);
-  }
-  const Columns columns = columns_of(w, out, block, 1.f);
-#pragma GCC unroll 8
-  for (int m = 0; m < ROWS; m++) finish(columns, x, out, m0 + m, of.acc[m], 1.f);
+  for (int m = 0; m < ROWS; m++)
+    sums[m] = INTEGER ? _mm512_fmadd_ps(_mm512_cvtepi32_ps(of.whole[m]), scale, of.acc[m]) : of.acc[m];
 }
 
-// Rows m0 .. m0 + ROWS times STREAMS runs of `count` blocks, of which the first begins at block_begin, where `first` are
-// its weights, and the next ones `count` further. `group_sums` [M][inner_groups] are sums of codes.
+// One function for any number of rows: it is long, and stands at the end of many loops.
+QPASS_AVX512 inline void write_block(const Weight& w, const QuantRows& x, const Output& out, int64_t block, int64_t m0,
+                                     const __m512* sums, int rows) {
+  const Columns columns = columns_of(w, out, block, 1.f);
+  for (int m = 0; m < rows; m++) finish(columns, x, out, m0 + m, sums[m], 1.f);
+}
+
+// Blocks of up to 4 rows are taken four at a time, from four places of the weight; more rows leave no registers for that.
+constexpr int streams_of(int rows) { return rows <= 4 ? 4 : 1; }
+
+// Rows m0 .. m0 + ROWS times blocks [block_begin, block_end); `first` is where the weights of block_begin lie.
+// `group_sums` [M][inner_groups] are sums of codes.
 // Groups are runs of 32 inputs; one that ends inside a 64-input block closes on `low`, and `high` opens the next.
-template <int BITS, int ROWS, bool INTEGER, int STREAMS>
-QPASS_AVX512_INLINE void vnni_streams(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
-                                      const uint8_t* first, int64_t m0, int64_t block_begin, int64_t count) {
-  constexpr int64_t kBytes = BITS * 128;
-  const int64_t groups = INTEGER ? w.multipliers : w.groups, block_bytes = w.Kp / 64 * kBytes;
+template <int BITS, int ROWS, bool INTEGER>
+QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
+                            const uint8_t* first, int64_t m0, int64_t block_begin, int64_t block_end) {
+  constexpr int STREAMS = streams_of(ROWS);
+  const int64_t groups = INTEGER ? w.multipliers : w.groups, block_bytes = w.Kp / 64 * BITS * 128;
   const int64_t runs = (INTEGER ? inner_size(w) : w.group_size) / 32, ld = x.Kp;
   const int32_t* sums = group_sums + m0 * groups;
-  for (int64_t b = block_begin; b < block_begin + count; b++) {
-    const uint8_t* q = first + (b - block_begin) * block_bytes;
+  const int64_t count = (block_end - block_begin + STREAMS - 1) / STREAMS;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t block[STREAMS];
+    const uint8_t* q[STREAMS];
+#pragma GCC unroll 4
+    for (int s = 0; s < STREAMS; s++) {  // the last streams may be shorter: they end with the last block again
+      block[s] = block_begin + s * count + i < block_end ? block_begin + s * count + i : block_end - 1;
+      q[s] = first + (block[s] - block_begin) * block_bytes;
+    }
     const int8_t* codes = x.q + m0 * ld;
     VnniSums<ROWS> of[STREAMS];
+    __m512 done[STREAMS][ROWS];
 #pragma GCC unroll 4
     for (int s = 0; s < STREAMS; s++) {
 #pragma GCC unroll 8
@@ -145,39 +169,22 @@ QPASS_AVX512_INLINE void vnni_streams(const Weight& w, const QuantRows& x, const
     for (int64_t g = 0; g < groups; g++) {
       const int64_t end = (g + 1) * runs;
       bool inside = false;
-      for (; run < end; run += 2, q += kBytes, codes += 64) {
+      for (; run < end; run += 2, codes += 64) {
         inside = run + 1 == end;
 #pragma GCC unroll 4
-        for (int s = 0; s < STREAMS; s++) {
-          if (inside) join<BITS>(of[s].low, of[s].high);
-          vnni_block<BITS, ROWS, STREAMS>(q + s * count * block_bytes, codes, ld, of[s].low, of[s].high);
-        }
+        for (int s = 0; s < STREAMS && inside; s++) join<BITS>(of[s].low, of[s].high);
+        vnni_block<BITS, ROWS, STREAMS>(q, codes, ld, of);
       }
 #pragma GCC unroll 4
       for (int s = 0; s < STREAMS; s++) {
         if (!inside) join<BITS>(of[s].low, of[s].high);
-        close_group<BITS, ROWS, INTEGER>(of[s], w, b + s * count, g, sums);
+        close_group<BITS, ROWS, INTEGER>(of[s], w, block[s], g, sums);
       }
     }
 #pragma GCC unroll 4
-    for (int s = 0; s < STREAMS; s++) write_block<ROWS, INTEGER>(of[s], w, x, out, b + s * count, m0);
+    for (int s = 0; s < STREAMS; s++) take_sums<ROWS, INTEGER>(of[s], w, block[s], done[s]);
+    for (int s = 0; s < STREAMS; s++) write_block(w, x, out, block[s], m0, done[s], ROWS);
   }
-}
-
-// Rows m0 .. m0 + ROWS times blocks [block_begin, block_end); `first` is where the weights of block_begin lie.
-template <int BITS, int ROWS, bool INTEGER>
-QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& out, const int32_t* group_sums,
-                            const uint8_t* first, int64_t m0, int64_t block_begin, int64_t block_end) {
-  constexpr int kStreams = ROWS <= 4 ? 4 : 1;
-  int64_t count = 0;
-  if (kStreams > 1) {
-    count = (block_end - block_begin) / kStreams;
-    vnni_streams<BITS, ROWS, INTEGER, kStreams>(w, x, out, group_sums, first, m0, block_begin, count);
-  }
-  const int64_t done = count * kStreams;
-  first += done * (w.Kp / 64 * BITS * 128);
-  vnni_streams<BITS, ROWS, INTEGER, 1>(w, x, out, group_sums, first, m0, block_begin + done,
-                                       block_end - block_begin - done);
 }
 
 }  // namespace

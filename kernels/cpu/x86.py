@@ -41,8 +41,10 @@ def blocked(rows: Tensor, fill: float) -> Tensor:
     """[N, G] -> [Np / 16, G, 16], padded outputs holding `fill`."""
     n, groups = rows.shape
     seen, pad = (rows.view(torch.uint8), 0) if dtype_name(rows.dtype) in _BYTES else (rows, fill)
-    whole = seen.new_full((native.padded(n, 32), groups), pad)
-    whole[:n] = seen
+    whole = seen.contiguous()
+    if n % 32:
+        whole = seen.new_full((native.padded(n, 32), groups), pad)
+        whole[:n] = seen
     return whole.view(-1, 16, groups).transpose(1, 2).contiguous().view(rows.dtype)
 
 
@@ -58,7 +60,8 @@ def _pack(weight: CanonicalWeight, spec: LinearSpec) -> Packed:
 
 def _pack_parts(parts: Iterable[CanonicalWeight], spec: LinearSpec) -> Packed:
     qweight = large_pages.empty((native.packed_bytes(*spec.shape, spec.weight.bits),), torch.uint8)
-    scales, zero_points, sums, start = [], [], [], 0
+    rows: dict[str, Tensor] = {}  # each made whole at once: pieces would lie between what passes through memory
+    start = at = 0
     for weight in parts:
         if weight.scale.dtype not in native.dtype_index():
             raise TypeError("scales must be float32, bfloat16 or float16 to be packed for x86, got "
@@ -66,16 +69,23 @@ def _pack_parts(parts: Iterable[CanonicalWeight], spec: LinearSpec) -> Packed:
         n, k = weight.qweight.shape
         size = native.packed_bytes(n, k, spec.weight.bits)
         native.pack(weight, spec.weight.bits, into=qweight[start:start + size])
-        scales.append(weight.scale)
-        zero_points += [] if weight.zero_point is None else [weight.zero_point]
-        sums += [_colsum(weight, replace(spec, out_features=n))] if "colsum" in _names(spec) else []
-        start += size
-        del weight
-    packed = {"qweight": qweight, "scale": _packed_scale(torch.cat(scales), spec)}
-    if zero_points:
-        packed["zero_point"] = blocked(torch.cat(zero_points), 0)
-    if sums:
-        packed["colsum"] = torch.cat(sums)
+        of_rows = {"scale": weight.scale, "zero_point": weight.zero_point}
+        if "colsum" in _names(spec):
+            of_rows["colsum"] = _colsum(weight, replace(spec, out_features=n))
+        for name, part in of_rows.items():
+            if part is None:
+                continue
+            if name not in rows:
+                length = native.padded(spec.out_features, 32) if name == "colsum" else spec.out_features
+                rows[name] = part.new_empty((length, *part.shape[1:]))
+            rows[name][at:at + len(part)] = part
+        start, at = start + size, at + n
+        del weight, of_rows, part
+    packed = {"qweight": qweight, "scale": _packed_scale(rows["scale"], spec)}
+    if "zero_point" in rows:
+        packed["zero_point"] = blocked(rows["zero_point"], 0)
+    if "colsum" in rows:
+        packed["colsum"] = rows["colsum"]
     return packed
 
 

@@ -99,3 +99,15 @@ def test_parts_with_a_common_divisor_and_of_each_dtype() -> None:
         parts = factor(torch.tensor([[0.5, -3.5, 2.0], [12.0, 8.0, 4.0]], dtype=dtype))
         assert parts is not None
         assert parts[0].tolist() == [[1, -7, 4], [3, 2, 1]] and parts[1].tolist() == [0.5, 4.0]
+
+
+def test_parts_do_not_depend_on_how_many_rows_are_taken_apart_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = quantize_weight(torch.randn(100, 256).bfloat16(), spec_of(100, 256)).scale
+    whole = factor(scale)
+    monkeypatch.setattr("qpass.integer_scales._AT_ONCE", 7 * scale.shape[1])
+    pieces = factor(scale)
+    assert whole is not None and pieces is not None
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    broken = scale.clone()
+    broken[-1, 0] = 0.0
+    assert factor(broken) is None

@@ -1,9 +1,11 @@
 // AMX: products of float rows with integer weights. A weight minus its zero point is an integer that bf16 has exactly.
 //
+// One row of bf16, as in decoding, is multiplied without tiles, with the same bits (amx_float_row.h).
 // Whoever calls this has asked the kernel for the use of tile data (runtime.cpp).
 #include "amx_float.h"
 
 #include "amx_float_product.h"
+#include "amx_float_row.h"
 
 namespace qpass {
 namespace {
@@ -29,6 +31,11 @@ struct Integers {
 }  // namespace
 
 void product_f_amx(const Weight& w, const FloatRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
+  if (x.M == 1 && x.bf16_parts == 1) {
+    if (w.bits == 8) return row_product<Decode::byte_zero>(w, x, out, block_begin, block_end);
+    if (w.zero_point) return row_product<Decode::nibble_zero>(w, x, out, block_begin, block_end);
+    return row_product<Decode::nibble_table>(w, x, out, block_begin, block_end);
+  }
   if (w.bits == 8) return product_of(Integers<Codes::bytes>(w), x, out, block_begin, block_end);
   if (w.zero_point) return product_of(Integers<Codes::differences>(w), x, out, block_begin, block_end);
   product_of(Integers<Codes::nibbles>(w), x, out, block_begin, block_end);

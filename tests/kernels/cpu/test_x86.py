@@ -41,10 +41,12 @@ def make(family: str, short: str, n: int, k: int, group: int | None = 64, *, asy
 
 
 @every_native
-def test_a_row_does_not_depend_on_the_others(family: str, short: str) -> None:
-    for group, asym in ((32, False), (64, True), (None, False)):
-        found, spec, packed = make(family, short, 50, 192, group, asym=asym, asym_activation=asym)
-        x = torch.randn(150, 192)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_does_not_depend_on_the_others(family: str, short: str, dtype: torch.dtype) -> None:
+    for group, asym, k in ((32, False, 192), (64, True, 192), (96, False, 288), (None, False, 130), (None, True, 66)):
+        found, spec, packed = make(family, short, 50, k, group, asym=asym, asym_activation=asym)
+        x = torch.randn(150, k).to(dtype)
+        x[3], x[5, 7], x[8], x[149, 1] = 0, -0.0, x[8] * 1e-4, 6e4
         whole = found.forms["linear"](x, packed, None, spec)
         for first, last in ((0, 1), (0, 2), (5, 8), (3, 9), (17, 34), (70, 150), (149, 150)):
             assert torch.equal(found.forms["linear"](x[first:last], packed, None, spec), whole[first:last])

@@ -25,6 +25,8 @@ using __mmask32 = uint32_t;
 constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8;
 constexpr int _CMP_UNORD_Q = 3, _CMP_ORD_Q = 7, _CMP_NLT_UQ = 21, _MM_HINT_T0 = 3, _MM_HINT_T1 = 2;
 inline void _mm_prefetch(const char*, int) {}
+inline unsigned _mm_getcsr() { return 0; }
+inline void _mm_setcsr(unsigned) {}
 
 template <class To, class From>
 To same_bits(const From& from) {

@@ -105,7 +105,8 @@ def _models(model: Mapping[str, Any]) -> str:
             timing = outcome["timings"].get(metric) or {}
             us = timing.get("median_us")
             cells.append(f"{outcome['tokens'][metric] / us * 1e6:.1f}" if us else "")
-        rows.append([label, *cells, f"{outcome['peak'] / 1e6:.0f} MB" if outcome["peak"] else ""])
+        if any(cells):  # one that could not be run has none
+            rows.append([label, *cells, f"{outcome['peak'] / 1e6:.0f} MB" if outcome["peak"] else ""])
     return _markdown(rows)
 
 

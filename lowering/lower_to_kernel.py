@@ -12,6 +12,7 @@ here: kernels are asked through the registry.
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -51,7 +52,7 @@ def _take_apart(parts: fx.Node, joined: fx.Node) -> None:
     """Let slices of `joined` take the place of what is read of `parts`, which is removed."""
     begins = [0, *accumulate(part.shape[-1] for part in parts.meta["val"])]
     for part in list(parts.users):
-        i = part.args[1]
+        i: Any = part.args[1]
         with parts.graph.inserting_before(part):
             replace(part, add_call(parts.graph, torch.ops.aten.slice.Tensor, (joined, -1, begins[i], begins[i + 1]),
                                    like=part, name="y"))

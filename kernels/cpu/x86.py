@@ -38,13 +38,11 @@ def _names(spec: LinearSpec) -> tuple[str, ...]:
 
 
 def blocked(rows: Tensor, fill: float) -> Tensor:
-    """[N, G] -> [Np / 16, G, 16], padded outputs holding `fill`."""
+    """[N, G] -> [Np / 16, G, 16], padded outputs holding `fill`; always a copy."""
     n, groups = rows.shape
     seen, pad = (rows.view(torch.uint8), 0) if dtype_name(rows.dtype) in _BYTES else (rows, fill)
-    whole = seen.contiguous()
-    if n % 32:
-        whole = seen.new_full((native.padded(n, 32), groups), pad)
-        whole[:n] = seen
+    whole = seen.new_full((native.padded(n, 32), groups), pad)
+    whole[:n] = seen
     return whole.view(-1, 16, groups).transpose(1, 2).contiguous().view(rows.dtype)
 
 

@@ -67,11 +67,9 @@ QPASS_AVX512 void row_product(const Weight& w, const FloatRows& x, const Output&
   for (int64_t i = 0; i < count; i++) {
     int64_t block[kRowStreams];
     __m512 acc[kRowStreams];
+    blocks_at(block_begin, block_end, i, block);
 #pragma GCC unroll 4
-    for (int s = 0; s < kRowStreams; s++) {  // the last streams may be shorter: they end with the last block again
-      block[s] = block_begin + s * count + i < block_end ? block_begin + s * count + i : block_end - 1;
-      acc[s] = _mm512_setzero_ps();
-    }
+    for (int s = 0; s < kRowStreams; s++) acc[s] = _mm512_setzero_ps();
     for (int64_t g = 0; g < w.groups; g++) {
       const int64_t end = (g + 1) * runs < total ? (g + 1) * runs : total;
       Decoder decoder[kRowStreams];

@@ -14,6 +14,15 @@ inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? (__mmask16)0xffff : count <= 0 ? (__mmask16)0 : (__mmask16)((1u << count) - 1);
 }
 
+// The i-th block of each of STREAMS runs into which [begin, end) is cut. The last may be shorter: they end with the last
+// block again.
+template <int STREAMS>
+inline void blocks_at(int64_t begin, int64_t end, int64_t i, int64_t (&block)[STREAMS]) {
+  const int64_t count = (end - begin + STREAMS - 1) / STREAMS;
+#pragma GCC unroll 4
+  for (int s = 0; s < STREAMS; s++) block[s] = begin + s * count + i < end ? begin + s * count + i : end - 1;
+}
+
 inline int32_t four_codes(const int8_t* p) {
   int32_t word;
   memcpy(&word, p, 4);

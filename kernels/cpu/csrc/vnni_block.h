@@ -149,11 +149,9 @@ QPASS_AVX512 void vnni_rows(const Weight& w, const QuantRows& x, const Output& o
   for (int64_t i = 0; i < count; i++) {
     int64_t block[STREAMS];
     const uint8_t* q[STREAMS];
+    blocks_at(block_begin, block_end, i, block);
 #pragma GCC unroll 4
-    for (int s = 0; s < STREAMS; s++) {  // the last streams may be shorter: they end with the last block again
-      block[s] = block_begin + s * count + i < block_end ? block_begin + s * count + i : block_end - 1;
-      q[s] = first + (block[s] - block_begin) * block_bytes;
-    }
+    for (int s = 0; s < STREAMS; s++) q[s] = first + (block[s] - block_begin) * block_bytes;
     const int8_t* codes = x.q + m0 * ld;
     VnniSums<ROWS> of[STREAMS];
     __m512 done[STREAMS][ROWS];

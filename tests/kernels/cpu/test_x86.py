@@ -259,6 +259,25 @@ def test_codes_of_the_wrong_kind_are_named() -> None:
         form(q, scale, torch.zeros(2, 1), packed, None, spec, torch.float32)
 
 
+@pytest.mark.parametrize("n", [50, 64])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_packed_scales_have_memory_of_their_own(n: int, groups: int) -> None:
+    """New weights are written into packed tensors; what those were made from may be a mapped file."""
+    rows = torch.rand(n, groups)
+    blocks = x86.blocked(rows, 1)
+    kept = rows.clone()
+    blocks.zero_()
+    assert torch.equal(rows, kept)
+
+
+def test_every_op_gives_one_tensor() -> None:
+    """What gives a list is called through Python by graphs that Inductor writes in C++."""
+    for name in ("linear", "linear_q", "linear_list", "linear_q_list", "decoded", "decoded_list", "experts",
+                 "experts_q"):
+        (given,) = getattr(torch.ops.qpass_x86, name).default._schema.returns
+        assert isinstance(given.type, torch.TensorType), name
+
+
 def test_packing_checks_its_input() -> None:
     with pytest.raises(ValueError, match=r"outside -8\.\.7"):
         native.pack(CanonicalWeight({"qweight": torch.full((4, 8), 9, dtype=torch.int8)}), 4)

@@ -116,15 +116,15 @@ QPASS_AVX2_INLINE void codes_by(const T* w, int64_t size, float by, int8_t* q) {
 }
 
 template <class T>
-QPASS_AVX2_INLINE void codes_in_book(const Book& book, const T* w, int64_t size, float divisor, int8_t* q) {
+QPASS_AVX2_INLINE void codes_in_book(const Book& book, const T* w, int64_t size, float by, int8_t* q) {
   const BookVectors found = vectors_of(book);
-  const __m256 scale = _mm256_set1_ps(divisor);
+  const __m256 scale = _mm256_set1_ps(by);
   const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)book.backwards));
   const __m256i low = _mm256_set1_epi16(15);
   for (int64_t i = 0; i < size; i += 16) {
     __m256 v[2];
     floats16(w + i, v);
-    const __m256i a = ranks8(found, _mm256_div_ps(v[0], scale)), b = ranks8(found, _mm256_div_ps(v[1], scale));
+    const __m256i a = ranks8(found, _mm256_mul_ps(v[0], scale)), b = ranks8(found, _mm256_mul_ps(v[1], scale));
     const __m256i of_rank = _mm256_shuffle_epi8(codes, _mm256_and_si256(joined(w, a, b), low));
     put16(_mm256_and_si256(of_rank, low), _mm_set1_epi8(8), q + i);
   }

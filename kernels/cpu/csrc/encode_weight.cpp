@@ -13,18 +13,19 @@ namespace qpass {
 namespace {
 
 template <class T, Element kElement>
-void codes_plain(const Job& job, const T* w, int64_t size, float divisor, int8_t* q) {
+void codes_plain(const Job& job, const T* w, int64_t size, float by, int8_t* q) {
   constexpr uint32_t sign = kElement == Element::e2m1 ? 8 : 128;
   for (int64_t i = 0; i < size; i++) {
     const uint32_t u = finite(bits_at(w, i));
     if constexpr (kElement == Element::codebook)
-      q[i] = as_packed(kElement, code_in_book(job.book, float_of(u) / divisor));
+      q[i] = as_packed(kElement, code_in_book(job.book, float_of(u) * by));
     else
-      q[i] = as_packed(kElement, code_of<kElement>(float_of(u & 0x7fffffffu) / divisor) | (u >> 31) * sign);
+      q[i] = as_packed(kElement, code_of<kElement>(float_of(u & 0x7fffffffu) / by) | (u >> 31) * sign);
   }
 }
 
-// From the largest magnitudes of a row's groups, their scales to `scale`, 16 apart, and what weights are divided by.
+// From the largest magnitudes of a row's groups, their scales to `scale`, 16 apart, and what weights are divided by; of
+// a codebook, what they are multiplied by.
 void scales_plain(const Job& job, int64_t row, const float* most, float* divisor, void* scale) {
   const int64_t groups = job.groups;
   switch (job.rule) {
@@ -63,7 +64,7 @@ void scales_plain(const Job& job, int64_t row, const float* most, float* divisor
     case Rule::absmax:
       for (int64_t g = 0; g < groups; g++) {
         ((float*)scale)[g * 16] = most[g];
-        divisor[g] = most[g] > 0x1p-126f ? most[g] : 0x1p-126f;
+        divisor[g] = 1 / (most[g] > 1e-38f ? most[g] : 1e-38f);
       }
   }
 }

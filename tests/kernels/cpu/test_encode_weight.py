@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qpass.codecs.codebook import FP4, NF4
 from qpass.kernels.cpu import native, native_weights
 from qpass.kernels.cpu.x86_decoded import X86_DECODED
 from qpass.kernels.layout import NonFinite
@@ -31,6 +32,7 @@ CASES = {
     "nf4": args("nf4", 4, 64), "fp4": args("fp4", 4, 64), "int3": args("int", 3, 64), "int6": args("int", 6),
     "int2 asym": args("int", 2, 16, symmetric=False), "int7 asym": args("int", 7, symmetric=False),
 }
+BOOKS = {"nf4": NF4, "fp4": FP4}
 
 
 def spec_of(numbers: WeightArgs, n: int, k: int) -> LinearSpec:
@@ -78,13 +80,12 @@ def test_every_float_that_16_bits_hold(case: str) -> None:
         same(every[torch.randperm(1 << 16)].view(512, 128), CASES[case])
 
 
-@pytest.mark.parametrize("case", ["fp8 channel", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4"])
+@pytest.mark.parametrize("case", ["fp8 channel", "mxfp8", "mxfp6", "mxfp4", "nvfp4"])
 def test_quotients_at_and_next_to_ties(case: str) -> None:
     """Middles between the values of a format, of weights with a scale of 1 and of one that is no power of two."""
     numbers = CASES[case]
     bytes_ = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    value = {"nf4": torch.linspace(0, 1, 127), "mxfp6": bytes_.clamp(max=7.5), "mxfp4": bytes_.clamp(max=6),
-             "nvfp4": bytes_.clamp(max=6)}.get(case, bytes_)
+    value = bytes_.clamp(max={"mxfp6": 7.5, "mxfp4": 6, "nvfp4": 6}.get(case, 448))
     middle = (value[1:] + value[:-1]) / 2
     near = torch.stack((middle, middle.nextafter(torch.tensor(0.0)), middle.nextafter(torch.tensor(1e9))))
     flat = torch.cat((near.flatten(), -near.flatten(), value, value[:9]))[:512].view(-1, 64)
@@ -92,6 +93,17 @@ def test_quotients_at_and_next_to_ties(case: str) -> None:
     for scale in (1.0, 0.75, 3.1e-3):
         same(flat * scale, numbers)
         same((flat * scale).bfloat16(), numbers)
+
+
+@pytest.mark.parametrize("case", ["nf4", "fp4"])
+def test_codebooks_at_and_next_to_ties(case: str) -> None:
+    """Many of these have another code if they are divided by their group's largest, not multiplied by 1 / it."""
+    value = torch.tensor(BOOKS[case]).sort().values
+    middle = (value[1:] + value[:-1]) / 2
+    near = (middle, middle.nextafter(torch.tensor(2.0)), middle.nextafter(torch.tensor(-2.0)), value, torch.ones(3))
+    for scale in (torch.rand(64, 1), torch.rand(64, 1) * 1e37, torch.rand(64, 1) * 2e-38, torch.rand(64, 1).bfloat16()):
+        same(torch.cat(near) * scale, CASES[case])
+        same((torch.cat(near) * scale).bfloat16(), CASES[case])
 
 
 @pytest.mark.parametrize("case", ["fp8 groups", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4", "int3", "int2 asym"])

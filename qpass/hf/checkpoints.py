@@ -100,6 +100,17 @@ def ours(known: Mapping[str, Any]) -> list[str]:
         method in _NEEDS and not (_NEEDS[method] and find_spec(_NEEDS[method]) is not None)))
 
 
+def loaded_here(said: Any) -> bool:
+    """Whether a checkpoint is loaded here unless the user asks for another config: one that qpass saved, so that what
+    comes back is the model that was saved, or one of bitsandbytes, whose config Transformers keeps to itself, without
+    that package."""
+    if not isinstance(said, Mapping):
+        return False
+    method = said.get("quant_method")
+    return (method == "compressed-tensors" and "qpass" in said) or (
+        method == "bitsandbytes" and find_spec("bitsandbytes") is None)
+
+
 def register(configs: dict[str, Any], quantizers: dict[str, Any]) -> None:
     """Add what is ours to Transformers' tables of configs and of quantizers, by quant_method."""
     for method in (METHOD, *ours(quantizers)):

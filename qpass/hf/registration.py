@@ -16,7 +16,8 @@ def register() -> None:
     """Add our configs and quantizers to Transformers' tables; importing this module does. Again is no harm.
 
     What Transformers would say of a checkpoint that is quantized already names neither the recipe nor a way on, and it
-    has no hook for that: its merging of the two configs is ours where the one that was passed is.
+    has no hook for that: its merging of the two configs is ours where the one that was passed is, and where none was
+    and the checkpoint is one for `checkpoints.loaded_here`.
     """
     if METHOD in AUTO_QUANTIZER_MAPPING:
         return
@@ -28,6 +29,8 @@ def register() -> None:
     def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         if isinstance(quantization_config_from_args, QPassConfig):
             return merge_configs(quantization_config, quantization_config_from_args)
+        if quantization_config_from_args is None and checkpoints.loaded_here(quantization_config):
+            return checkpoints.CheckpointConfig()
         return theirs(quantization_config, quantization_config_from_args)
 
     AutoHfQuantizer.merge_quantization_configs = classmethod(merge)  # type: ignore[method-assign, assignment]

@@ -16,6 +16,7 @@ from qpass.layers.packed_layers import PackedWeight
 from tests.qpass.formats.fixture_folders import SMALL
 
 transformers = pytest.importorskip("transformers", minversion="5")
+checkpoints = pytest.importorskip("qpass.hf.checkpoints")
 IDS = torch.arange(1, 13)[None]
 
 
@@ -45,6 +46,38 @@ def test_formats_that_transformers_leaves_are_loaded_here(name: str) -> None:
 @pytest.mark.parametrize("name", ["compressed-tensors/w4a16_asym", "bitsandbytes/nf4_dq"])
 def test_a_config_without_recipe_has_any_format_loaded_here(name: str) -> None:
     same(from_pretrained(SMALL / name, quantization_config=qpass.QPassConfig()), SMALL / name)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("scheme", ["w4afp8", "w8a8", "fp8_block", "fp8_dynamic", "mxfp8", "mxfp4", "nvfp4", "nf4"])
+def test_what_was_saved_comes_back_without_an_argument(scheme: str, family: str, tmp_path: Path, tiny_model: Any,
+                                                       token_ids: torch.Tensor) -> None:
+    """The same layers, by whatever means Transformers would have read them itself."""
+    assert qpass.QPassConfig is not None
+    tiny_model(family).bfloat16().save_pretrained(tmp_path / "float")
+    made = from_pretrained(tmp_path / "float", quantization_config=qpass.QPassConfig(scheme))
+    made.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        assert torch.equal(again(token_ids).logits, made(token_ids).logits)
+    assert str(qpass.explain(again)) == str(qpass.explain(made)) and type(again) is type(made)
+    again.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_another_config_leaves_it_to_transformers(tmp_path: Path, tiny_llama: Any) -> None:
+    pytest.importorskip("compressed_tensors")
+    qpass.quantize(tiny_llama(), "w4afp8", progress=False).save_pretrained(tmp_path)
+    theirs = from_pretrained(tmp_path, quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
+    ours: Any = qpass.dequantize(qpass.load(tmp_path))
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, ours.state_dict()[name]), name
+
+
+def test_bitsandbytes_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    same(from_pretrained(SMALL / "bitsandbytes" / "nf4_dq"), SMALL / "bitsandbytes" / "nf4_dq")
 
 
 def test_the_dtype_asked_for_and_saving(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_save_pretrained_loads_here_and_with_compressed_tensors(tmp_path: Path, 
             == read(tmp_path / "ours" / "config.json")["quantization_config"])
     loaded = qpass.load(tmp_path / "theirs")
     assert torch.equal(loaded(token_ids).logits, model(token_ids).logits)
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", quantization_config=transformers.CompressedTensorsConfig())
     torch.testing.assert_close(other(token_ids).logits, model(token_ids).logits, rtol=1e-4, atol=1e-5)
     for name, layer in packed_layers(model).items():  # the first forward decompressed them
         assert torch.equal(other.get_submodule(name).weight.float(), layer.dequantize(torch.float32)), name

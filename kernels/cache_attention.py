@@ -18,7 +18,7 @@ def cache_attention(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tens
         why, native = cuda_attention.refuses(query, keys, values), cuda_attention.cache_attention_triton
     else:
         why = x86_attention.refuses(query, keys, key_scale, values, value_scale, mask, kind)
-        native = x86_attention.cache_attention_avx2
+        native = x86_attention.cache_attention_x86
     run = native if why is None else reference
     return run(query, keys, key_scale, values, value_scale, mask, kind, causal, scaling, softcap)
 

@@ -23,7 +23,7 @@ def insert_attention_checks(graph: fx.Graph) -> int:
         users = list(node.users)
         with graph.inserting_after(node):
             check = add_call(graph, torch.ops.qpass.check_attention.default,
-                             (node, *node.args, node.meta[ATTENTION]), like=node)
+                             (node, *node.args[:6], node.meta[ATTENTION]), like=node)
         for user in users:
             user.replace_input_with(node, check)
     return len(nodes)

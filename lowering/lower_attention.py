@@ -2,7 +2,7 @@
 
 before  k2, v2 = k and v expanded to the heads of the queries and copied;  add = where(seen, 0, -inf)
         y, _ = aten attention(q, k2, v2, causal, attn_mask=add, scale=s)
-after   y = permute(native attention(q, k, v, seen, causal, s), [0, 2, 1, 3])
+after   y = permute(native attention(q, k, v, seen, causal, s, isa), [0, 2, 1, 3])
 
 A decoded token reads every key and value once then, instead of writing a copy for each head that shares them. What the
 kernels refuse stays PyTorch's, and `meta["qpass_left"]` says why; so does attention whose gradient is wanted.
@@ -63,11 +63,13 @@ def _lower(graph: fx.Graph, node: fx.Node) -> str | None:
     values: list[Any] = [None if one is None else one.meta["val"] for one in (query, key, value, mask)]
     if any(one is not None and not _side_by_side(one) for one in values):
         return "the numbers of a head do not lie side by side"
-    target = native_attention(*values)
-    if isinstance(target, str):
-        return target
+    found = native_attention(*values)
+    if isinstance(found, str):
+        return found
+    target, isa = found
     with graph.inserting_before(node):
-        call = add_call(graph, target, (query, key, value, mask, args["is_causal"], scale), like=node, name="attention")
+        call = add_call(graph, target, (query, key, value, mask, args["is_causal"], scale, isa), like=node,
+                        name="attention")
         result = add_call(graph, _aten.permute.default, (call, [0, 2, 1, 3]), like=node)
     call.meta[ATTENTION] = module_path(node) or node.name
     for user in users:

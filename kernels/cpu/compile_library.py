@@ -32,14 +32,15 @@ PARTS = {
                  "quantize_weight", "largest", "runtime"),
     "decoded": ("shim_decoded", "decoded", "decoded_plain", "decoded_avx2", "decoded_amx", "pack",
                 "encode_weight", "largest", "runtime"),
-    "attention": ("shim_attention", "attention_float", "runtime"),
-    "cache": ("attention", "runtime"),
+    "attention": ("shim_attention", "attention_float", "attention_float_avx2", "attention_float_avx512", "runtime"),
+    "cache": ("attention", "attention_avx2", "attention_avx512", "runtime"),
     "calibration": ("search_ranges", "round_columns", "runtime"),
 }
 """Each part's sources: integer weights, those of csrc/decoded.h, attention over floats and over a quantized cache, what
 calibration does to weights."""
 NEEDS = {"vnni": "avx512_vnni", "amx": "amx_int8", "amx_codes": "amx_int8", "amx_float": "amx_int8",
-         "decoded_amx": "amx_int8"}
+         "decoded_amx": "amx_int8", "attention_avx512": "avx512_vnni",
+         "attention_float_avx512": "avx512_vnni"}
 """The level of kernels/isa.py that a source is for, where that is not everybody's."""
 _NO_LOOPS = ("-Og",)  # for files that only pass tensors on: they hold torch's templates, and -O1 takes 0.8 s longer
 _TORCH = "libtorch_cpu.so"

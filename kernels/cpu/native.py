@@ -18,6 +18,7 @@ import torch
 from qpass import large_pages
 from qpass.errors import NoKernel
 from qpass.kernels.cpu import build, compile_library
+from qpass.kernels.isa import machine_has
 from qpass.weight import CanonicalWeight
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "qp_descend_columns": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, ctypes.c_float, ctypes.c_float,
                            _POINTER, _POINTER, _I32),
     "qp_largest": (_POINTER, _I32, _I64, _POINTER, _I32),
-    "qp_attention": (_POINTER, _I32, _POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER, _I64, _I32,
+    "qp_attention": (_I32, _POINTER, _I32, _POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER, _I64, _I32,
                      ctypes.c_float, ctypes.c_float, _POINTER, _I32),
     "qp_quantize": (_I32, _POINTER, _I32, _I64, _I64, _POINTER, _POINTER, _POINTER),
 }
@@ -130,6 +131,11 @@ def _open(part: str) -> ctypes.CDLL:
             if compile_library.compiler() is None:
                 raise
     return ctypes.CDLL(str(build.build(part)))
+
+
+def attention_isa() -> int:
+    """The number of the best instruction set that attention knows and this machine has, capped by QPASS_ISA."""
+    return next((ISA_INDEX[isa] for isa in ("avx512_vnni", "avx2") if isa in machine_has()), 0)
 
 
 @cache

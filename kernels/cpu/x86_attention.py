@@ -46,8 +46,8 @@ def refuses(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, valu
     return native.prepare("cache")
 
 
-def cache_attention_avx2(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, value_scale: Tensor,
-                         mask: Tensor | None, kind: str, causal: bool, scaling: float, softcap: float) -> Tensor:
+def cache_attention_x86(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, value_scale: Tensor,
+                        mask: Tensor | None, kind: str, causal: bool, scaling: float, softcap: float) -> Tensor:
     """As the reference, without a copy of the cache in float."""
     q = query.contiguous()
     b, heads, m, d = q.shape
@@ -61,8 +61,9 @@ def cache_attention_avx2(query: Tensor, keys: Tensor, key_scale: Tensor, values:
     count = 0 if mask is None else _span(mask)
     k, v = _cached(keys, key_scale), _cached(values, value_scale)
     native.succeed(native.library("cache").qp_attention(
-        q.data_ptr(), native.dtype_index()[q.dtype], (ctypes.c_int64 * 7)(b, heads, keys.shape[1], m, s, d, dv),
-        KINDS[kind], ctypes.byref(k), ctypes.byref(v), None if mask is None else mask.data_ptr(),
+        native.attention_isa(), q.data_ptr(), native.dtype_index()[q.dtype],
+        (ctypes.c_int64 * 7)(b, heads, keys.shape[1], m, s, d, dv), KINDS[kind], ctypes.byref(k), ctypes.byref(v),
+        None if mask is None else mask.data_ptr(),
         0 if mask is None else 1 if mask.dtype == torch.bool else 2, (ctypes.c_int64 * 3)(*strides), count,
         int(causal), scaling, softcap, out.data_ptr(), torch.get_num_threads()), "cache")
     return out

@@ -46,7 +46,8 @@ LIBRARY.define(f"experts(Tensor x, {_EXPERTS}, int activation, int isa) -> Tenso
 LIBRARY.define(f"experts_q({_CODES}, {_EXPERTS}, ScalarType dtype, int isa) -> Tensor")
 
 
-LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> Tensor")
+LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, int isa) "
+               "-> Tensor")
 
 
 def _product(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -111,7 +112,8 @@ def _decoded_list(x: Tensor, tensors: list[Tensor], count: list[int], n: list[in
 
 
 @torch.library.register_fake("qpass_x86::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float,
+               isa: int) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 

@@ -13,20 +13,28 @@ from qpass.kernels.cpu import native, x86_ops
 from qpass.kernels.isa import machine_has, machine_refuses
 from qpass.kernels.reference.attention import attention as reference
 
-OP = x86_ops.OPS.attention.default
+ISAS = ("avx2", "avx512_vnni")
 # batch, heads of queries, heads of keys, queries, keys, head size of keys, of values
 SIZES = [(1, 1, 1, 1, 1, 8, 8), (2, 6, 2, 1, 37, 64, 64), (1, 4, 4, 5, 19, 48, 32), (3, 8, 1, 3, 530, 80, 80),
          (1, 7, 1, 1, 257, 128, 128), (1, 3, 3, 70, 70, 24, 24), (1, 14, 2, 9, 300, 64, 72), (2, 10, 5, 40, 11, 16, 16)]
 
 
-@pytest.fixture(params=["reference", "native"])
-def run(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
-    if request.param == "reference":
-        return reference
-    if (why := machine_refuses("avx2") or native.refuses()):
+def on(isa: str) -> Callable[..., Tensor]:
+    """The native op with these instructions."""
+    if (why := machine_refuses(isa) or native.refuses("attention")):
         pytest.skip(why)
-    assert native.prepare() is None
-    return OP
+    assert native.prepare("attention") is None
+    return lambda *args: x86_ops.OPS.attention.default(*args, native.ISA_INDEX[isa])
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def run(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    return reference if request.param == "reference" else on(request.param)
+
+
+@pytest.fixture(params=ISAS)
+def op(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    return on(request.param)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -74,10 +82,8 @@ def test_against_float64(run: Callable[..., Tensor], sizes: tuple[int, ...], dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_as_near_as_pytorch(dtype: torch.dtype) -> None:
+def test_as_near_as_pytorch(op: Callable[..., Tensor], dtype: torch.dtype) -> None:
     """Means over many numbers, for single ones are luck in either."""
-    if (why := machine_refuses("avx2") or native.refuses()):
-        pytest.skip(why)
     ours, theirs = [], []
     for sizes in [(4, 8, 2, 1, 300, 64, 64), (2, 8, 4, 30, 40, 128, 128), (8, 8, 8, 2, 700, 32, 32)]:
         for way in ("plain", "causal", "float"):
@@ -85,7 +91,7 @@ def test_as_near_as_pytorch(dtype: torch.dtype) -> None:
             want = exact(q, k, v, mask, causal, 0.2)
             torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                                                       scale=0.2, enable_gqa=True).transpose(1, 2)
-            for out, into in ((OP(q, k, v, mask, causal, 0.2), ours), (torchs, theirs)):
+            for out, into in ((op(q, k, v, mask, causal, 0.2), ours), (torchs, theirs)):
                 into.append(((out.double() - want).abs().mean() / want.abs().mean()).item())
     assert sum(ours) <= 1.02 * sum(theirs), (ours, theirs)
 
@@ -119,44 +125,37 @@ def test_nan_stays_where_it_belongs(run: Callable[..., Tensor]) -> None:
         assert y[0, :, :2].isnan().all() and y[0, :, 2:].isfinite().all()
 
 
-def test_what_a_mask_hides_is_not_read_into_any_sum() -> None:
+def test_what_a_mask_hides_is_not_read_into_any_sum(op: Callable[..., Tensor]) -> None:
     """Places that nothing was written to yet may hold anything."""
-    if (why := machine_refuses("avx2") or native.refuses()):
-        pytest.skip(why)
     q, k, v = given((1, 4, 2, 3, 300, 16, 16), torch.bfloat16)
     for mask in (torch.rand(1, 1, 3, 300) < 0.5, torch.zeros(3, 300).masked_fill(torch.rand(3, 300) < 0.5, -torch.inf)):
         seen = mask if mask.dtype == torch.bool else mask == 0
         none, some = ~seen.reshape(3, 300).any(0), seen.reshape(3, 300)[0] & ~seen.reshape(3, 300)[1]
-        want = OP(q, k, v, mask, False, 0.25)
+        want = op(q, k, v, mask, False, 0.25)
         k[:, :, none], v[:, :, none] = torch.nan, torch.inf
-        assert torch.equal(OP(q, k, v, mask, False, 0.25), want)
+        assert torch.equal(op(q, k, v, mask, False, 0.25), want)
         v[:, :, some] = torch.nan  # row 0 sees these, row 1 does not
-        y = OP(q, k, v, mask, False, 0.25)
+        y = op(q, k, v, mask, False, 0.25)
         assert y[0, 0].isnan().all() and (y[0, 1].float() - want[0, 1].float()).abs().max() < 1e-2
         q, k, v = given((1, 4, 2, 3, 300, 16, 16), torch.bfloat16)
 
 
-def test_neither_threads_nor_other_rows_change_a_row() -> None:
-    if (why := machine_refuses("avx2") or native.refuses()):
-        pytest.skip(why)
+def test_neither_threads_nor_other_rows_change_a_row(op: Callable[..., Tensor]) -> None:
     q, k, v = given((2, 7, 1, 11, 1300, 32, 32), torch.float32)
     mask = torch.rand(2, 1, 11, 1300) < 0.4
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(OP(q, k, v, mask, False, 0.2))
-            one = OP(q[1:, :, 4:5], k[1:], v[1:], mask[1:, :, 4:5], False, 0.2)
+            results.append(op(q, k, v, mask, False, 0.2))
+            one = op(q[1:, :, 4:5], k[1:], v[1:], mask[1:, :, 4:5], False, 0.2)
             assert torch.equal(one[0, 0], results[0][1, 4])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_what_is_wrong_is_refused_by_name() -> None:
-    if (why := machine_refuses("avx2") or native.refuses()):
-        pytest.skip(why)
-    native.prepare()
+def test_what_is_wrong_is_refused_by_name(op: Callable[..., Tensor]) -> None:
     q, k, v = given((1, 4, 2, 3, 10, 16, 16), torch.float32)
     for wrong, message in (((q, k[:, :, :9], v, None), "as many values as keys"), ((q, k.half(), v, None), "one dtype"),
                            ((q, k[..., :8], v, None), "one head size"), ((q[:, :3], k, v, None), "do not share"),
@@ -165,15 +164,15 @@ def test_what_is_wrong_is_refused_by_name() -> None:
                            ((q, k, v, torch.ones(3, 10, dtype=torch.int64)), "must be float32"),
                            ((q[..., :12], k[..., :12], v, None), "no multiples of 8")):
         with pytest.raises(RuntimeError, match=message):
-            OP(*wrong, False, 0.25)
-    assert OP(q[:0], k[:0], v[:0], None, False, 0.25).shape == (0, 3, 4, 16)
+            op(*wrong, False, 0.25)
+    assert op(q[:0], k[:0], v[:0], None, False, 0.25).shape == (0, 3, 4, 16)
 
 
 def test_refusals_are_sentences() -> None:
     if (why := machine_refuses("avx2") or native.refuses()):
         pytest.skip(why)
     q, k, v = given((1, 4, 2, 3, 10, 16, 16), torch.float32)
-    assert native_attention(q, k, v, None) is OP
+    assert native_attention(q, k, v, None) == (x86_ops.OPS.attention.default, native.attention_isa())
     for told, args in (("multiple of 8", (q[..., :12], k[..., :12], v, None)),
                        ("takes one of", (q.double(), k, v, None)),
                        ("share those of keys", (q[:, :3], k, v, None)),
@@ -184,4 +183,4 @@ def test_refusals_are_sentences() -> None:
     if "avx512_vnni" in machine_has():
         assert "AVX512" in str(native_attention(long, k, v, None))
     else:
-        assert native_attention(long, k, v, None) is OP
+        assert not isinstance(native_attention(long, k, v, None), str)

@@ -22,7 +22,20 @@ NUMBERS = {
 }
 # batch, heads of queries, heads of keys, queries, keys, head size of keys, of values
 SIZES = [(1, 1, 1, 1, 1, 16, 16), (2, 6, 2, 1, 37, 64, 64), (1, 4, 4, 5, 19, 48, 32), (2, 8, 1, 3, 130, 80, 80),
-         (1, 8, 2, 1, 45, 32, 64)]
+         (1, 8, 2, 1, 45, 32, 64), (1, 3, 1, 1, 50, 24, 56), (1, 5, 1, 1, 33, 112, 144)]
+
+
+def use(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the native kernel have these instructions."""
+    if (why := machine_refuses(isa) or native.refuses("cache")) is not None:
+        pytest.skip(why)
+    assert native.prepare("cache") is None  # before, so that it is built with all that the machine has
+    monkeypatch.setenv("QPASS_ISA", isa)
+
+
+@pytest.fixture(params=("avx2", "avx512_vnni"))
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(request.param, monkeypatch)
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scaling: float,
@@ -58,10 +71,16 @@ def made(numbers: CacheNumbers, shape: tuple[int, ...]) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS.keys())
 @pytest.mark.parametrize("way", ["plain", "causal", "bool", "float and softcap"])
-def test_against_float64(numbers: CacheNumbers, sizes: tuple[int, ...], way: str) -> None:
+@pytest.mark.parametrize("level", ["reference", "avx2", "avx512_vnni"])
+def test_against_float64(numbers: CacheNumbers, sizes: tuple[int, ...], way: str, level: str,
+                         monkeypatch: pytest.MonkeyPatch) -> None:
     b, heads, shared, m, s, d, dv = sizes
     if way == "causal" and m > s:
         pytest.skip("more queries than keys")
+    if any(size % max(16 if numbers.kind == "int4" else 8, numbers.group_size or 0) for size in (d, dv)):
+        pytest.skip("groups do not divide the heads")
+    if level != "reference":
+        use(level, monkeypatch)
     q = torch.randn(b, heads, m, d)
     keys, values = made(numbers, (b, shared, s, d)), made(numbers, (b, shared, s, dv))
     mask: torch.Tensor | None = None
@@ -73,10 +92,10 @@ def test_against_float64(numbers: CacheNumbers, sizes: tuple[int, ...], way: str
     softcap, scaling = (5.0 if "softcap" in way else 0.0), 0.3
     expected = exact(q.double(), keys[2], values[2], mask, way == "causal", scaling, softcap)
     given: Any = (keys[0], keys[1], values[0], values[1], mask, numbers.kind, way == "causal", scaling, softcap)
-    native_refuses = x86_attention.refuses(q, *given[:6])
-    ways = {"reference": reference} if native_refuses else {
-        "reference": reference, "native": x86_attention.cache_attention_avx2, "op": cache_attention}
-    assert native_refuses is None or machine_refuses("avx2") or native.refuses(), native_refuses
+    ways = {"reference": reference}
+    if level != "reference":
+        assert x86_attention.refuses(q, *given[:6]) is None
+        ways = {"native": x86_attention.cache_attention_x86, "op": cache_attention}
     for name, run in ways.items():
         for dtype, allowed in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
             query = q.to(dtype)
@@ -129,14 +148,19 @@ def test_what_cannot_be_is_said() -> None:
     codes, scale = torch.zeros(1, 1, 4, 16, dtype=torch.int8), torch.ones(1, 1, 4, 1)
     if x86_attention.refuses(torch.zeros(1, 1, 1, 16), codes, scale, codes, scale, None, "int8") is None:
         with pytest.raises(ValueError, match="smaller than their sizes say"):  # one scale, said to be four
-            x86_attention.cache_attention_avx2(torch.zeros(1, 1, 1, 32), codes, scale, codes, scale, None, "int8",
+            x86_attention.cache_attention_x86(torch.zeros(1, 1, 1, 32), codes, scale, codes, scale, None, "int8",
                                                False, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("run", [reference, x86_attention.cache_attention_avx2], ids=["reference", "avx2"])
-def test_a_query_that_is_nan_stays_nan(run: Any) -> None:
-    if run is not reference and (why := machine_refuses("avx2") or native.refuses()):
-        pytest.skip(why)
+def test_a_query_that_is_nan_stays_nan_in_the_reference() -> None:
+    a_query_that_is_nan_stays_nan(reference)
+
+
+def test_a_query_that_is_nan_stays_nan(isa: None) -> None:
+    a_query_that_is_nan_stays_nan(x86_attention.cache_attention_x86)
+
+
+def a_query_that_is_nan_stays_nan(run: Any) -> None:
     q, scale = torch.randn(1, 2, 2, 16), torch.rand(1, 2, 11, 1, dtype=torch.float16)
     codes = torch.randint(-127, 128, (1, 2, 11, 16), dtype=torch.int8)
     q[0, 1, 0, 3] = torch.nan
@@ -149,9 +173,8 @@ def test_a_query_that_is_nan_stays_nan(run: Any) -> None:
     assert (y[0, 1] == 0).all()  # a row that sees nothing
 
 
-@pytest.mark.skipif(machine_refuses("avx2") is not None or native.refuses() is not None, reason="the native kernel")
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS.keys())
-def test_what_no_query_sees_may_be_anything(numbers: CacheNumbers) -> None:
+def test_what_no_query_sees_may_be_anything(numbers: CacheNumbers, isa: None) -> None:
     if numbers.static:
         pytest.skip("one scale for all tokens")
     states, q = torch.randn(1, 2, 45, 32), torch.randn(1, 8, 1, 32).half()
@@ -159,17 +182,16 @@ def test_what_no_query_sees_may_be_anything(numbers: CacheNumbers) -> None:
     codes, seen = numbers.encode(states, scale), torch.rand(1, 1, 1, 45) < 0.5
     seen[..., 16:24], seen[..., -1] = False, False
     given: Any = (codes, scale, seen, numbers.kind, False, 0.25, 0.0)
-    want = x86_attention.cache_attention_avx2(q, *given[:2], *given)
+    want = x86_attention.cache_attention_x86(q, *given[:2], *given)
     scale = scale.masked_fill(~seen.view(1, 1, 45, 1), torch.nan)
-    assert torch.equal(x86_attention.cache_attention_avx2(q, codes, scale, codes, scale, *given[2:]), want)
+    assert torch.equal(x86_attention.cache_attention_x86(q, codes, scale, codes, scale, *given[2:]), want)
 
 
-@pytest.mark.skipif(machine_refuses("avx2") is not None or native.refuses() is not None, reason="the native kernel")
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS.keys())
-def test_a_query_does_not_depend_on_the_others_of_its_keys(numbers: CacheNumbers) -> None:
+def test_a_query_does_not_depend_on_the_others_of_its_keys(numbers: CacheNumbers, isa: None) -> None:
     keys, values = made(numbers, (1, 1, 70, 32)), made(numbers, (1, 1, 70, 64))
     q = torch.randn(1, 7, 1, 32)
     given: Any = (*keys[:2], *values[:2], None, numbers.kind, False, 0.25, 0.0)
-    whole = x86_attention.cache_attention_avx2(q, *given)
+    whole = x86_attention.cache_attention_x86(q, *given)
     for first, last in ((0, 1), (1, 3), (2, 5), (3, 7), (1, 6)):
-        assert torch.equal(x86_attention.cache_attention_avx2(q[:, first:last], *given), whole[:, :, first:last])
+        assert torch.equal(x86_attention.cache_attention_x86(q[:, first:last], *given), whole[:, :, first:last])

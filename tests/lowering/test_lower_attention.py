@@ -124,6 +124,7 @@ def test_a_graph_without_quantized_layers_is_left_alone(trace: Any) -> None:
 def test_compiled(quantize_layers: Any, installed: None, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for all lengths, nothing copied for the heads, checked against the reference on the way."""
     monkeypatch.setenv("QPASS_CHECK", "1")
+    native.prepare("attention")  # before, so that it is built with all that the machine has
     monkeypatch.setenv("QPASS_ISA", "avx2")  # with AVX512 the native op is for a known, small number of queries
     torch.manual_seed(0)
     model = quantize_layers(Cached(way))
@@ -159,7 +160,9 @@ def test_switched_off(quantize_layers: Any, trace: Any) -> None:
     assert (traced.count(FLASH), traced.count(NATIVE)) == (1, 0)
 
 
-def test_golden(trace: Any) -> None:
+def test_golden(trace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.prepare("attention")
+    monkeypatch.setenv("QPASS_ISA", "avx2")
     class Step(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
             return sdpa(q, repeat(k, 2), repeat(v, 2), attn_mask=seen, scale=1 / math.sqrt(16)).transpose(1, 2)
@@ -173,7 +176,7 @@ def graph(q, k, v, seen):
     # k: float32[1, 2, 9, 16]
     # v: float32[1, 2, 9, 16]
     # seen: bool[1, 1, 1, 9]
-    attention: "float32[1, 1, 4, 16]" = torch.ops.qpass_x86.attention.default(q, k, v, seen, False, 0.25)
+    attention: "float32[1, 1, 4, 16]" = torch.ops.qpass_x86.attention.default(q, k, v, seen, False, 0.25, 1)
     permute_default: "float32[1, 4, 1, 16]" = torch.ops.aten.permute.default(attention, [0, 2, 1, 3])
     transpose: "float32[1, 1, 4, 16]" = torch.ops.aten.transpose.int(permute_default, 1, 2)
     return (transpose,)

@@ -93,9 +93,10 @@ struct qp_cached {
 // q [B, Hq, M, D] contiguous, out [B, M, Hq, Dv]; sizes are B, Hq, Hkv, M, S, D, Dv. kind: 0 int8, 1 e4m3, 2 int4 (low
 // nibbles are the first half of a row; 8 stands for 0). mask_dtype: 0 none, 1 bytes (0 hides), 2 float32 to be added;
 // its strides (batch, head, row) in numbers. causal: row m sees the keys up to S - M + m. softcap 0 is none.
-int32_t qp_attention(const void* q, int32_t dtype, const int64_t* sizes, int32_t kind, const struct qp_cached* k,
-                     const struct qp_cached* v, const void* mask, int32_t mask_dtype, const int64_t* mask_strides,
-                     int64_t mask_count, int32_t causal, float scaling, float softcap, void* out, int32_t threads);
+int32_t qp_attention(int32_t isa, const void* q, int32_t dtype, const int64_t* sizes, int32_t kind,
+                     const struct qp_cached* k, const struct qp_cached* v, const void* mask, int32_t mask_dtype,
+                     const int64_t* mask_strides, int64_t mask_count, int32_t causal, float scaling, float softcap,
+                     void* out, int32_t threads);
 
 // Rows of numbers, each side by side: steps from batch to batch, head to head and token to token, and how many numbers
 // lie in memory from `data` on.
@@ -107,7 +108,7 @@ struct qp_rows {
 // softmax(scale * q k^T + mask) v for q [B, Hq, M, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] of one dtype; out is contiguous,
 // [B, M, Hq, Dv]. sizes as in qp_attention. mask_dtype: 0 none, 1 bytes (0 hides), else 2 + DType, to be added; its
 // tokens are queries. causal: query m sees the keys up to m. What a mask hides is not read into any sum.
-int32_t qp_float_attention(const int64_t* sizes, int32_t dtype, const struct qp_rows* q, const struct qp_rows* k,
+int32_t qp_float_attention(int32_t isa, const int64_t* sizes, int32_t dtype, const struct qp_rows* q, const struct qp_rows* k,
                            const struct qp_rows* v, const struct qp_rows* mask, int32_t mask_dtype, int32_t causal,
                            float scale, void* out, int64_t out_count, int32_t threads);
 

@@ -37,4 +37,14 @@ struct Block {
   float* work;
 };
 
+// What an instruction set gives: scaled queries into a block's work space; the softmax of one chunk of keys; a piece
+// joined to those before it; outputs.
+struct FloatSteps {
+  void (*begin)(const FloatAttention& c, const Block& block);
+  void (*chunk)(const FloatAttention& c, const Block& block, int64_t from, const Piece& out);
+  void (*join)(const FloatAttention& c, const Block& block, const Piece& into, const Piece& one);
+  void (*finish)(const FloatAttention& c, const Block& block, const Piece& piece);
+};
+extern const FloatSteps float_attention_avx2, float_attention_avx512;
+
 }  // namespace qpass

@@ -1,22 +1,13 @@
 // Attention over keys and values in float, as they lie in a cache: strided, one head for several of the queries'.
-#include <cmath>
 #include <new>
 
-#include "avx2_intrinsics.h"
 #include "attention.h"
-#include "avx2_exp.h"
-#include "convert.h"
-#include "product.h"
 #include "scratch.h"
 
-#include "avx2_begin.h"
-
-#include "avx2_vector.h"
-#include "avx2_attention.h"
-
-#include "avx2_end.h"
-
 namespace qpass {
+
+extern const FloatSteps float_attention_avx2 __attribute__((weak)), float_attention_avx512 __attribute__((weak));
+
 namespace {
 
 constexpr int64_t kMinWork = 1 << 15;  // multiply-adds that are worth a thread
@@ -47,34 +38,35 @@ bool each(int64_t count, int32_t team, const Task& task) {
   return !failed;
 }
 
-bool whole_units(const FloatAttention& c, const Plan& plan, int32_t team) {
+bool whole_units(const FloatSteps& steps, const FloatAttention& c, const Plan& plan, int32_t team) {
   return each(plan.units, team, [&](int64_t u) {
     float* memory = (float*)scratch(0, 4 * (work_floats(c) + 2 * piece_floats(c.Dv)));
     const Piece sum = piece_at(memory + work_floats(c)), one = piece_at(memory + work_floats(c) + piece_floats(c.Dv));
     const Block block = plan.unit(c, u, memory);
-    begin(c, block);
-    chunk_of_any(c, block, 0, sum);
+    steps.begin(c, block);
+    steps.chunk(c, block, 0, sum);
     for (int64_t n = 1; n < plan.chunks; n++) {
-      chunk_of_any(c, block, n * kChunk, one);
-      join(c, block, sum, one);
+      steps.chunk(c, block, n * kChunk, one);
+      steps.join(c, block, sum, one);
     }
-    finish(c, block, sum);
+    steps.finish(c, block, sum);
   });
 }
 
 // For few heads and many keys: every chunk is a task of its own, and they are joined afterwards, in the same order.
-bool split_units(const FloatAttention& c, const Plan& plan, int32_t team) {
+bool split_units(const FloatSteps& steps, const FloatAttention& c, const Plan& plan, int32_t team) {
   float* pieces = (float*)scratch(1, 4 * plan.units * plan.chunks * piece_floats(c.Dv));
   const bool done = each(plan.units * plan.chunks, team, [&](int64_t i) {
     const Block block = plan.unit(c, i / plan.chunks, (float*)scratch(0, 4 * work_floats(c)));
-    begin(c, block);
-    chunk_of_any(c, block, i % plan.chunks * kChunk, piece_at(pieces + i * piece_floats(c.Dv)));
+    steps.begin(c, block);
+    steps.chunk(c, block, i % plan.chunks * kChunk, piece_at(pieces + i * piece_floats(c.Dv)));
   });
   return done && each(plan.units, team, [&](int64_t u) {
     const Block block = plan.unit(c, u, nullptr);
     float* first = pieces + u * plan.chunks * piece_floats(c.Dv);
-    for (int64_t n = 1; n < plan.chunks; n++) join(c, block, piece_at(first), piece_at(first + n * piece_floats(c.Dv)));
-    finish(c, block, piece_at(first));
+    for (int64_t n = 1; n < plan.chunks; n++)
+      steps.join(c, block, piece_at(first), piece_at(first + n * piece_floats(c.Dv)));
+    steps.finish(c, block, piece_at(first));
   });
 }
 
@@ -87,17 +79,20 @@ bool fits(const qp_rows& t, int64_t batches, int64_t heads, int64_t tokens, int6
 }  // namespace
 }  // namespace qpass
 
-extern "C" int32_t qp_float_attention(const int64_t* sizes, int32_t dtype, const qp_rows* q, const qp_rows* k,
-                                      const qp_rows* v, const qp_rows* mask, int32_t mask_dtype, int32_t causal,
+extern "C" int32_t qp_float_attention(int32_t isa, const int64_t* sizes, int32_t dtype, const qp_rows* q,
+                                      const qp_rows* k, const qp_rows* v, const qp_rows* mask, int32_t mask_dtype, int32_t causal,
                                       float scale, void* out, int64_t out_count, int32_t threads) {
   using namespace qpass;
-  if (!machine_runs(1)) return fail("attention needs avx2, this machine has none");
+  const FloatSteps* steps = isa >= 2 ? &float_attention_avx512 : isa == 1 ? &float_attention_avx2 : nullptr;
+  if (!steps || !machine_runs(isa)) return fail("attention: instruction set %d is not here", (int)isa);
   for (int i = 0; i < 7; i++)
     if (sizes[i] < 1 || sizes[i] > (int64_t)1 << 31) return fail("attention: size %d is %lld", i, (long long)sizes[i]);
   FloatAttention c = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[1] / sizes[2],
                       (DType)dtype, *q, *k, *v, {}, mask_dtype, causal != 0, scale, out};
-  if (c.Hq % c.Hkv) return fail("attention: %lld heads of queries do not share %lld of keys", (long long)c.Hq, (long long)c.Hkv);
-  if (c.D % 8 || c.Dv % 8) return fail("attention: heads of %lld and %lld are no multiples of 8", (long long)c.D, (long long)c.Dv);
+  if (c.Hq % c.Hkv)
+    return fail("attention: %lld heads of queries do not share %lld of keys", (long long)c.Hq, (long long)c.Hkv);
+  if (c.D % 8 || c.Dv % 8)
+    return fail("attention: heads of %lld and %lld are no multiples of 8", (long long)c.D, (long long)c.Dv);
   if (dtype < 0 || dtype > 2 || mask_dtype < 0 || mask_dtype > 4 || !out) return fail("attention: unknown dtype");
   if (!fits(*q, c.B, c.Hq, c.M, c.D) || !fits(*k, c.B, c.Hkv, c.S, c.D) || !fits(*v, c.B, c.Hkv, c.S, c.Dv))
     return fail("attention: queries, keys or values are smaller than their sizes say");
@@ -113,7 +108,7 @@ extern "C" int32_t qp_float_attention(const int64_t* sizes, int32_t dtype, const
   const int32_t team = team_size(threads, worth < units * plan.chunks ? worth : units * plan.chunks);
   try {
     const bool split = team > 1 && plan.chunks > 1 && units < 4 * (int64_t)team;
-    if (split ? split_units(c, plan, team) : whole_units(c, plan, team)) return 0;
+    if (split ? split_units(*steps, c, plan, team) : whole_units(*steps, c, plan, team)) return 0;
   } catch (const std::bad_alloc&) {
   }
   return fail("attention: out of memory for %lld queries and %lld keys", (long long)c.M, (long long)c.S);

@@ -28,12 +28,13 @@ qp_rows rows_in(const Tensor& t, const int64_t* expected, const char* what) {
 }
 
 void attention(StableIValue* stack, uint64_t arguments, uint64_t) {
-  Arguments args(stack, arguments, 6);
+  Arguments args(stack, arguments, 7);
   const Tensor q = side_by_side(args.tensor(), "query"), k = side_by_side(args.tensor(), "key");
   const Tensor v = side_by_side(args.tensor(), "value");
   const Maybe given = args.maybe();
   const bool causal = args.truth();
   const double scale = args.number();
+  const int32_t isa = (int32_t)args.integer();
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "query, key and value must be [B, H, T, D]");
   require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "one dtype must serve all");
   require(q.size(0) == k.size(0) && q.size(0) == v.size(0), "query, key and value must be of one batch");
@@ -54,8 +55,8 @@ void attention(StableIValue* stack, uint64_t arguments, uint64_t) {
   }
   const int32_t dtype = number_of(q.scalar_type(), "query");
   if (out.numel())
-    succeed(qp_float_attention(sizes, dtype, &rows[0], &rows[1], &rows[2], &shown, mask_dtype, causal, (float)scale,
-                               out.mutable_data_ptr(), out.numel(), (int32_t)torch::stable::get_num_threads()));
+    succeed(qp_float_attention(isa, sizes, dtype, &rows[0], &rows[1], &rows[2], &shown, mask_dtype, causal,
+                               (float)scale, out.mutable_data_ptr(), out.numel(), (int32_t)torch::stable::get_num_threads()));
   stack[0] = torch::stable::detail::from(out);
 }
 

@@ -49,7 +49,8 @@ class COutput(ctypes.Structure):
 def compile_emulation(folder: Path, *flags: str) -> Path:
     library = folder / "emulated.so"
     # Without optimization: the emulation is fast enough, and inlining it everywhere would take half a minute.
-    names = ("vnni", "amx", "amx_codes", "amx_float", "decoded_amx", "experts")
+    names = ("vnni", "amx", "amx_codes", "amx_float", "decoded_amx", "experts", "attention",
+             "attention_avx512", "attention_float", "attention_float_avx512")
     sources = [*(SOURCES / f"{name}.cpp" for name in names), EMULATION / "harness.cpp"]
     subprocess.run([str(COMPILER), "-O0", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-DQPASS_EMULATE",
                     *flags, f"-I{EMULATION}", f"-I{SOURCES}", *map(str, sources), "-o", str(library)], check=True)

@@ -16,6 +16,7 @@
 
 #include "emulated_vector.h"
 
+#include "emulated_attention.h"
 #include "emulated_rounding.h"
 #include "emulated_tile.h"
 

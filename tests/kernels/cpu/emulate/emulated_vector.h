@@ -23,7 +23,8 @@ using __mmask16 = uint16_t;
 using __mmask32 = uint32_t;
 
 constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8;
-constexpr int _CMP_UNORD_Q = 3, _CMP_ORD_Q = 7, _CMP_NLT_UQ = 21, _MM_HINT_T0 = 3, _MM_HINT_T1 = 2;
+constexpr int _CMP_EQ_OQ = 0, _CMP_UNORD_Q = 3, _CMP_NEQ_UQ = 4, _CMP_ORD_Q = 7, _CMP_NLT_UQ = 21, _CMP_GE_OQ = 29;
+constexpr int _MM_HINT_T0 = 3, _MM_HINT_T1 = 2;
 inline void _mm_prefetch(const char*, int) {}
 inline unsigned _mm_getcsr() { return 0; }
 inline void _mm_setcsr(unsigned) {}
@@ -301,13 +302,19 @@ inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 a) {
   return each<__m512>([&](int i) { return a.at[index.at[i] & 15]; });
 }
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
-  const bool known = predicate == _CMP_UNORD_Q || predicate == _CMP_ORD_Q || predicate == _CMP_NLT_UQ;
-  if (!known) emulated_fault("this comparison is not emulated");
   unsigned k = 0;
   for (int i = 0; i < 16; i++) {
-    const bool unordered = a.at[i] != a.at[i] || b.at[i] != b.at[i];
-    const bool holds = predicate == _CMP_NLT_UQ ? !(a.at[i] < b.at[i]) : unordered == (predicate == _CMP_UNORD_Q);
-    k |= (unsigned)holds << i;
+    const float x = a.at[i], y = b.at[i];
+    const bool unordered = x != x || y != y;
+    switch (predicate) {
+      case _CMP_EQ_OQ: k |= (unsigned)(x == y) << i; break;
+      case _CMP_UNORD_Q: k |= (unsigned)unordered << i; break;
+      case _CMP_NEQ_UQ: k |= (unsigned)!(x == y) << i; break;
+      case _CMP_ORD_Q: k |= (unsigned)!unordered << i; break;
+      case _CMP_NLT_UQ: k |= (unsigned)!(x < y) << i; break;
+      case _CMP_GE_OQ: k |= (unsigned)(x >= y) << i; break;
+      default: emulated_fault("this comparison is not emulated");
+    }
   }
   return (__mmask16)k;
 }

@@ -1,5 +1,5 @@
 // C ABI over the emulated kernels, for ctypes: the tables of product.h by number, scratch memory of exact size, and what
-// experts.cpp needs of the library around it.
+// experts.cpp and attention need of the library around them.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -35,6 +35,8 @@ extern const DecodedTiles decoded_amx;
 static const Isa& table(int isa) { return isa == 0 ? vnni_isa : amx_isa; }
 
 const Isa* available_isa(int32_t isa) { return &table(isa); }
+
+bool machine_runs(int32_t isa) { return isa == 2; }
 
 int32_t team_size(int32_t, int64_t) { return 1; }
 

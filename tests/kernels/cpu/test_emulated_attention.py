@@ -40,7 +40,8 @@ def test_over_a_quantized_cache(library: ctypes.CDLL, kind: str, monkeypatch: py
         mask = torch.rand(1, 1, m, s) < 0.6
         for shown, causal, softcap in ((None, True, 0.0), (mask, False, 5.0)):
             want = exact(q.double(), keys[2], values[2], shown, causal, 0.3, softcap)
-            out = x86_attention.cache_attention_x86(q, *keys[:2], *values[:2], shown, numbers.kind, causal, 0.3, softcap)
+            out = x86_attention.cache_attention_x86(q, *keys[:2], *values[:2], shown, numbers.kind, causal, 0.3,
+                                                    softcap)
             assert (out.double() - want).abs().max() <= 2e-5 * values[2].abs().max()
 
 
@@ -51,8 +52,7 @@ def test_over_floats(library: ctypes.CDLL, dtype: torch.dtype) -> None:
             (q, k, v), mask = given(sizes, dtype), masks(way, sizes, dtype)
             want = exact_of_floats(q, k, v, mask, False, 0.2)
             out = torch.full(want.shape, torch.nan, dtype=dtype)
-            b, heads, shared, m, s, d, dv = sizes
-            shown = None if mask is None else mask.expand(b, heads, m, s)
+            shown = None if mask is None else mask.expand(*sizes[:2], *sizes[3:5])
             mask_dtype = 0 if shown is None else 1 if shown.dtype == torch.bool else 2 + DTYPES[dtype]
             done = library.qp_float_attention(
                 ctypes.c_int32(AVX512), (ctypes.c_int64 * 7)(*sizes), ctypes.c_int32(DTYPES[dtype]),

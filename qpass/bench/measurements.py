@@ -6,7 +6,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,21 @@ def generate_times(model: Any, prompt: int, new: int, batch: int) -> tuple[float
     ids = torch.randint(model.config.get_text_config().vocab_size, (batch, prompt), generator=draw)
     arrivals = _Arrivals()
     began = time.perf_counter()
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                   do_sample=False, cache_implementation="static", streamer=arrivals, pad_token_id=0)
+    with _without_end(model.generation_config):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                       cache_implementation="static", streamer=arrivals, pad_token_id=0)
     later = [b - a for a, b in zip(arrivals.times[1:], arrivals.times[2:], strict=False)]
     return arrivals.times[1] - began, statistics.median(later)
+
+
+@contextlib.contextmanager
+def _without_end(config: Any) -> Iterator[None]:
+    """No token ends an answer: `min_new_tokens` would look for the end in all logits, 1.3 ms a token."""
+    ends, config.eos_token_id = config.eos_token_id, None
+    try:
+        yield
+    finally:
+        config.eos_token_id = ends
 
 
 def _forget_peak() -> None:

@@ -83,12 +83,14 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, at_most:
                   first_token_s=timed.times[0] - began, tokens_per_s=rate)
 
 
-def compile_decoding(model: Any) -> None:
-    """Let generate() compile its decoding step, as it does by itself on a GPU; the prompt stays eager."""
+def compile_decoding(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Let generate() compile its decoding step, as it does by itself on a GPU; the prompt stays eager. `options` are
+    torch.compile's."""
     from transformers import CompileConfig
 
-    # One shape, one graph: the static cache has a fixed size and a step has one token.
-    chosen = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+    # One shape, one graph: the static cache has a fixed size and a step has one token. torch.compile takes a mode or
+    # options; without a mode its default is meant, where Transformers' would be "reduce-overhead".
+    chosen = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)  # type: ignore[arg-type]
     chosen._compile_all_devices = True  # type: ignore[assignment]
     model.generation_config.compile_config = chosen
 

@@ -87,7 +87,7 @@ class Model:
         return spans
 
     def generate(self, tokens: int) -> list[float]:
-        compile_decoding(self.model)
+        compile_decoding(self.model, COMPILE)
         return [generate_times(self.model, 16, tokens, 1)[1] * 1e6]
 
     @torch.inference_mode()

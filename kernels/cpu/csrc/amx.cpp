@@ -1,7 +1,7 @@
-// AMX: integer products for more than 8 rows in int8 tiles (amx_codes.cpp), float products in bf16 tiles (amx_float.cpp).
+// AMX: integer products for more than 4 rows in int8 tiles (amx_codes.cpp), float products in bf16 tiles (amx_float.cpp).
 //
-// Up to 8 rows of codes run on VNNI, with the same bits as results: exact int32 sums, the same fma per group in the same
-// order. Whoever calls this has asked the kernel for the use of tile data (runtime.cpp).
+// Up to 4 rows of codes run on VNNI, where they are faster, with the same bits as results: exact int32 sums, the same fma
+// per group in the same order. Whoever calls this has asked the kernel for the use of tile data (runtime.cpp).
 #include "amx_codes.h"
 #include "amx_float.h"
 
@@ -14,7 +14,7 @@ void quantize(const void* x, DType dtype, int64_t M, int64_t K, int64_t Kp, bool
 }
 
 void product_q(const Weight& w, const QuantRows& x, const Output& out, int64_t block_begin, int64_t block_end) {
-  (x.M <= 8 ? vnni_isa.product_q : product_q_amx)(w, x, out, block_begin, block_end);
+  (x.M <= 4 ? vnni_isa.product_q : product_q_amx)(w, x, out, block_begin, block_end);
 }
 
 }  // namespace

@@ -51,11 +51,7 @@ struct Waiting {
 template <bool ZERO>
 QPASS_AMX_INLINE __m512 scaled(const Waiting& p, const Weight& w, const int32_t* sums, int r, int c, __m512 before) {
   __m512i sum = _mm512_load_si512(sums + c * 256);
-  if (ZERO) {
-    const __m512i shift = _mm512_set1_epi32(w.bits == 4 ? 4 : 0);
-    const __m512i offset = _mm512_mullo_epi32(p.zero[c], _mm512_set1_epi32(p.row_sums[r * w.groups]));
-    sum = _mm512_sub_epi32(_mm512_srav_epi32(sum, shift), offset);
-  }
+  if (ZERO) sum = without_zero(w, sum, p.zero[c], p.row_sums[r * w.groups]);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), p.scale[c], before);
 }
 

@@ -1,4 +1,4 @@
-// The product of more than 8 rows of codes on AMX, in a file of its own (amx_codes.cpp), and the tiles it reads rows from.
+// The product of more than 4 rows of codes on AMX, in a file of its own (amx_codes.cpp), and the tiles it reads rows from.
 #pragma once
 #include "product.h"
 

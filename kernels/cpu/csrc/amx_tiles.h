@@ -37,32 +37,47 @@ QPASS_AMX_INLINE void tile_codes(const int8_t* q, int64_t Kp, int64_t M, int64_t
   }
 }
 
-// Blocks [k, k + count) of 16 outputs as signed bytes: 4 bits as 16 * weight, which costs one instruction a line,
-// 8 bits as they are.
-QPASS_AMX_INLINE void unpack_codes(const Weight& w, int64_t block, int64_t k, int64_t count, int8_t* panel) {
-  if (w.multiplier) return unpack_multiplied(w, block, k, count, 0, (uint8_t*)panel);
-  const int64_t slot = w.group_size / 32 % 2 ? kSplitTile : kTile;
+// The nibbles of 64 inputs of 16 outputs as signed bytes, 16 * weight, which costs one instruction a line.
+QPASS_AMX_INLINE void unpack_nibbles(const uint8_t* q, int8_t* first, int8_t* second) {
   const __m512i sign = _mm512_set1_epi8((char)0x80), upper = _mm512_set1_epi8((char)0xf0);
   const __m512i up4 = _mm512_set1_epi64(0x01020408);  // output bits 4..7 are input bits 0..3
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) {
+    const __m512i v = _mm512_loadu_si512(q + r * 64);
+    _mm512_store_si512(first + r * 64, _mm512_gf2p8affine_epi64_epi8(v, up4, 0x80));       // (v << 4) ^ 0x80
+    _mm512_store_si512(second + r * 64, _mm512_ternarylogic_epi64(v, upper, sign, 0x6A));  // (v & 0xf0) ^ 0x80
+  }
+}
+
+// Blocks [k, k + count) of 16 outputs as signed bytes: 4 bits as 16 * weight, 8 bits as they are.
+QPASS_AMX_INLINE void unpack_codes(const Weight& w, int64_t block, int64_t k, int64_t count, int8_t* panel) {
+  if (w.multiplier) return unpack_multiplied(w, block, k, count, 0, (uint8_t*)panel);
+  const bool halves = w.group_size / 32 % 2;
+  const __m512i sign = _mm512_set1_epi8((char)0x80);
   const uint8_t* q = w.q + (block * (w.Kp / 64) + k) * (w.bits * 128);
-  for (int64_t i = 0; i < count; i++, panel += slot, q += w.bits * 128) {
+  for (int64_t i = 0; i < count; i++, panel += halves ? kSplitTile : kTile, q += w.bits * 128) {
     int8_t *first = panel, *second = panel + 512;
-    if (splits(w, k + i)) {
+    if (halves && splits(w, k + i)) {
       for (int r = 0; r < 8; r++) _mm512_store_si512(second + r * 64, _mm512_setzero_si512());
       second += 512;
     }
+    if (w.bits == 4) {
+      unpack_nibbles(q, first, second);
+      continue;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < 8; r++) {
-      __m512i v = _mm512_loadu_si512(q + r * 64);
-      if (w.bits == 4) {
-        _mm512_store_si512(first + r * 64, _mm512_gf2p8affine_epi64_epi8(v, up4, 0x80));           // (v << 4) ^ 0x80
-        _mm512_store_si512(second + r * 64, _mm512_ternarylogic_epi64(v, upper, sign, 0x6A));      // (v & 0xf0) ^ 0x80
-      } else {
-        _mm512_store_si512(first + r * 64, _mm512_xor_si512(v, sign));
-        _mm512_store_si512(second + r * 64, _mm512_xor_si512(_mm512_loadu_si512(q + 512 + r * 64), sign));
-      }
+      _mm512_store_si512(first + r * 64, _mm512_xor_si512(_mm512_loadu_si512(q + r * 64), sign));
+      _mm512_store_si512(second + r * 64, _mm512_xor_si512(_mm512_loadu_si512(q + 512 + r * 64), sign));
     }
   }
+}
+
+// Sums of a group of 16 outputs without `zero` times the sum of the codes that met them; those of 4 bits come 16 times too
+// large.
+QPASS_AMX_INLINE __m512i without_zero(const Weight& w, __m512i sum, __m512i zero, int32_t codes) {
+  const __m512i shift = _mm512_set1_epi32(w.bits == 4 ? 4 : 0);
+  return _mm512_sub_epi32(_mm512_srav_epi32(sum, shift), _mm512_mullo_epi32(zero, _mm512_set1_epi32(codes)));
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 //   offset on x and no compensation per column; the weight's offset costs one subtraction of 8 * sum(x) a group.
 // - The high nibble is used un-shifted (16 * weight) with an accumulator of its own, shifted by 4 once per group: two
 //   ANDs and two vpdpbusd per 64 bytes and row. This runs at twice DRAM speed up to 4 rows, and at DRAM speed at 8.
-// - 8 rows at once: 16 accumulators and 3 operands stay in registers; AMX is faster from row 9 on.
+// - 8 rows at once: 16 accumulators and 3 operands stay in registers; where there is AMX, it takes more than 4.
 // - Up to 4 rows, four blocks of 16 outputs at once, from four places of the weight: one core asks memory for more that
 //   way, 1.12 to 1.25 times the bytes a second of one place (4 bits). From row 5 on the registers do not suffice.
 // - A prefetch 1 KB ahead of each line, and another 4 KB ahead into L2 but for four places of 4 bits.

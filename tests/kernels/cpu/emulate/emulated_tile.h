@@ -64,7 +64,9 @@ inline void need_product(int c, int a, int b) {
     emulated_fault("the shapes of a tile product do not fit");
 }
 
-inline void _tile_dpbssd(int c, int a, int b) {
+// Signed bytes of `a` times bytes of `b` of either kind.
+template <typename Byte>
+inline void emulated_product(int c, int a, int b) {
   need_product(c, a, b);
   EmulatedTiles& t = emulated_tiles;
   for (int m = 0; m < t.rows[c]; m++) {
@@ -73,11 +75,14 @@ inline void _tile_dpbssd(int c, int a, int b) {
       memcpy(&sum, t.data[c][m] + 4 * n, 4);
       for (int k = 0; k < t.bytes[a] / 4; k++)
         for (int j = 0; j < 4; j++)
-          sum += (uint32_t)((int32_t)(int8_t)t.data[a][m][4 * k + j] * (int32_t)(int8_t)t.data[b][k][4 * n + j]);
+          sum += (uint32_t)((int32_t)(int8_t)t.data[a][m][4 * k + j] * (int32_t)(Byte)t.data[b][k][4 * n + j]);
       memcpy(t.data[c][m] + 4 * n, &sum, 4);
     }
   }
 }
+
+inline void _tile_dpbssd(int c, int a, int b) { emulated_product<int8_t>(c, a, b); }
+inline void _tile_dpbsud(int c, int a, int b) { emulated_product<uint8_t>(c, a, b); }
 
 // Subnormals count as zero, in and out, whatever MXCSR says.
 inline float without_subnormal(float f) { return std::fabs(f) < 1.17549435e-38f ? std::copysign(0.f, f) : f; }

@@ -37,6 +37,8 @@ class Layout:
     `pack_parts(weights, spec)` is `pack` of one weight whose rows come some at a time, always a multiple of 32 but for
     the last; it holds none of them longer than it takes.
 
+    `bits(spec)` is what a code takes here; without it, what it takes on disk.
+
     `names(spec)` are the tensors of a packed weight in the order in which ops receive them.
     """
 
@@ -49,6 +51,7 @@ class Layout:
     largest: Callable[[Tensor], Tensor | None] | None = None
     even: Callable[[Packed, LinearSpec], Packed] | None = None
     pack_parts: Callable[[Iterable[CanonicalWeight], LinearSpec], Packed] | None = None
+    bits: Callable[[LinearSpec], int] | None = None
 
 
 def _canonical_names(spec: LinearSpec) -> tuple[str, ...]:
@@ -70,5 +73,9 @@ def _rows(packed: Packed, spec: LinearSpec, ids: Tensor) -> CanonicalWeight:
     return CanonicalWeight({name: tensor[ids] for name, tensor in packed.items()})
 
 
-CANONICAL = Layout(name="canonical", names=_canonical_names, pack=_same, unpack=_back, rows=_rows)
+def _bits(spec: LinearSpec) -> int:
+    return 8 if spec.weight.type == "int" else spec.weight.bits
+
+
+CANONICAL = Layout(name="canonical", names=_canonical_names, pack=_same, unpack=_back, rows=_rows, bits=_bits)
 """Integers one a byte, as quantization gives them: what the reference reads."""

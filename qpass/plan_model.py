@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qpass.decide.decide_sites import decide, stored_bytes
+from qpass.decide.decide_sites import decide
 from qpass.decide.decision import Decision
 from qpass.decide.match import entries
+from qpass.decide.weight_bytes import stored_bytes
 from qpass.errors import AlreadyQuantized
 from qpass.recipes.recipe import Recipe
 from qpass.recipes.recipe_files import as_recipe

@@ -121,7 +121,8 @@ def _row(row: PlanRow, layers: dict[str, tuple[_Spec, int]], told: dict[str, str
         return ReportRow(**{**facts, "status": "quantized", "kernel": None})
     facts.update(status="quantized", bytes_after=nbytes)
     if row.kind == "experts":
-        facts.update(activation=_experts_activation(row, spec), bytes_an_expert=nbytes // row.shape[0])
+        facts.update(activation=_experts_activation(row, spec), bytes_an_expert=nbytes // row.shape[0],
+                     bytes_a_token=nbytes)
     else:
         assert isinstance(spec, LinearSpec)
         facts.update(kernel=spec.kernel, bytes_a_token=nbytes, activation=_activation(path, spec),

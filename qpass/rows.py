@@ -17,7 +17,8 @@ class Row:
     scheme     as asked; None if nothing asked for one
     effective  what really runs here, `w4a8 g64`; None for a layer in float
     refusals   kernel -> the sentence in which it says why not
-    bytes_*    of the weight, scales and zero points included; bytes_a_token is what decoding one token reads of it,
+    bytes_*    of the weight, scales and zero points included; bytes_after is on disk in a plan, in memory in a report,
+               where kernels may want codes of 4 or 8 bits; bytes_a_token is what decoding one token reads of it,
                bytes_an_expert what each expert has of it
     """
 

@@ -174,7 +174,8 @@ def _even(packed: Packed, spec: LinearSpec) -> Packed:
 
 
 X86_TILE64 = Layout(name="x86_tile64", names=_names, pack=_pack, unpack=_unpack, rows=_rows_of, quantize=_quantize,
-                    largest=largest, even=_even, pack_parts=_pack_parts)
+                    largest=largest, even=_even, pack_parts=_pack_parts,
+                    bits=lambda spec: 4 if spec.weight.bits <= 4 else 8)
 """Tiles of 16 outputs x 64 inputs, 4 or 8 bits a weight, which every x86 instruction set reads (csrc/product.h)."""
 
 

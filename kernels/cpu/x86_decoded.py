@@ -57,6 +57,10 @@ def _pack_codes(parts: Parts) -> Tensor:
     return native.pack(CanonicalWeight({"qweight": flipped.view(torch.int8)}), 8, "decoded").view(parts.dtype)
 
 
+def _bits(spec: LinearSpec) -> int:
+    return 4 if coding_of(spec).table else 8
+
+
 def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
     coding, (n, k) = coding_of(spec), spec.shape
     q = packed["qweight"]
@@ -71,7 +75,7 @@ def _unpack(packed: Packed, spec: LinearSpec) -> CanonicalWeight:
 
 
 X86_DECODED = Layout(name="x86_decoded", names=_names, pack=_pack, unpack=_unpack, quantize=x86_encode.quantize,
-                     largest=partial(x86_encode.largest, part="decoded"))
+                     largest=partial(x86_encode.largest, part="decoded"), bits=_bits)
 """Tiles of 16 outputs x 64 inputs as in x86_tile64, with the scales, offsets and tables of csrc/decoded.h."""
 
 

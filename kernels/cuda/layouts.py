@@ -206,4 +206,5 @@ def _even(packed: Packed, spec: LinearSpec) -> Packed:
     return {**packed, "scale": plain_scale(packed["scale"])} if "scale" in packed else packed
 
 
-CUDA_TILES = Layout(name="cuda_tiles", names=names, pack=_pack, unpack=_unpack, rows=_rows, even=_even)
+CUDA_TILES = Layout(name="cuda_tiles", names=names, pack=_pack, unpack=_unpack, rows=_rows, even=_even,
+                    bits=lambda spec: 4 if halved(spec) else spec.weight.bits if spec.weight.type != "int" else 8)

@@ -11,6 +11,7 @@ import torch
 from qpass.decide.decide_experts import equal_halves, keep_activations, with_experts_kernels
 from qpass.decide.decision import Decision
 from qpass.decide.match import Match, Tier, match
+from qpass.decide.weight_bytes import packed_bytes, stored_bytes
 from qpass.errors import LayerRefused, NothingQuantized
 from qpass.kernels.keep_activation import computable
 from qpass.kernels.registry import LinearCall, choose, kernel
@@ -45,17 +46,9 @@ def decide(sites: Sequence[Site], recipe: Recipe, *, device: torch.device) -> tu
     experts = with_experts_kernels(decisions, device)
     decided = [experts.get(d.site.name) or _with_kernel(d, device, recipe.on_unsupported_activation)
                for d in decisions]
-    decided = [_unless_no_rows(d, tied.get(d.site.name)) for d in decided]
+    decided = [_in_memory(_unless_no_rows(d, tied.get(d.site.name))) for d in decided]
     heads = {tied[d.site.name]: d for d in decided if d.status == "quantize" and d.site.name in tied}
     return tuple(_reading_rows(d, heads[d.site.name]) if d.site.name in heads else d for d in decided)
-
-
-def stored_bytes(spec: LinearSpec, count: int, itemsize: int) -> int:
-    """Bytes of `count` weights [N, K] on disk: the codes packed, scales of `itemsize` bytes, zero points packed."""
-    rows, w = spec.out_features * count, spec.weight
-    scales = count if w.granularity == "per_tensor" else rows * spec.groups
-    zero_points = 0 if w.symmetric else -(-scales * w.bits // 8)
-    return rows * -(-spec.in_features * w.bits // 8) + scales * itemsize + zero_points
 
 
 def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision:
@@ -87,8 +80,7 @@ def _draft(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision
                       out_features=site.out_features, in_features=site.in_features)
     count = site.numel // max(1, site.out_features * site.in_features)
     stored = stored_bytes(spec, count, min(site.dtype.itemsize, 4))
-    return replace(kept, status="quantize", scheme=scheme, spec=spec, reason=reason, bytes_after=stored,
-                   bytes_a_token=stored)
+    return replace(kept, status="quantize", scheme=scheme, spec=spec, reason=reason, bytes_after=stored)
 
 
 def _draft_experts(found: Match, policy: OnIndivisible, tied_to: str | None) -> Decision:
@@ -181,6 +173,21 @@ def _with_kernel(decision: Decision, device: torch.device, policy: OnUnsupported
     return replace(decision, spec=call.spec.on(choice.kernel.name), refusals=dict(choice.refusals))
 
 
+def _in_memory(decision: Decision) -> Decision:
+    """With the bytes that the kernels' layouts take."""
+    if decision.status != "quantize":
+        return replace(decision, bytes_packed=decision.bytes_after)
+    site, count = decision.site, max(decision.site.shape[0], 1)
+    one_float, scale = decision.bytes_before // count, min(site.dtype.itemsize, 4)
+    if decision.experts:
+        packed = sum(one_float if spec is None else packed_bytes(spec, 1, scale) for spec in decision.experts)
+    else:
+        assert decision.spec is not None
+        count = site.numel // max(1, site.out_features * site.in_features)
+        packed = packed_bytes(decision.spec, count, scale)
+    return replace(decision, bytes_packed=packed, bytes_a_token=packed)
+
+
 def _unless_no_rows(head: Decision, table: str | None) -> Decision:
     """A packed head, or its refusal if it is tied to a table and the kernel's layout gives no single rows."""
     if table is None or head.spec is None:
@@ -199,7 +206,7 @@ def _reading_rows(table: Decision, head: Decision) -> Decision:
     assert head.spec is not None
     rows = max(table.site.shape[0], 1)
     return replace(table, status="quantize", rule=head.rule, scheme=head.scheme, spec=head.spec, bytes_after=0,
-                   bytes_a_token=head.bytes_after // rows,
+                   bytes_packed=0, bytes_a_token=head.bytes_packed // rows,
                    reason=f"tied to {head.site.name}: its rows are read from the packed head")
 
 

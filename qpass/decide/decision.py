@@ -22,6 +22,7 @@ class Decision:
     experts   where experts of one weight differ: a spec, or None for float, for each; () if all have `spec`
     bytes_*   of the weight as stored, scales and zero points included. What a tied head and its table of embeddings
               share is counted once: at the table in float, at the head when it is packed
+    bytes_packed    the same in memory, as the kernel wants it
     bytes_a_token   what decoding one token reads of it: one row of a table, all of anything else
     """
 
@@ -36,6 +37,7 @@ class Decision:
     experts: tuple[LinearSpec | None, ...] = ()
     bytes_before: int = 0
     bytes_after: int = 0
+    bytes_packed: int = 0
     bytes_a_token: int = 0
 
     def spec_of(self, expert: int) -> LinearSpec | None:

@@ -80,7 +80,7 @@ class QPassQuantizer(PackedQuantizer):
         decision = next((d for d in self.stream.plan.decisions if d.site.name == param_name), None)
         if decision is None or decision.status != "quantize":
             return float(param.element_size())
-        return decision.bytes_after / max(param.numel(), 1)
+        return decision.bytes_packed / max(param.numel(), 1)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Take(self)

@@ -50,7 +50,7 @@ def footprint_of(model: nn.Module, decisions: Sequence[Decision]) -> Footprint:
     tables = sum(d.site.numel * d.site.dtype.itemsize for d in decisions
                  if d.site.kind == "embedding" and d.site.aliases and d.bytes_after == 0)
     after = sum(d.bytes_after for d in decisions)
-    packed = sum(d.bytes_before - d.bytes_after for d in decisions)
+    packed = sum(d.bytes_before - d.bytes_packed for d in decisions)
     together: Counter[str] = Counter()
     for d in decisions:
         together[d.site.name if d.site.experts is None else d.site.owner] += d.site.numel * d.site.dtype.itemsize

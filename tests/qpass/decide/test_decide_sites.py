@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpass.decide.decide_sites import decide, stored_bytes
+from qpass.decide.decide_sites import decide
 from qpass.decide.decision import Decision
 from qpass.errors import LayerRefused, NoKernel, NothingQuantized
 from qpass.kernels.registry import KERNELS, force_kernel
 from qpass.recipes.recipe import Recipe
-from qpass.scheme import PRESETS, Scheme, WeightArgs, preset
+from qpass.scheme import PRESETS, Scheme, preset
 from qpass.site import Site
 from qpass.spec import LinearSpec, effective_text
 
@@ -198,14 +198,6 @@ def spec(name: str | Scheme, n: int, k: int) -> LinearSpec:
     scheme = preset(name) if isinstance(name, str) else name
     return LinearSpec(family=scheme.family, weight=scheme.weight, activation=scheme.activation, out_features=n,
                       in_features=k)
-
-
-def test_stored_bytes() -> None:
-    assert stored_bytes(spec("w4a8", 10, 256), 1, 2) == 10 * 128 + 10 * 2 * 2
-    assert stored_bytes(spec("w4a16_asym", 10, 256), 1, 2) == 10 * 128 + 10 * 2 * 2 + 10
-    assert stored_bytes(spec("w8a8", 10, 7), 3, 4) == 3 * (70 + 40)
-    assert stored_bytes(spec(Scheme(name="t", weight=WeightArgs(bits=8, granularity="per_tensor")), 10, 8), 1, 2) == 82
-    assert stored_bytes(spec("w3a16", 1, 128), 1, 2) == 48 + 2
 
 
 def test_effective_text() -> None:

@@ -16,7 +16,9 @@ Build = Callable[..., torch.nn.Module]
 
 @pytest.mark.parametrize(("family", "recipe"), [
     ("llama", qpass.Recipe("w4a8")), ("tied_llama", qpass.Recipe("w8a8", ignore=[])), ("gpt2", qpass.Recipe("w8a16")),
-    ("mixtral", qpass.Recipe("w4a8"))], ids=["llama", "tied head packed", "gpt2", "experts"])
+    ("mixtral", qpass.Recipe("w4a8")), ("llama", qpass.Recipe("nf4")), ("llama", qpass.Recipe("mxfp6a16")),
+    ("mixtral", qpass.Recipe("nvfp4a16")), ("llama", qpass.Recipe("w3a16"))],
+    ids=["llama", "tied head packed", "gpt2", "experts", "nf4", "mxfp6", "experts of nvfp4", "3 bits"])
 def test_bytes_are_those_of_the_model(family: str, recipe: qpass.Recipe, tmp_path: Path, tiny_model: Build) -> None:
     model = tiny_model(family, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "float")

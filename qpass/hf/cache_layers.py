@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from qpass import large_pages
 from qpass.cache_numbers import CacheNumbers
 from qpass.hf.attention import Cached
 
@@ -59,11 +60,16 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         b, h = key_states.shape[:2]
         for states in (key_states, value_states):
             size = states.shape[-1]
-            self.codes.append(torch.zeros(b, h, room, self.numbers.width(size), dtype=self.numbers.code_dtype,
-                                          device=self.device))
+            self.codes.append(self._zeros((b, h, room, self.numbers.width(size))))
             if not self.numbers.static:
                 self.scales.append(torch.zeros(b, h, room, self.numbers.scales(size), dtype=torch.float16,
                                                device=self.device))
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for codes; on a CPU in large pages, for every token reads all of them."""
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            return large_pages.zeros(shape, self.numbers.code_dtype)
+        return torch.zeros(shape, dtype=self.numbers.code_dtype, device=self.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Add tokens [B, H, T, D]; returns keys and values of all that the new tokens may see.
@@ -104,7 +110,8 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for held in (self.codes, self.scales if not self.numbers.static else []):
             for which, tensor in enumerate(held):
                 b, h, _, size = tensor.shape
-                held[which] = tensor.new_zeros(b, h, self.length + new + _STEP, size)
+                shape = (b, h, self.length + new + _STEP, size)
+                held[which] = self._zeros(shape) if held is self.codes else tensor.new_zeros(shape)
                 held[which][:, :, :self.length] = tensor[:, :, used]
         self.start = 0
 

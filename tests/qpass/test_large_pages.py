@@ -1,13 +1,14 @@
 """Memory for packed weights: aligned to large pages, no larger than the tensor, and ordinary where there are none."""
 
 import copy
+import math
 import mmap
 
 import pytest
 import torch
 
 from qpass import large_pages
-from qpass.large_pages import PAGE, empty
+from qpass.large_pages import PAGE, empty, zeros
 
 needs_advice = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on request here")
 
@@ -53,6 +54,15 @@ def test_ordinary_memory_where_the_system_refuses(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(large_pages.mmap, "mmap", refuse)
     assert empty((PAGE, 2), torch.int8).fill_(3).sum() == 6 * PAGE
+    assert not zeros((PAGE, 2), torch.int8).any()
+
+
+@pytest.mark.parametrize("shape", [(PAGE + 3,), (2, PAGE), (7, 5)])
+def test_zeros(shape: tuple[int, ...]) -> None:
+    empty(shape, torch.int8).fill_(1)  # memory that comes back does not show
+    made = zeros(shape, torch.int8)
+    assert made.shape == shape and made.is_contiguous() and not made.any()
+    assert math.prod(shape) < PAGE or made.data_ptr() % PAGE == 0 or not hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def test_systems_without_advice(monkeypatch: pytest.MonkeyPatch) -> None:

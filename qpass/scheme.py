@@ -81,7 +81,12 @@ class WeightArgs:
         if self.scales == "integer" and (self.type != "int" or self.bits > 4 or not self.symmetric
                                          or self.granularity != "per_group"):
             raise RecipeError("scales='integer' goes with symmetric int weights of 2 to 4 bits in groups; got "
-                              f"{self.type}{self.bits}, {self.granularity}, symmetric={self.symmetric}")
+                              f"{self.number}, {self.granularity}, symmetric={self.symmetric}")
+
+    @property
+    def number(self) -> str:
+        """What a weight is in short: `int4`, `fp8`, `nf4`; a type whose name has no width is followed by it."""
+        return self.type if any(letter.isdigit() for letter in self.type) else f"{self.type}{self.bits}"
 
     @property
     def grouping(self) -> str:
@@ -175,12 +180,6 @@ class Scheme:
     def family(self) -> str:
         """What kernels are written for: `w4a8`, `w8a16`, ..., whatever the granularity and symmetry."""
         return family_of(self.weight, self.activation)
-
-    def bits_per_weight(self, in_features: int, group_size: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight, scales and zero points included, for rows of `in_features` weights."""
-        groups = -(-in_features // group_size)
-        extra = scale_bits + (0 if self.weight.symmetric else self.weight.bits)
-        return self.weight.bits + groups * extra / max(in_features, 1)
 
 
 def family_of(weight: WeightArgs, activation: ActivationArgs | None) -> str:

@@ -77,6 +77,8 @@ def cannot_round(activation: ActivationArgs, in_features: int) -> str | None:
         how = "static scales" if activation.static else "scales below a calibrated one" if (
             activation.dynamic == "local") else "integers"
         return f"rounding to {words} with {how} is not emulated"
+    if activation.granularity == "per_tensor":
+        return f"rounding to {words} is not emulated: one scale of all tokens would make each depend on the others"
     if activation.bits == 4 and activation.group_size != GROUP:
         return f"rounding to {words} is not emulated, only in groups of {GROUP}"
     if activation.group_size and in_features % activation.group_size:

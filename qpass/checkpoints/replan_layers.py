@@ -42,8 +42,8 @@ def replan(model: nn.Module, layers: Sequence[Layer], experts: Sequence[ExpertsL
         if scheme is None:
             kept.append(path)
         elif (scheme.weight.type, scheme.weight.bits) != (spec.weight.type, spec.weight.bits):
-            wrong.append(f"{path}: {scheme.name} wants {scheme.weight.type}{scheme.weight.bits} weights, the "
-                         f"checkpoint has {spec.weight.type}{spec.weight.bits}")
+            wrong.append(f"{path}: {scheme.name} wants {scheme.weight.number} weights, the "
+                         f"checkpoint has {spec.weight.number}")
         else:
             return with_activation(spec, scheme.activation)
         return spec

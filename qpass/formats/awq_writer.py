@@ -25,7 +25,7 @@ class AwqWriter:
         """A sentence if AWQ has no place for this layer's numbers."""
         spec = layer.spec
         if spec.weight.type != "int" or spec.weight.bits != 4:
-            return f"AWQ holds integers of 4 bits, not {spec.weight.type}{spec.weight.bits}"
+            return f"AWQ holds integers of 4 bits, not {spec.weight.number}"
         if spec.weight.granularity == "per_tensor":
             return "AWQ has one scale an output or group, not one a tensor"
         if spec.out_features % 8:

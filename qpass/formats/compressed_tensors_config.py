@@ -125,8 +125,7 @@ def _group(name: str, raw: Any, where: str) -> Group:
         raise CheckpointError(f"{where}: input_activations are {inputs!r}, and must be fields")
     if raw.get("format") not in (*_FORMATS, None):
         raise CheckpointError(f"{where}: compressed-tensors format {raw['format']!r} is not read by this version; "
-                              f"it reads "
-                              f"{', '.join(_FORMATS[:3])}")
+                              f"it reads {', '.join(sorted({*_FORMATS} - {'qpass'}))}")
     if raw.get("output_activations"):
         raise CheckpointError(f"{where} quantizes output activations, and this version cannot")
     targets = raw.get("targets") or ()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from qpass.codecs.microscaling import GROUP
 from qpass.formats.compressed_tensors import is_packed
 from qpass.formats.compressed_tensors_config import METHOD, STRATEGY
 from qpass.formats.compressed_tensors_experts import Member, float_experts, members_of_experts
@@ -115,7 +116,12 @@ def _weights(args: WeightArgs) -> dict[str, Any]:
 
 
 def _activations(args: ActivationArgs) -> dict[str, Any]:
-    return {"num_bits": args.bits, "type": args.type, "symmetric": args.symmetric, "dynamic": args.dynamic,
+    if args.type == "float":  # without it, groups of 32 are not those of MX but have scales in the model's dtype
+        nested = "torch.float8_e4m3fn" if args.dynamic == "local" else None
+        scale = {"scale_dtype": "torch.uint8" if args.group_size == GROUP else nested}
+    else:
+        scale = {}
+    return {**scale, "num_bits": args.bits, "type": args.type, "symmetric": args.symmetric, "dynamic": args.dynamic,
             "actorder": None, "group_size": args.group_size, "observer": None,
             "strategy": "tensor_group" if args.dynamic == "local" else STRATEGY[args.granularity]}
 

@@ -33,7 +33,7 @@ class GptqWriter:
         spec = layer.spec
         bits, n, k = spec.weight.bits, spec.out_features, spec.in_features
         if spec.weight.type != "int" or bits not in (2, 3, 4, 8):
-            return f"GPTQ holds integers of 2, 3, 4 and 8 bits, not {spec.weight.type}{bits}"
+            return f"GPTQ holds integers of 2, 3, 4 and 8 bits, not {spec.weight.number}"
         if spec.weight.granularity == "per_tensor":
             return "GPTQ has one scale an output or group, not one a tensor"
         if n * bits % 32 or k * bits % 32:

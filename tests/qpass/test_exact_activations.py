@@ -65,6 +65,15 @@ def test_activations_are_rounded(scheme: str) -> None:
         assert "activation kept in float32 on this machine" in row.reason and "exact=True emulates it" in row.reason
 
 
+def test_one_scale_for_all_tokens_is_not_said_to_be_emulated() -> None:
+    """No kernel computes it, on any machine: a token's codes would depend on what else is in the batch."""
+    row = qpass.explain(made("fp8_per_tensor", exact=True)).rows[0]
+    assert row.activation == "not quantized" and "activation kept in float32" in row.reason
+    assert "make each depend on the others" in row.reason and "exact=True emulates it" not in row.reason
+    row = qpass.explain(made("fp8_per_tensor")).rows[0]
+    assert "exact=True emulates it" not in row.reason
+
+
 def test_as_compressed_tensors_rounds() -> None:
     tool = pytest.importorskip("compressed_tensors.quantization")
     forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")

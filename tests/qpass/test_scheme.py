@@ -156,11 +156,6 @@ def test_with_group_size_and_family() -> None:
     assert preset("w4a16_asym").family == "w4a16"
 
 
-def test_bits_per_weight_counts_scales_and_zero_points() -> None:
-    assert preset("w4a16").bits_per_weight(1024, 128) == 4 + 16 / 128
-    assert preset("w4a16_asym").bits_per_weight(1024, 128) == 4 + 20 / 128
-
-
 def test_scheme_for_finds_the_preset_or_names_the_numbers() -> None:
     for name in BUILT_IN:
         if name != "int8":  # another name of w8a8

@@ -69,6 +69,8 @@ def test_other_widths_are_refused_by_name(tmp_path: Path) -> None:
     folder = saved(tmp_path / "out", "w4a16")
     with pytest.raises(CheckpointError, match=r"0: w8a8 wants int8 weights, the checkpoint has int4"):
         qpass.load(folder, "w8a8", model=net())
+    with pytest.raises(CheckpointError, match=r"0: nf4 wants nf4 weights, the checkpoint has int4"):
+        qpass.load(folder, "nf4", model=net())
     with pytest.raises(NothingQuantized, match="quantizes no layer"):
         qpass.load(folder, qpass.Recipe("w4a8", ignore=("0", "2"), overrides={}), model=net())
 

@@ -1,10 +1,19 @@
 // AMX tiles: configuration, row tiles packed from codes, column tiles of bytes unpacked from the weight's nibbles and bytes.
 #pragma once
-#include "amx_plan.h"
+#include "amx_rows.h"
 #include "avx512_multiplied.h"
 
 namespace qpass {
 namespace {
+
+constexpr int64_t kSplitTile = 1536;  // inputs 0..31, zeros, inputs 32..63: see `splits`
+
+// Whether a group ends between the two halves of 64-input block `k`. Such a block is unpacked with 512 zero bytes
+// between its halves, so that (half, zeros) and (zeros, half) are two tiles: a tile product costs the same at any depth.
+inline bool splits(const Weight& w, int64_t k) {
+  const int64_t runs = w.group_size / 32, next = 2 * k + 1;
+  return next % runs == 0 && next < w.groups * runs;
+}
 
 // Tile registers 0..3 are sums, 4 and 5 row tiles, 6 and 7 column tiles, of 16 rows of 64 bytes; of sums and rows fewer
 // where there are fewer, which takes the processor 9 to 16 cycles a product instead of 16. Loaded for one

@@ -38,8 +38,9 @@ def save(model: nn.Module, folder: str | PathLike[str], *, tokenizer: Any = None
     max_shard_size  bytes, or text such as "5GB"; a bigger model becomes several files and an index
     format          "compressed-tensors", which holds every layer; "gptq", "gptq_v2" (which GPTQModel wants for
                     asymmetric weights) or "awq" where these can hold the integers; "modelopt" for nvfp4 that ModelOpt
-                    or torchao made, whose scales no other format holds; or "gguf": one file for llama.cpp,
-                    `folder` itself if it ends in .gguf, in Q4_0, Q4_1 and Q8_0, with the tokenizer in it
+                    or torchao made, whose scales no other format holds; "bitsandbytes" for nf4 and fp4; or "gguf":
+                    one file for llama.cpp, `folder` itself if it ends in .gguf, in Q4_0, Q4_1 and Q8_0, with the
+                    tokenizer in it
 
     One tensor at a time is in memory beside the model. Raises CheckpointError, leaving what was there untouched, if
     the model holds weights without numbers, the format cannot hold its layers (each is listed with the reason) or the

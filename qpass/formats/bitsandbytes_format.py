@@ -28,8 +28,8 @@ from qpass.weight import CanonicalWeight
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STATE = "quant_state.bitsandbytes__"
-_BLOCKS = tuple(1 << bits for bits in range(5, 13))  # 32 to 4096, what the tool can make
+STATE = "quant_state.bitsandbytes__"
+BLOCKS = tuple(1 << bits for bits in range(5, 13))  # 32 to 4096, what the tool can make
 _LARGEST_STATE = 1 << 16
 
 
@@ -38,7 +38,7 @@ class BitsAndBytesReader(Reader):
 
     def weight(self, place: Place) -> WeightRead | FloatRead | None:
         tensors = self.checkpoint.tensors
-        kind = next((kind for kind in ("nf4", "fp4") if f"{place.path}.weight.{_STATE}{kind}" in tensors), None)
+        kind = next((kind for kind in ("nf4", "fp4") if f"{place.path}.weight.{STATE}{kind}" in tensors), None)
         if kind is not None:
             return self._four_bits(place, kind)
         if f"{place.path}.SCB" in tensors:
@@ -53,11 +53,11 @@ class BitsAndBytesReader(Reader):
             count *= size
         prefix = f"{place.path}.weight"
         names = {"weight": prefix, "absmax": f"{prefix}.absmax", "code": f"{prefix}.quant_map",
-                 "state": f"{prefix}.{_STATE}{kind}"}
+                 "state": f"{prefix}.{STATE}{kind}"}
         need = self.checkpoint.need
         stored = {short: self.checkpoint.tensors[need(full, of=place.path)] for short, full in names.items()}
         blocks = stored["absmax"].shape[0] if len(stored["absmax"].shape) == 1 else 0
-        block = next((size for size in _BLOCKS if -(-count // size) == blocks), None)
+        block = next((size for size in BLOCKS if -(-count // size) == blocks), None)
         if len(place.shape) != 2 or stored["weight"].nbytes != -(-count // 2) or block is None:
             raise CheckpointError(f"{prefix} in {stored['weight'].file} is {stored['weight']} with {blocks} scales, "
                                   f"which does not make up {list(place.shape)}")
@@ -76,7 +76,7 @@ class BitsAndBytesReader(Reader):
         if f"{path}.SCB" in self.checkpoint.tensors and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
         for kind in ("nf4", "fp4"):  # whose bytes lie flat: only the state, some hundred bytes, knows the shape
-            name = f"{path}.weight.{_STATE}{kind}"
+            name = f"{path}.weight.{STATE}{kind}"
             if name in self.checkpoint.tensors and self.checkpoint.tensors[name].nbytes <= _LARGEST_STATE:
                 try:
                     said = _state(self.checkpoint.raw(name)).get("shape", ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qpass.formats.awq_writer import AwqWriter
+from qpass.formats.bitsandbytes_writer import BitsAndBytesWriter
 from qpass.formats.gptq_writer import GptqWriter
 from qpass.formats.layer_writer import LayerWriter
 from qpass.formats.modelopt_writer import ModelOptWriter
@@ -10,4 +11,5 @@ from qpass.formats.modelopt_writer import ModelOptWriter
 
 def writers() -> dict[str, LayerWriter]:
     """The writers by the name that `qpass.save(format=...)` takes."""
-    return {writer.name: writer for writer in (AwqWriter(), GptqWriter(1), GptqWriter(2), ModelOptWriter())}
+    return {writer.name: writer for writer in (AwqWriter(), GptqWriter(1), GptqWriter(2), ModelOptWriter(),
+                                               BitsAndBytesWriter())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from qpass.errors import CheckpointError
 from qpass.layers.packed_layers import PackedWeight
 from tests.qpass.formats.fixture_folders import SMALL
 
-pytest.importorskip("transformers", reason="Transformers is not installed")
+AutoModelForCausalLM = pytest.importorskip("transformers", reason="Transformers is not installed").AutoModelForCausalLM
 GPTQ = ("gptq/w4_g32_asym", "gptq/w4_g32_descact", "gptq/w3_g32")
 
 
@@ -52,6 +53,37 @@ def test_formats_hold_the_same_weights(name: str, to: str, tmp_path: Path) -> No
     ids = torch.arange(3, 12)[None]
     with torch.inference_mode():
         torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=0, atol=0)
+
+
+def quantized_but_keys(model: nn.Module, scheme: str) -> nn.Module:
+    made: nn.Module = qpass.quantize(model, qpass.Recipe(scheme, overrides={"*.k_proj": None}), progress=False)
+    return made
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_bitsandbytes_there_and_back(scheme: str, family: str, tmp_path: Path, tiny_model: Any,
+                                     token_ids: torch.Tensor) -> None:
+    """With biases, and a layer that stays float."""
+    model = quantized_but_keys(tiny_model(family, dtype=torch.bfloat16), scheme)
+    qpass.save(model, tmp_path, format="bitsandbytes")
+    again: Any = qpass.load(tmp_path)
+    first, second = weights(model), weights(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    with torch.inference_mode():
+        assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_bitsandbytes_reads_it(scheme: str, tmp_path: Path, tiny_model: Any) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = quantized_but_keys(tiny_model("llama", dtype=torch.bfloat16), scheme)
+    qpass.save(model, tmp_path, format="bitsandbytes")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for key, weight in weights(model).items():
+        held = theirs.get_submodule(key).weight
+        assert torch.equal(functional.dequantize_4bit(held.data, held.quant_state), weight.bfloat16()), key
+    assert type(theirs.model.layers[0].self_attn.k_proj) is type(theirs.lm_head) is nn.Linear
 
 
 def test_version_2_stores_zero_points_as_they_are(tmp_path: Path) -> None:
@@ -95,7 +127,8 @@ def test_activation_order_survives_a_state_dict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "to", "said"), [
     ("gptq/w3_g32", "awq", "integers of 4 bits, not int3"), ("gptq/w4_g32_descact", "awq", "order nor a scale"),
-    ("gptq/w3_g32", "no_such", "'no_such'; there are compressed-tensors, awq, gptq, gptq_v2, modelopt, gguf"),
+    ("gptq/w3_g32", "no_such", "there are compressed-tensors, awq, gptq, gptq_v2, modelopt, bitsandbytes, gguf"),
+    ("gptq/w4_g32_asym", "bitsandbytes", "written for nf4 and fp4, not int4"),
     ("gptq/w4_g32_asym", "modelopt", "written for nvfp4 whose scales are multiplied, not int")])
 def test_what_a_format_cannot_hold_is_refused_by_layer(name: str, to: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=said):

@@ -21,9 +21,23 @@ QPASS_VECTOR_INLINE void scales_of(const qp_cached& c, int64_t b, int64_t h, int
                                    float* out) {
   const int64_t at = b * c.scale_batch + h * c.scale_head + t * c.scale_token;
   int64_t j = 0;
-  if (c.groups == 1 && c.scale_token == 1 && c.scale_dtype == (int32_t)DType::f16)
-    for (; j + kLanes <= count; j += kLanes)
-      store(out + j, numbers<kF16, false, false>((const uint8_t*)c.scale, at + j));
+  if (c.scale_token == c.groups && (c.groups == 1 || c.scale_group == 1) && c.scale_dtype == (int32_t)DType::f16) {
+    const uint8_t* scale = (const uint8_t*)c.scale;
+    for (; j + kLanes <= count; j += kLanes) {
+      if (c.groups == 1) {
+        store(out + j, numbers<kF16, false, false>(scale, at + j));
+        continue;
+      }
+      alignas(64) float some[kLanes];
+      for (int64_t n = 0, g = 0, t = j; n < kLanes * c.groups; n += kLanes) {
+        store(some, numbers<kF16, false, false>(scale, at + j * c.groups + n));
+        for (int64_t i = 0; i < kLanes; i++) {
+          out[g * room + t] = some[i];
+          if (++g == c.groups) g = 0, t++;
+        }
+      }
+    }
+  }
   for (int64_t g = 0; g < c.groups; g++)
     for (int64_t i = j; i < room; i++)
       out[g * room + i] = i < count ? scale_at(c, at + i * c.scale_token + g * c.scale_group) : 0;

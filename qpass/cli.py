@@ -114,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
                       "qpass convert ./model-awq ./model-ct --to compressed-tensors")
     convert.add_argument("source", metavar="SRC", help="checkpoint folder or file, of any format that qpass reads")
     convert.add_argument("destination", metavar="DST", help="folder to write; must not exist or be empty")
-    convert.add_argument("--to", required=True, metavar="FORMAT", help="compressed-tensors, gptq, gptq_v2, awq or gguf")
+    convert.add_argument("--to", required=True, metavar="FORMAT",
+                         help="compressed-tensors, gptq, gptq_v2, awq, modelopt, bitsandbytes or gguf")
 
     evaluate = command("eval", "perplexity on a text; with --reference also KL and top-1 agreement",
                        "qpass eval ./model-w4a8 --text book.txt --reference ./model --tokens 16384")

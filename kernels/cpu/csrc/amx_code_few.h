@@ -43,22 +43,64 @@ QPASS_AMX_INLINE void few_unpack(const Weight& w, Take take, const int64_t (&blo
   }
 }
 
+// Adds the sums of inputs that share a multiplier, times it, to those before, which are integers too.
+template <int PLACES>
+QPASS_AMX_INLINE void multiply_group(const Weight& w, const int8_t* multiplier, const int64_t (&block)[PLACES], int64_t group,
+                                     int64_t rows, const int32_t* sums, int32_t* acc) {
+  __m512i by[PLACES];
+#pragma GCC unroll 4
+  for (int s = 0; s < PLACES; s++)
+    by[s] = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(multiplier + (block[s] * w.groups + group) * 16)));
+  for (int64_t r = 0; r < rows; r++, acc += PLACES * 16) {
+    const int32_t* at = sums + r / 16 * (PLACES * 256) + r % 16 * 16;
+#pragma GCC unroll 4
+    for (int s = 0; s < PLACES; s++) {
+      const __m512i before = group == 0 ? _mm512_setzero_si512() : _mm512_load_si512(acc + s * 16);
+      const __m512i sum = _mm512_srai_epi32(_mm512_load_si512(at + s * 256), 4);
+      _mm512_store_si512(acc + s * 16, _mm512_add_epi32(before, _mm512_mullo_epi32(sum, by[s])));
+    }
+  }
+}
+
+// Integer sums of rows to floats, times their channels' scales.
+template <int PLACES>
+QPASS_AMX_INLINE void scale_channels(const Weight& w, const int64_t (&block)[PLACES], int64_t rows, float* acc) {
+  for (int s = 0; s < PLACES; s++) {
+    const __m512 scale = group_scales(w, block[s], 0);
+    for (int64_t r = 0; r < rows; r++) {
+      float* at = acc + (r * PLACES + s) * 16;
+      _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), scale, _mm512_setzero_ps()));
+    }
+  }
+}
+
 // Ends a group, and begins the next unless that was the last.
 template <int PLACES>
-QPASS_AMX_INLINE void next_group(const Weight& w, Take take, const int64_t (&block)[PLACES], int64_t& group,
-                                 const int32_t* row_sums, int64_t rows, const FewSpace& space) {
+QPASS_AMX_INLINE void next_group(const Weight& w, const int8_t* multiplier, Take take, const int64_t (&block)[PLACES],
+                                 int64_t& group, const int32_t* row_sums, int64_t rows, const FewSpace& space) {
   constexpr int TILES = kSumTiles / PLACES;
   store_sums(space.sums);
-  add_groups<PLACES, 1>(w, block, group, row_sums, rows, space.sums, space.acc);
+  if (multiplier) multiply_group(w, multiplier, block, group, rows, space.sums, (int32_t*)space.acc);
+  else add_groups<PLACES, 1>(w, block, group, row_sums, rows, space.sums, space.acc);
   if (++group == w.groups) return;
   const int32_t* opening = space.opening + group * TILES * 256;
   open_group<PLACES>(take, opening, opening + 256);
 }
 
+// A weight with integer scales as one of groups: what shares a multiplier.
+inline Weight grouped(const Weight& w) {
+  Weight as = w;
+  if (!w.multiplier) return as;
+  as.groups = w.multipliers, as.group_size = inner_size(w);
+  as.multiplier = nullptr;
+  return as;
+}
+
 template <int TILES>
-QPASS_AMX void few_rows(const Weight& w, const QuantRows& x, const Output& out, const RowTiles& to, const int8_t* rows,
+QPASS_AMX void few_rows(const Weight& whole, const QuantRows& x, const Output& out, const RowTiles& to, const int8_t* rows,
                         const int32_t* row_sums, float gain, int64_t block_begin, int64_t block_end) {
   constexpr int PLACES = kSumTiles / TILES;
+  const Weight w = grouped(whole);
   const Take take = take_of(w);
   const int64_t blocks = w.Kp / 64, runs = w.group_size / 32, slot = runs % 2 ? kSplitTile : kTile;
   const int64_t count = (block_end - block_begin + PLACES - 1) / PLACES, row_stride = to.row(16);
@@ -82,14 +124,15 @@ QPASS_AMX void few_rows(const Weight& w, const QuantRows& x, const Output& out, 
       }
       left -= 2;
       if (left == -1 && group + 1 < w.groups) {  // the group ended between the halves, which are two tiles
-        next_group(w, take, block, group, row_sums, x.M, space);
+        next_group(w, whole.multiplier, take, block, group, row_sums, x.M, space);
         multiply<PLACES>(row, row_stride, columns + 512, slot);
         left += runs;
       }
       if (left > 0 && k + 1 < blocks) continue;
-      next_group(w, take, block, group, row_sums, x.M, space);
+      next_group(w, whole.multiplier, take, block, group, row_sums, x.M, space);
       left = runs;
     }
+    if (whole.multiplier) scale_channels(whole, block, x.M, space.acc);
     write_rows(w, x, out, block, gain, 0, x.M, space.acc);
   }
 }
